@@ -1,0 +1,144 @@
+"""Training checkpoints: whole or not there.
+
+A checkpoint is a folder `checkpoint-<step>` that is a pipeline too (of the EMA weights, if there are any), so that
+whatever loads a model loads a checkpoint. Beside the pipeline it holds `training_state/` and a manifest of hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .pipeline import DDPMPipelineCustom
+
+MANIFEST = "manifest.json"
+STATE = "training_state"
+
+
+@dataclass
+class TrainingState:
+    """All that a run is, beside its configuration and its progress."""
+
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    ema: dict[str, Tensor] | None
+
+
+def checkpoint_steps(output_dir: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, ascending."""
+    if not output_dir.is_dir():
+        return []
+    matches = (re.fullmatch(r"checkpoint-(\d+)", p.name) for p in output_dir.iterdir() if p.is_dir())
+    return sorted(int(m[1]) for m in matches if m)
+
+
+def save_checkpoint(
+    output_dir: Path, pipeline: DDPMPipelineCustom, state: TrainingState, total_limit: int | None = None
+) -> Path:
+    """Write `checkpoint-<step>`, then remove the oldest ones beyond `total_limit`.
+
+    Everything is written into a temporary folder, hashed, flushed to the disk and renamed, so that a checkpoint that
+    carries its name is complete.
+    """
+    final = output_dir / f"checkpoint-{state.step}"
+    partial = output_dir / f"{final.name}.partial"
+    for leftover in output_dir.glob("checkpoint-*.partial"):
+        shutil.rmtree(leftover)
+    pipeline.save_pretrained(partial)
+    folder = partial / STATE
+    folder.mkdir()
+    save_file(_contiguous(state.weights), folder / "weights.safetensors")
+    if state.ema is not None:
+        save_file(_contiguous(state.ema), folder / "ema.safetensors")
+    torch.save(state.optimizer, folder / "optimizer.pt")
+    (folder / "state.json").write_text(json.dumps({"step": state.step}), "utf-8")
+
+    files = sorted(p for p in partial.rglob("*") if p.is_file())
+    manifest = {p.relative_to(partial).as_posix(): _sha256(p) for p in files}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
+    for path in [*files, partial / MANIFEST, folder, partial]:
+        _sync(path)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(output_dir)
+
+    if total_limit is not None:
+        for step in checkpoint_steps(output_dir)[:-total_limit]:
+            shutil.rmtree(output_dir / f"checkpoint-{step}")
+    return final
+
+
+def load_checkpoint(folder: Path) -> TrainingState:
+    """Read a checkpoint.
+
+    Raises:
+        ValueError: for a folder that is no checkpoint, or where a file is missing or differs from its hash.
+    """
+    check_whole(folder)
+    state = folder / STATE
+    ema = state / "ema.safetensors"
+    return TrainingState(
+        step=json.loads((state / "state.json").read_text("utf-8"))["step"],
+        weights=load_file(state / "weights.safetensors"),
+        optimizer=torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True),
+        ema=load_file(ema) if ema.is_file() else None,
+    )
+
+
+def check_whole(folder: Path) -> None:
+    """Raise a ValueError, with the file, unless every file of the manifest is there and unchanged."""
+    manifest_file = folder / MANIFEST
+    if not manifest_file.is_file():
+        raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
+    try:
+        manifest = json.loads(manifest_file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{manifest_file} is damaged: {error}") from error
+    for name, digest in manifest.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is damaged: {name} is missing.")
+        if _sha256(folder / name) != digest:
+            raise ValueError(f"{folder} is damaged: {name} is not what was written.")
+
+
+def latest_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a folder, and why newer ones were skipped."""
+    skipped = []
+    for step in reversed(checkpoint_steps(output_dir)):
+        folder = output_dir / f"checkpoint-{step}"
+        try:
+            check_whole(folder)
+        except ValueError as error:
+            skipped.append(str(error))
+        else:
+            return folder, skipped
+    return None, skipped
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

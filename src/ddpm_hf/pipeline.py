@@ -1,0 +1,357 @@
+"""`DDPMPipelineCustom`: sampling with a trained `UNet2DModel` (Algorithm 2 of arXiv 2006.11239), saving and sharing.
+
+`pipeline.py`, `scheduling_ddpm_custom.py` and `ddpm_process.py` are copied into every saved repository, next to a
+`model_index.json` that names stock diffusers classes. So a saved repository loads with this package, with none of ours
+(as remote code), and with stock diffusers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+# Both names are needed here: diffusers copies only the files that pipeline.py itself imports from.
+from .ddpm_process import LEARNED_VARIANCE_TYPES
+from .scheduling_ddpm_custom import DDPMSchedulerCustom
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CODE_FILES = ("pipeline.py", "scheduling_ddpm_custom.py", "ddpm_process.py")
+
+
+@dataclass
+class DDPMPipelineCustomOutput(BaseOutput):
+    """What the pipeline returns.
+
+    Args:
+        images: a list of B PIL images, an array (B, H, W, C) or a tensor (B, C, H, W) in [0, 1]; a tensor
+            (B, C, H, W) that is not clamped and has its data in [-1, 1] for `output_type="latent"`.
+        trajectory: x_t after each recorded step, (S, B, C, H, W), float32 on the CPU. The last one is the result.
+        trajectory_x_0: the x̂_0 of the same steps; None where the scheduler does not give it.
+        trajectory_timesteps: the S timesteps t that these steps started from.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | Tensor
+    trajectory: Tensor | None = None
+    trajectory_x_0: Tensor | None = None
+    trajectory_timesteps: list[int] | None = None
+
+
+class DDPMPipelineCustom(DiffusionPipeline):
+    """Generates images with a DDPM.
+
+    Args:
+        unet: a `UNet2DModel`, unconditional or with `num_class_embeds` classes.
+        scheduler: a stock `DDPMScheduler` is replaced by our `DDPMSchedulerCustom` of the same configuration; any
+            other scheduler (DDIM, DPM-Solver++, …) stays what it is.
+
+    Raises:
+        ValueError: where the network's channels and the scheduler's `variance_type` contradict each other.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents", "pred_original_sample"]
+
+    def __init__(self, unet: UNet2DModel, scheduler: DDPMSchedulerCustom) -> None:
+        super().__init__()
+        if type(scheduler) is DDPMScheduler:
+            scheduler = DDPMSchedulerCustom.from_config(scheduler.config)
+        self.register_modules(unet=unet, scheduler=scheduler)
+        channels, outputs = unet.config.in_channels, unet.config.out_channels
+        variance_type = scheduler.config.get("variance_type")
+        if outputs not in (channels, 2 * channels):
+            raise ValueError(
+                f"the network has {channels} input channels and {outputs} output channels, but a DDPM needs "
+                f"out_channels={channels}, or {2 * channels} where it learns the variance."
+            )
+        if isinstance(scheduler, DDPMSchedulerCustom) and (outputs != channels) != (
+            variance_type in LEARNED_VARIANCE_TYPES
+        ):
+            raise ValueError(
+                f"the network has {channels} input channels and {outputs} output channels, which does not fit "
+                f"`variance_type` {variance_type!r}: the learned ones need {2 * channels} output channels, "
+                f"the fixed variances need {channels}."
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        timesteps: Sequence[int] | Tensor | None = None,
+        eta: float | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance_scale: float = 1.0,
+        callback_on_step_end: Callable[[DDPMPipelineCustom, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        trajectory_every: int | None = None,
+    ) -> DDPMPipelineCustomOutput | tuple[Any, ...]:
+        """Sample images (Algorithm 2).
+
+        The first five arguments are those of `diffusers.DDPMPipeline`, in its order.
+
+        Args:
+            batch_size: B, the number of images.
+            generator: one for the whole batch (then an image depends on B), or a list of B, one per image: then image i
+                depends on generator i alone, whatever B is.
+            num_inference_steps: K, 1 ≤ K ≤ T; by default T. The trajectory is spread by the scheduler's
+                `timestep_spacing`.
+            output_type: "pil", "np" (B, H, W, C), "pt" (B, C, H, W), or "latent": x_0 as it is, (B, C, H, W).
+            timesteps: the trajectory itself, strictly descending, instead of `num_inference_steps`.
+            eta: in [0, 1], from DDIM (0) to ancestral DDPM (1); by default the scheduler's own: 1 for ours, 0 for DDIM.
+            class_labels: for a class-conditional network: one label for all, or B of them, each in
+                [0, num_class_embeds - 1]. The last one is the null label of guidance.
+            guidance_scale: w ≥ 0 of classifier-free guidance: out = null + w (conditional - null). 1 is no guidance.
+            callback_on_step_end: called as f(pipeline, i, t, tensors) after each step; the dictionary that it returns
+                may replace "latents" (x_t).
+            callback_on_step_end_tensor_inputs: what the dictionary holds: "latents" and "pred_original_sample" (x̂_0).
+            trajectory_every: keep x_t and x̂_0 after every n-th step and after the last one.
+
+        Returns:
+            `DDPMPipelineCustomOutput`, or its values as a tuple (without those that are None) for `return_dict=False`.
+
+        Raises:
+            ValueError: before anything is computed, for any bad argument.
+        """
+        # 1. Check every argument
+        self._check_inputs(
+            batch_size, generator, output_type, guidance_scale, eta,
+            callback_on_step_end_tensor_inputs, trajectory_every,
+        )  # fmt: skip
+        labels = self._prepare_class_labels(class_labels, batch_size, guidance_scale)
+
+        # 2. Choose the trajectory
+        self._set_timesteps(num_inference_steps, timesteps)
+        step_kwargs = self._step_kwargs(generator, eta)
+
+        # 3. x_T ~ N(0, I), in float32 whatever the network's precision
+        device = self._execution_device
+        x_t = randn_tensor(
+            (batch_size, self.unet.config.in_channels, *self._image_size()), generator, device, torch.float32
+        )
+        x_t = x_t * self.scheduler.init_noise_sigma
+
+        # 4. Denoise step by step
+        record = _Trajectory(trajectory_every)
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
+            for i, t in enumerate(self.scheduler.timesteps):
+                model_output = self._predict(x_t, t, labels, guidance_scale)
+                output = self.scheduler.step(model_output, t, x_t, **step_kwargs)
+                x_t, pred_x_0 = output.prev_sample, output.get("pred_original_sample")
+
+                if callback_on_step_end is not None:
+                    tensors = {"latents": x_t, "pred_original_sample": pred_x_0}
+                    chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    x_t = (callback_on_step_end(self, i, t, chosen) or {}).get("latents", x_t)
+                record.add(i, t, x_t, pred_x_0, is_last=i == len(self.scheduler.timesteps) - 1)
+                progress_bar.update()
+
+        # 5. [-1, 1] → images
+        images = self._postprocess(x_t, output_type)
+        self.maybe_free_model_hooks()
+        result = DDPMPipelineCustomOutput(images, *record.tensors())
+        return result if return_dict else result.to_tuple()
+
+    # --- the network ----------------------------------------------------------------------------------------------
+
+    def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
+        """The network's prediction at x_t, guided if asked for, in float32."""
+        x = self.scheduler.scale_model_input(x_t, t).to(self.unet.dtype)
+        guided = False
+        if labels is not None and guidance_scale != 1:
+            guided = True
+            x = torch.cat([x, x])
+            labels = torch.cat([labels, torch.full_like(labels, self.unet.config.num_class_embeds - 1)])
+        output = self.unet(x, t, class_labels=labels, return_dict=False)[0].float()
+        prediction, *variance = output.split(x_t.shape[1], dim=1)
+        if guided:
+            # Guidance extrapolates the prediction alone; the variance stays the conditional one.
+            conditional, null = prediction.chunk(2)
+            prediction = null + guidance_scale * (conditional - null)
+            variance = [v.chunk(2)[0] for v in variance]
+        if self.scheduler.config.get("variance_type") not in LEARNED_VARIANCE_TYPES:
+            variance = []  # a swapped-in scheduler that has no use for it
+        return torch.cat([prediction, *variance], dim=1)
+
+    def _image_size(self) -> tuple[int, int]:
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ValueError("the network's configuration has no `sample_size`: set unet.config.sample_size.")
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    # --- arguments ------------------------------------------------------------------------------------------------
+
+    def _check_inputs(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        guidance_scale: float,
+        eta: float | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        trajectory_every: int | None,
+    ) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size!r}, but must be an integer of at least 1.")
+        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)}, but `batch_size` is {batch_size}: pass one generator per "
+                "image, or a single one for the batch."
+            )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(
+                f"`output_type` is {output_type!r}, but must be one of {', '.join(map(repr, OUTPUT_TYPES))}."
+            )
+        channels = self.unet.config.in_channels
+        if output_type == "pil" and channels > 4:
+            raise ValueError(
+                f"`output_type` is 'pil', but PIL can't hold images of {channels} channels: use 'np' or 'pt'."
+            )
+        if not guidance_scale >= 0:
+            raise ValueError(f"`guidance_scale` is {guidance_scale}, but must be at least 0 (1 is no guidance).")
+        if eta is not None and not 0 <= eta <= 1:
+            raise ValueError(f"`eta` is {eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {unknown}, but only {self._callback_tensor_inputs} exist."
+            )
+        if trajectory_every is not None and trajectory_every < 1:
+            raise ValueError(f"`trajectory_every` is {trajectory_every}, but must be at least 1 (every step).")
+
+    def _prepare_class_labels(
+        self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int, guidance_scale: float
+    ) -> Tensor | None:
+        """The labels as a tensor (B,) on the network's device; None for an unconditional network."""
+        num_classes = self.unet.config.num_class_embeds
+        if num_classes is None:
+            if class_labels is not None:
+                raise ValueError("`class_labels` were given, but the network is unconditional: leave them out.")
+            if guidance_scale != 1:
+                raise ValueError(
+                    f"`guidance_scale` is {guidance_scale}, but the network is unconditional: guidance needs a network "
+                    "trained with class labels and label dropout. Use guidance_scale=1."
+                )
+            return None
+        if class_labels is None:
+            raise ValueError(
+                f"`class_labels` are missing: the network is conditional on {num_classes} labels (0 to "
+                f"{num_classes - 1}). Pass one label, or one per image."
+            )
+        labels = torch.as_tensor(class_labels)
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"`class_labels` have dtype {labels.dtype}, but must be integers.")
+        if labels.ndim == 0:
+            labels = labels.expand(batch_size)
+        if labels.shape != (batch_size,):
+            raise ValueError(
+                f"`class_labels` have shape {tuple(labels.shape)}, but `batch_size` is {batch_size}: pass one "
+                f"label, or {batch_size} of them."
+            )
+        if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+            wrong = int(labels[(labels < 0) | (labels >= num_classes)][0])
+            raise ValueError(f"`class_labels` has {wrong}, but every label must lie between 0 and {num_classes - 1}.")
+        return labels.to(self._execution_device, torch.long)
+
+    def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | None) -> None:
+        """Set the scheduler's trajectory. Timesteps stay on the CPU: reading one never waits for a GPU."""
+        if timesteps is None:
+            steps = self.scheduler.config.num_train_timesteps if num_inference_steps is None else num_inference_steps
+            self.scheduler.set_timesteps(steps)
+            return
+        if num_inference_steps is not None:
+            raise ValueError("pass one of `num_inference_steps` and `timesteps`; both were given.")
+        if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise ValueError(f"`timesteps` were given, but {type(self.scheduler).__name__} takes no custom timesteps.")
+        self.scheduler.set_timesteps(timesteps=timesteps)
+
+    def _step_kwargs(
+        self, generator: torch.Generator | list[torch.Generator] | None, eta: float | None
+    ) -> dict[str, Any]:
+        """What this scheduler's `step` accepts of the generator and eta."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        if eta is not None and "eta" not in accepted:
+            raise ValueError(f"`eta` is {eta}, but {type(self.scheduler).__name__} has no eta: leave it out.")
+        wanted = {"generator": generator} if eta is None else {"generator": generator, "eta": eta}
+        return {name: value for name, value in wanted.items() if name in accepted}
+
+    # --- images ---------------------------------------------------------------------------------------------------
+
+    def _postprocess(self, x_0: Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | Tensor:
+        if output_type == "latent":
+            return x_0
+        images = (x_0.float() / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+        return self.numpy_to_pil(arrays) if output_type == "pil" else arrays
+
+    # --- saving ---------------------------------------------------------------------------------------------------
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `model_index.json` with stock class names, and the code that makes it ours.
+
+        `save_pretrained` ends here, after the components are written, and uploads what it finds.
+        """
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        folder = Path(save_directory)
+        index_file = folder / self.config_name
+        index = json.loads(index_file.read_text("utf-8"))
+        if isinstance(self.scheduler, DDPMSchedulerCustom):
+            index["scheduler"] = ["diffusers", "DDPMScheduler"]
+        index["_class_name"] = "DDPMPipeline"
+        _write_json(index_file, index)
+        unet_config = folder / "unet" / self.unet.config_name
+        if unet_config.is_file():
+            _write_json(unet_config, json.loads(unet_config.read_text("utf-8")))
+        here = Path(__file__).parent
+        for name in CODE_FILES:
+            if (here / name).resolve() != (folder / name).resolve():
+                shutil.copyfile(here / name, folder / name)
+
+
+def _write_json(file: Path, config: dict[str, Any]) -> None:
+    """Write a configuration without the path that it was once loaded from."""
+    config = {key: value for key, value in config.items() if key != "_name_or_path"}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+class _Trajectory:
+    """Collects x_t and x̂_0 of every n-th step and of the last one."""
+
+    def __init__(self, every: int | None) -> None:
+        self.every = every
+        self.x_t: list[Tensor] = []
+        self.x_0: list[Tensor] = []
+        self.timesteps: list[int] = []
+
+    def add(self, i: int, t: Tensor, x_t: Tensor, pred_x_0: Tensor | None, is_last: bool) -> None:
+        if self.every is None or not (is_last or (i + 1) % self.every == 0):
+            return
+        self.timesteps.append(int(t))
+        self.x_t.append(x_t.float().cpu())
+        if pred_x_0 is not None:
+            self.x_0.append(pred_x_0.float().cpu())
+
+    def tensors(self) -> tuple[Tensor | None, Tensor | None, list[int] | None]:
+        if self.every is None:
+            return None, None, None
+        return torch.stack(self.x_t), torch.stack(self.x_0) if self.x_0 else None, self.timesteps

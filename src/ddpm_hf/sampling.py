@@ -1,0 +1,107 @@
+"""Many images from a model: image i depends on seed + i alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .checkpoint import checkpoint_steps, latest_checkpoint
+from .pipeline import DDPMPipelineCustom, DDPMPipelineCustomOutput
+
+
+def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> DDPMPipelineCustom:
+    """A pipeline from a folder, a training checkpoint or the Hub.
+
+    A training folder without a finished pipeline gives its newest whole checkpoint. Checkpoints of diffusers'
+    `train_unconditional.py` load too: their EMA weights, with the scheduler of the folder around them.
+
+    Raises:
+        ValueError: where there is no such model; says what was looked for.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if (folder / "model_index.json").is_file():
+            return DDPMPipelineCustom.from_pretrained(folder, dtype=dtype)
+        if checkpoint_steps(folder):
+            checkpoint, skipped = latest_checkpoint(folder)
+            if checkpoint is not None:
+                return DDPMPipelineCustom.from_pretrained(checkpoint, dtype=dtype)
+            if skipped:
+                raise ValueError(f"{model!r} has no whole checkpoint: {'; '.join(skipped)}")
+        for name in ("unet_ema", "unet"):
+            if (folder / name / "config.json").is_file():
+                return _stock_checkpoint(folder, name, dtype)
+        raise ValueError(
+            f"{model!r} is a folder, but holds no model: neither a model_index.json nor a training checkpoint."
+        )
+    try:
+        validate_repo_id(model)
+    except HFValidationError as error:
+        raise ValueError(
+            f"there is no model {model!r}: no such folder, and no name that the Hub could know."
+        ) from error
+    try:
+        return DDPMPipelineCustom.from_pretrained(model, revision=revision, dtype=dtype)
+    except (OSError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"there is no model {model!r}: no such folder here, and the Hub does not give it ({reason}). For a private "
+            "model, log in with `hf auth login`."
+        ) from error
+
+
+def _stock_checkpoint(folder: Path, unet: str, dtype: torch.dtype) -> DDPMPipelineCustom:
+    network = UNet2DModel.from_pretrained(folder, subfolder=unet, dtype=dtype)
+    for place in (folder, folder.parent):
+        if (place / "scheduler" / "scheduler_config.json").is_file():
+            return DDPMPipelineCustom(network, DDPMScheduler.from_pretrained(place, subfolder="scheduler"))
+    raise ValueError(
+        f"{str(folder)!r} is a checkpoint of train_unconditional.py, which does not store its scheduler. Copy the "
+        f"`scheduler` folder of the finished pipeline into {str(folder.parent)!r}."
+    )
+
+
+def sample_images(
+    pipeline: DDPMPipelineCustom,
+    num_images: int,
+    seed: int,
+    batch_size: int,
+    *,
+    class_labels: list[int] | None = None,
+    show_progress: bool = True,
+    **call_options: Any,
+) -> Iterator[list[Image.Image]]:
+    """Batches of PIL images; image i comes from a generator seeded with seed + i.
+
+    Args:
+        class_labels: used in turn: image i gets label i modulo their number.
+        call_options: go to the pipeline's call (`num_inference_steps`, `eta`, `guidance_scale`, …).
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    steps = call_options.get("num_inference_steps") or pipeline.scheduler.config.num_train_timesteps
+    batches = [range(i, min(i + batch_size, num_images)) for i in range(0, num_images, batch_size)]
+    with tqdm(total=steps * len(batches), desc="Sampling", unit="step", disable=not show_progress) as bar:
+
+        def advance(pipe: object, i: int, t: object, tensors: dict[str, Any]) -> dict[str, Any]:
+            bar.update()
+            return tensors
+
+        for batch in batches:
+            output = pipeline(
+                len(batch),
+                [torch.Generator().manual_seed(seed + i) for i in batch],
+                class_labels=[class_labels[i % len(class_labels)] for i in batch] if class_labels else None,
+                callback_on_step_end=advance,
+                **call_options,
+            )
+            assert isinstance(output, DDPMPipelineCustomOutput)
+            assert isinstance(output.images, list)
+            yield output.images

@@ -1,0 +1,424 @@
+"""`DDPMSchedulerCustom`: the DDPM process behind diffusers' scheduler contract.
+
+The configuration is that of `diffusers.DDPMScheduler`, key by key, so configurations swap both ways. The mathematics is
+in `ddpm_process.py`; here it is evaluated once per trajectory, into a table with one row of coefficients per timestep,
+so that a step is a look-up and a few multiplications.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .ddpm_process import (
+    LEARNED_VARIANCE_TYPES,
+    PREDICTION_TYPES,
+    VARIANCE_TYPES,
+    BetaSchedule,
+    DDPMProcess,
+    PredictionType,
+    VarianceType,
+    check_choice,
+    make_betas,
+    rescale_zero_terminal_snr,
+    split_model_output,
+)
+
+TimestepSpacing = Literal["linspace", "leading", "trailing"]
+TIMESTEP_SPACINGS: tuple[str, ...] = get_args(TimestepSpacing)
+
+
+@dataclass
+class DDPMSchedulerCustomOutput(BaseOutput):
+    """What `step` returns: x_s of shape (B, C, *), and the x̂_0 (after clipping) that it was made from."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+
+
+class StepCoefficients(NamedTuple):
+    """One row of the trajectory's table: floats, or tensors of shape (B, 1, …) for per-image timesteps.
+
+    x̂_0 = x_0_from_x_t · x_t + x_0_from_output · output      (Eq. 15)
+    x_s = mean_from_x_0 · x̂_0 + mean_from_x_t · x_t + σ ε      (Eq. 7)
+    σ = noise_scale · exp(log_variance / 2), with log_variance between `log_variance` and `log_variance_high`.
+    """
+
+    x_0_from_x_t: float | Tensor
+    x_0_from_output: float | Tensor
+    mean_from_x_0: float | Tensor
+    mean_from_x_t: float | Tensor
+    std: float | Tensor  # σ of the fixed variances
+    noise_scale: float | Tensor  # eta; 0 at the last step of the trajectory, which adds no noise
+    log_variance_low: float | Tensor  # log β̃ and log β: the learned range interpolates between them
+    log_variance_high: float | Tensor
+
+
+class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
+    """Ancestral sampling of DDPM (arXiv 2006.11239, Algorithm 2) on any trajectory of timesteps.
+
+    The arguments are those of `diffusers.DDPMScheduler`, with their meaning and defaults.
+
+    Args:
+        num_train_timesteps: T ≥ 1.
+        beta_start, beta_end: β_1 and β_T of the schedules `linear`, `scaled_linear` and `sigmoid`, in (0, 1).
+        beta_schedule: `linear` (the paper's), `scaled_linear`, `squaredcos_cap_v2`, `sigmoid` or `laplace`.
+        trained_betas: β_1 … β_T themselves; they override the four arguments above, T included.
+        variance_type: σ² of the reverse step: `fixed_small` (β̃), `fixed_large` (β), their `_log` twins, `learned`
+            (the network's log σ²) or `learned_range` (arXiv 2102.09672, Eq. 15).
+        clip_sample: clamp x̂_0 to ±`clip_sample_range`, before the mean is computed from it.
+        prediction_type: what the network predicts: `epsilon`, `sample` or `v_prediction`.
+        thresholding: dynamic thresholding of x̂_0 (arXiv 2205.11487, Section 2.3) at the quantile
+            `dynamic_thresholding_ratio`, at most `sample_max_value`; goes before `clip_sample`.
+        timestep_spacing: how `set_timesteps` spreads K steps over T: `leading` (from 0 upwards: starts below T - 1),
+            `trailing` (from T - 1 downwards) or `linspace` (both ends).
+        steps_offset: added to the timesteps of `leading`.
+        rescale_betas_zero_snr: rescale to ᾱ_T = 0 (arXiv 2305.08891). Sampling then needs a `prediction_type` other
+            than `epsilon`.
+
+    Raises:
+        ValueError: at construction, for a bad value: names the key, the value and what is allowed.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: BetaSchedule = "linear",
+        trained_betas: np.ndarray | Sequence[float] | None = None,
+        variance_type: VarianceType = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: PredictionType = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: TimestepSpacing = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        if variance_type is None:  # DPM-Solver writes null for "not learned"
+            variance_type = "fixed_small"
+            self.register_to_config(variance_type=variance_type)
+        check_choice("variance_type", variance_type, VARIANCE_TYPES)
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        if not clip_sample_range > 0:
+            raise ValueError(f"`clip_sample_range` is {clip_sample_range}, but must be positive, e.g. 1.0.")
+        if not sample_max_value > 0:
+            raise ValueError(f"`sample_max_value` is {sample_max_value}, but must be positive, e.g. 1.0.")
+        if not 0 < dynamic_thresholding_ratio <= 1:
+            raise ValueError(
+                f"`dynamic_thresholding_ratio` is {dynamic_thresholding_ratio}, but must be a quantile in (0, 1]."
+            )
+        if isinstance(steps_offset, bool) or not isinstance(steps_offset, int) or steps_offset < 0:
+            raise ValueError(f"`steps_offset` is {steps_offset!r}, but must be an integer of at least 0.")
+
+        if trained_betas is None:
+            betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
+        else:
+            betas = torch.as_tensor(np.asarray(trained_betas), dtype=torch.float64)
+        self.process = DDPMProcess(rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas)
+        if self.process.num_train_timesteps != num_train_timesteps:
+            self.register_to_config(num_train_timesteps=self.process.num_train_timesteps)
+        if trained_betas is None and beta_schedule in ("linear", "scaled_linear", "sigmoid"):
+            _warn_of_unsuitable_betas(self.process)
+
+        # Names of the stock scheduler, for code that reads them; float64.
+        self.betas = self.process.betas
+        self.alphas = self.process.alphas
+        self.alphas_cumprod = self.process.alphas_cumprod
+        self.variance_type = variance_type
+        self.init_noise_sigma = 1.0
+
+        self.num_inference_steps: int | None = None
+        self.custom_timesteps = False
+        self._set_trajectory(np.arange(self.process.num_train_timesteps)[::-1].copy(), device=None)
+
+    def __len__(self) -> int:
+        """T."""
+        return self.process.num_train_timesteps
+
+    # --- the trajectory -------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | Tensor | np.ndarray | None = None,
+        spacing: TimestepSpacing | None = None,
+    ) -> None:
+        """Choose the trajectory that sampling follows.
+
+        Args:
+            num_inference_steps: K, 1 ≤ K ≤ T, spread by the spacing. Exactly K timesteps result.
+            device: where `self.timesteps` is put; the CPU lets `step` read a timestep without waiting for a GPU.
+            timesteps: the trajectory itself instead, strictly descending, each in [0, T - 1].
+            spacing: overrides `timestep_spacing` of the configuration for this trajectory.
+
+        Raises:
+            ValueError: for any other value, and where the terminal SNR is zero but the network predicts ε.
+        """
+        T = len(self)
+        if (num_inference_steps is None) == (timesteps is None):
+            found = "neither was" if timesteps is None else "both were"
+            raise ValueError(f"pass one of `num_inference_steps` and `timesteps`; {found} given.")
+        if self.process.has_zero_terminal_snr and self.config.prediction_type == "epsilon":
+            raise ValueError(
+                "`prediction_type` is 'epsilon', but the betas end at zero SNR (`rescale_betas_zero_snr`), where x_0 "
+                "can't be computed from ε: Eq. 15 divides by sqrt(ᾱ_T) = 0. Train with prediction_type='v_prediction' "
+                "(or 'sample'), or set rescale_betas_zero_snr=False."
+            )
+        if timesteps is not None:
+            if spacing is not None:
+                raise ValueError("`spacing` has no meaning with custom `timesteps`: leave one of them out.")
+            grid = _check_custom_timesteps(timesteps, T)
+            self.custom_timesteps, self.num_inference_steps = True, len(grid)
+        else:
+            K = num_inference_steps
+            if isinstance(K, bool) or not isinstance(K, (int, np.integer)) or not 1 <= K <= T:
+                raise ValueError(f"`num_inference_steps` is {K!r}, but must be an integer from 1 to {T} (T).")
+            spacing = spacing or self.config.timestep_spacing
+            check_choice("timestep_spacing", spacing, TIMESTEP_SPACINGS)
+            grid = _spaced_timesteps(spacing, int(K), T, self.config.steps_offset)
+            self.custom_timesteps, self.num_inference_steps = False, int(K)
+            alpha_bar = float(self.alphas_cumprod[grid[0]])
+            if alpha_bar > 0.01:
+                warnings.warn(
+                    f"timestep spacing {spacing!r} with {K} steps starts from pure noise at t = {grid[0]}, where a "
+                    f"noisy image still holds {alpha_bar:.1%} of signal. Use spacing='trailing', which starts at T - 1.",
+                    stacklevel=2,
+                )
+        self._set_trajectory(grid, device)
+
+    def _set_trajectory(self, grid: np.ndarray, device: str | torch.device | None) -> None:
+        """Follow `grid` (descending). The step after any time t goes to the largest time of the grid below t, or to
+        the clean data (-1).
+        """
+        self.timesteps = torch.from_numpy(grid).to(device)
+        ascending = np.concatenate([[-1], grid[::-1]])
+        below = np.searchsorted(ascending, np.arange(len(self)), side="left") - 1
+        self._previous = torch.from_numpy(ascending[below])
+        self._tables: dict[tuple[float, torch.device, torch.dtype], Tensor] = {}
+        self._rows: dict[float, list[list[float]]] = {}
+
+    def previous_timestep(self, timestep: int | Tensor) -> Tensor:
+        """s, the time after `timestep` on the trajectory; -1, the clean data, after the last one. Of its shape."""
+        if isinstance(timestep, Tensor):
+            return self._previous.to(timestep.device)[timestep.long()]
+        return self._previous[self._check_timestep(timestep)]
+
+    def _check_timestep(self, t: int) -> int:
+        if not 0 <= t < len(self):
+            raise ValueError(f"timestep {t} is out of range: it must lie between 0 and {len(self) - 1}.")
+        return t
+
+    # --- the reverse step -----------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """The network's input is x_t itself."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        *,
+        eta: float = 1.0,
+        variance_noise: Tensor | None = None,
+    ) -> DDPMSchedulerCustomOutput | tuple[Tensor, Tensor]:
+        """x_s ~ p_θ(x_s | x_t), one step of Algorithm 2 along the trajectory.
+
+        Args:
+            model_output: (B, C, *), or (B, 2C, *) for the learned variances. Any floating dtype.
+            timestep: t, an int or an integer tensor of shape () or (B,). Values on a GPU are not inspected.
+            sample: x_t, (B, C, *). Any floating dtype; arithmetic is float32 at least.
+            generator: one for the batch or a list with one per image.
+            eta: 1 is ancestral sampling, 0 is DDIM; between them σ² is eta² times the variance (arXiv 2010.02502,
+                Eq. 16).
+            variance_noise: ε of the shape of x_t, to be used instead of drawing it.
+
+        Returns:
+            x_s and x̂_0, in the dtype of x_t. The last step of the trajectory adds no noise.
+        """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"`eta` is {eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM.")
+        output, raw_variance = split_model_output(model_output, sample, self.variance_type)
+        c = self._coefficients(timestep, sample, eta)
+
+        # 1. Predict x_0 (Eq. 15), and keep it in the range of images before anything is computed from it.
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        x_t = sample.to(dtype)
+        x_0 = self._limit_x_0(c.x_0_from_x_t * x_t + c.x_0_from_output * output.to(dtype))
+
+        # 2. The mean of x_s (Eq. 7, at x̂_0).
+        x_s = c.mean_from_x_0 * x_0 + c.mean_from_x_t * x_t
+
+        # 3. Noise; none at the last step.
+        if not (isinstance(c.noise_scale, float) and c.noise_scale == 0) and eta > 0:
+            if variance_noise is None:
+                variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
+            x_s = x_s + self._std(c, raw_variance, dtype) * variance_noise.to(dtype)
+
+        x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
+        return DDPMSchedulerCustomOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
+
+    def _std(self, c: StepCoefficients, raw_variance: Tensor | None, dtype: torch.dtype) -> float | Tensor:
+        """σ of the step."""
+        if raw_variance is None:
+            return c.std
+        raw = raw_variance.to(dtype)
+        if self.variance_type == "learned":
+            return c.noise_scale * torch.exp(0.5 * raw)
+        log_variance = c.log_variance_low + (raw + 1) / 2 * (c.log_variance_high - c.log_variance_low)
+        return c.noise_scale * torch.exp(0.5 * log_variance)
+
+    def _limit_x_0(self, x_0: Tensor) -> Tensor:
+        if self.config.thresholding:
+            return self._threshold_sample(x_0)
+        if self.config.clip_sample:
+            return x_0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return x_0
+
+    def _threshold_sample(self, sample: Tensor) -> Tensor:
+        """Dynamic thresholding (arXiv 2205.11487, Section 2.3): clamp each image to its own quantile, then rescale."""
+        magnitudes = sample.abs().flatten(1).to(torch.promote_types(sample.dtype, torch.float32))
+        limit = torch.quantile(magnitudes, self.config.dynamic_thresholding_ratio, dim=1)
+        limit = limit.clamp(min=1, max=self.config.sample_max_value).to(sample.dtype)
+        limit = limit.reshape(-1, *(1,) * (sample.ndim - 1))
+        return sample.clamp(-limit, limit) / limit
+
+    # --- coefficients ---------------------------------------------------------------------------------------------
+
+    def _coefficients(self, timestep: int | Tensor, sample: Tensor, eta: float) -> StepCoefficients:
+        """The row of the trajectory's table for each timestep, without waiting for a GPU."""
+        if isinstance(timestep, Tensor) and timestep.is_floating_point():
+            raise TypeError(f"timesteps have dtype {timestep.dtype}, but must be integers.")
+        on_cpu = not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu")
+        if on_cpu and not torch.compiler.is_compiling():
+            if eta not in self._rows:
+                self._rows[eta] = self._table(eta).tolist()
+            return StepCoefficients(*self._rows[eta][self._check_timestep(int(timestep))])
+
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        key = (eta, sample.device, dtype)
+        if key not in self._tables:
+            self._tables[key] = self._table(eta).to(dtype).to(sample.device)
+        t = torch.as_tensor(timestep, device=sample.device)
+        if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(sample))):
+            raise ValueError(
+                f"timesteps have shape {tuple(t.shape)}, but {len(sample)} images need one timestep for all, or "
+                f"{len(sample)}."
+            )
+        columns = self._tables[key][t].unbind(-1)
+        return StepCoefficients(*(c.reshape(-1, *(1,) * (sample.ndim - 1)) if c.ndim else c for c in columns))
+
+    def _table(self, eta: float) -> Tensor:
+        """Coefficients of the step from every t of 0 … T-1 to its successor on the trajectory, float64 of (T, 8)."""
+        t, s = torch.arange(len(self)), self._previous
+        is_last = s < 0
+        x_0_from_x_t, x_0_from_output = self.process.x_0_coefficients(t, self.config.prediction_type)
+        mean_from_x_0, mean_from_x_t, _ = self.process.posterior_coefficients(t, s, eta)
+        noise_scale = torch.where(is_last, 0.0, eta)
+        low = self.process.p_log_variance(t, s, "fixed_small")
+        high = self.process.p_log_variance(t, s, "fixed_large")
+        fixed = high if self.variance_type in ("fixed_large", "fixed_large_log") else low
+        std = noise_scale * torch.exp(0.5 * fixed)
+        columns = (x_0_from_x_t, x_0_from_output, mean_from_x_0, mean_from_x_t, std, noise_scale, low, high)
+        return torch.stack([c.double() for c in columns], dim=1)
+
+    def _get_variance(
+        self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: VarianceType | None = None
+    ) -> Tensor:
+        """σ² of the step from t along the trajectory, under diffusers' name. 0 for β̃ at the last step."""
+        variance_type = variance_type or self.variance_type
+        s = self.previous_timestep(t)
+        if variance_type in LEARNED_VARIANCE_TYPES:
+            return self.process.p_log_variance(t, s, variance_type, predicted_variance).exp()
+        if variance_type in ("fixed_large", "fixed_large_log"):
+            return self.process.beta(t, s)
+        return self.process.posterior_coefficients(t, s)[2]
+
+    # --- the forward process, under diffusers' names ----------------------------------------------------------------
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
+        """x_t ~ q(x_t | x_0) (Eq. 4) for ε = `noise`: see `DDPMProcess.q_sample`."""
+        return self.process.q_sample(original_samples, timesteps, noise)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
+        """V (arXiv 2202.00512, Appendix D) of x_0 = `sample`: see `DDPMProcess.velocity`."""
+        return self.process.velocity(sample, noise, timesteps)
+
+
+def _spaced_timesteps(spacing: str, K: int, T: int, steps_offset: int) -> np.ndarray:
+    """K descending timesteps of [0, T - 1] (arXiv 2305.08891, Table 2), int64.
+
+    Exactly K of them for every K, where a floating-point `arange` would now and then give one more.
+    """
+    if spacing == "linspace":
+        grid = np.linspace(T - 1, 0, K).round().astype(np.int64)
+    elif spacing == "trailing":
+        grid = np.round(T - np.arange(K) * (T / K)).astype(np.int64) - 1
+    else:
+        grid = np.arange(K, dtype=np.int64)[::-1] * (T // K) + steps_offset
+        if grid[0] > T - 1:
+            raise ValueError(
+                f"`steps_offset` is {steps_offset}, which puts the first of {K} timesteps at {grid[0]}, beyond T - 1 = "
+                f"{T - 1}: use steps_offset=0, fewer steps, or timestep_spacing='trailing'."
+            )
+    return grid
+
+
+def _check_custom_timesteps(timesteps: Sequence[int] | Tensor | np.ndarray, T: int) -> np.ndarray:
+    """The timesteps as int64, strictly descending in [0, T - 1]."""
+    grid = np.asarray(timesteps.cpu() if isinstance(timesteps, Tensor) else timesteps)
+    if grid.ndim != 1 or grid.size == 0 or not np.issubdtype(grid.dtype, np.integer):
+        raise ValueError(f"`timesteps` is {timesteps!r}, but must be a non-empty list of integers.")
+    if grid.min() < 0 or grid.max() > T - 1:
+        wrong = grid[(grid < 0) | (grid > T - 1)][0]
+        raise ValueError(f"`timesteps` has {wrong}, but every timestep must lie between 0 and T - 1 = {T - 1}.")
+    if (np.diff(grid) >= 0).any():
+        i = int(np.argmax(np.diff(grid) >= 0))
+        raise ValueError(
+            f"`timesteps` goes from {grid[i]} to {grid[i + 1]}, but must descend strictly, without duplicates: "
+            "pass sorted(set(timesteps), reverse=True)."
+        )
+    return grid.astype(np.int64)
+
+
+def _warn_of_unsuitable_betas(process: DDPMProcess) -> None:
+    """Warn where the betas of a schedule made for T = 1000 meet another T."""
+    T = process.num_train_timesteps
+    alpha_bar_T = float(process.alphas_cumprod[-1])
+    remedy = f"Betas of T = 1000 suit T = {T} when they are multiplied by 1000/{T}."
+    if alpha_bar_T > 5e-3 and not process.has_zero_terminal_snr:
+        warnings.warn(
+            f"these betas never reach noise: ᾱ_T = {alpha_bar_T:.3g} after T = {T} steps, so x_T still shows the image "
+            f"but sampling starts from pure noise. {remedy}",
+            stacklevel=4,
+        )
+    destroyed = int((process.alphas_cumprod < 1e-5).sum())
+    if destroyed > 0.1 * T:
+        warnings.warn(
+            f"these betas destroy the image too soon: ᾱ_T = {alpha_bar_T:.3g}, and from t = {T - destroyed} of T = {T} "
+            f"on ᾱ_t < 1e-5, so {destroyed} steps see only noise. {remedy}",
+            stacklevel=4,
+        )
