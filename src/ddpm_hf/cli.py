@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from transformers import HfArgumentParser
 
-from .config import SampleConfig, exit_with_error
+from .config import HelpFormatter, SampleConfig, exit_with_error
 
 DESCRIPTION = """\
 DDPM (Ho et al. 2020) for the Hugging Face ecosystem.
@@ -23,16 +23,9 @@ Train a model with `accelerate launch training/train.py`, then look at what it m
 """
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults in the help of options, descriptions as they are written."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; foreseen errors end with one line and status 1."""
-    parser = argparse.ArgumentParser(prog="ddpm-hf", description=DESCRIPTION, formatter_class=_Formatter)
+    parser = argparse.ArgumentParser(prog="ddpm-hf", description=DESCRIPTION, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", title="commands", required=True, parser_class=HfArgumentParser
     )
@@ -41,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataclass_types=[SampleConfig],
         help="make images: numbered PNGs and a grid",
         description="Make images: numbered PNGs and a grid, the same ones whatever the batch size.",
-        formatter_class=_Formatter,
+        usage="ddpm-hf sample MODEL [--OPTION VALUE …]",
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
     sample_parser.add_argument("model", metavar="MODEL", help="a folder, a training checkpoint, or a model of the Hub")
 

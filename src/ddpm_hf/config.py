@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -180,30 +182,40 @@ def parse_train_config(argv: Sequence[str], default_preset: Path) -> TrainConfig
     parser = HfArgumentParser(
         [TrainConfig],
         prog="train.py",
+        usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE …]",
         description="Train a DDPM. Without any option: scikit-learn's digits, in about five minutes on two CPU cores.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="Options from a YAML file; flags override it.")
-    # A list, so that argparse leaves out what the command line does not name and the YAML file can fill it.
-    given = {a.split("=")[0] for a in argv}
-    config_file = _config_argument(argv)
-    if config_file is None and not given & {"--dataset_name", "--train_data_dir"}:
-        config_file = default_preset
-    if config_file is not None:
-        parser.set_defaults(**_read_yaml(config_file, {f.name for f in fields(TrainConfig)}))
-        if given & {"--dataset_name", "--train_data_dir"}:  # a source on the command line replaces the file's
+    parser.add_argument("--config", metavar="FILE.yaml", type=Path, help="Options from a YAML file; flags override it.")
+    given = parser.parse_args(list(argv))
+    has_source = given.dataset_name is not None or given.train_data_dir is not None
+    file = given.config or (None if has_source else default_preset)
+    if file is not None:
+        parser.set_defaults(**_read_yaml(file, {f.name for f in fields(TrainConfig)}))
+        if has_source:  # a source on the command line replaces the file's
             parser.set_defaults(dataset_name=None, train_data_dir=None)
     options = vars(parser.parse_args(list(argv)))
     options.pop("config")
     return TrainConfig(**options)
 
 
-def _config_argument(argv: Sequence[str]) -> Path | None:
-    for i, argument in enumerate(argv):
-        if argument == "--config" and i + 1 < len(argv):
-            return Path(argv[i + 1])
-        if argument.startswith("--config="):
-            return Path(argument.removeprefix("--config="))
-    return None
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """One spelling of each option, short names for its value, and its default if it has one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == 0 or not action.option_strings:
+            return super()._format_action_invocation(action)
+        return f"{action.option_strings[0]} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X"}.get(action.type, "VALUE")  # type: ignore[call-overload]
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def _read_yaml(file: Path, known: set[str]) -> dict[str, Any]:

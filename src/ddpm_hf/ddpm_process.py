@@ -193,7 +193,7 @@ class DDPMProcess:
         """True where ᾱ_T = 0, so that x_T holds nothing of x_0 and ε says nothing about it."""
         return bool(self.betas[-1] == 1)
 
-    # --- coefficients: float64, of the shape of t, on the device of t ---------------------------------------------
+    # --- coefficients: float64, of the shape of t, on the device of t -----------------------------------------------
 
     def _row(self, t: Timestep, first: int = 0) -> Tensor:
         """Log ᾱ_t, sqrt(ᾱ_t) and sqrt(1 - ᾱ_t) for first ≤ t < T, float64 of the shape of t and a last axis of 3."""
@@ -287,7 +287,7 @@ class DDPMProcess:
             return a, -b
         return 1 / a, -b / a
 
-    # --- the forward process q ------------------------------------------------------------------------------------
+    # --- the forward process q --------------------------------------------------------------------------------------
 
     def q_mean_variance(self, x_0: Tensor, t: Timestep) -> Gaussian:
         """q(x_t | x_0) = N(sqrt(ᾱ_t) x_0, (1 - ᾱ_t) I) (Eq. 4)."""
@@ -329,7 +329,7 @@ class DDPMProcess:
     def _clipped_log(self, variance: Tensor) -> Tensor:
         return torch.where(variance > 0, variance, math.exp(self._log_variance_at_data)).log()
 
-    # --- what a network predicts ----------------------------------------------------------------------------------
+    # --- what a network predicts ------------------------------------------------------------------------------------
 
     def velocity(self, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
         """V = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x_0 (arXiv 2202.00512, Appendix D)."""
@@ -375,7 +375,7 @@ class DDPMProcess:
         convert = {"epsilon": self.predict_eps, "sample": self.predict_x0, "v_prediction": self.predict_v}[target]
         return convert(output, x_t, t, source)
 
-    # --- the reverse process p ------------------------------------------------------------------------------------
+    # --- the reverse process p --------------------------------------------------------------------------------------
 
     def p_log_variance(
         self,
@@ -450,7 +450,7 @@ class DDPMProcess:
         mean = _like(x, c_0, pred_x_0, c_t, x)
         return PMeanVariance(mean.to(x_t.dtype), variance, log_variance, pred_x_0.to(x_t.dtype))
 
-    # --- the bound (Eq. 5), in bits/dim: nats / ln 2, averaged over everything but the batch ----------------------
+    # --- the bound (Eq. 5), in bits/dim: nats / ln 2, averaged over everything but the batch ------------------------
 
     def L_T(self, x_0: Tensor) -> Tensor:
         """KL(q(x_T|x_0) ‖ N(0, I)) (Eq. 5), bits/dim of shape (B,), float32 at least."""

@@ -170,7 +170,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
         result = DDPMPipelineCustomOutput(images, *record.tensors())
         return result if return_dict else result.to_tuple()
 
-    # --- the network ----------------------------------------------------------------------------------------------
+    # --- the network ------------------------------------------------------------------------------------------------
 
     def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
         """The network's prediction at x_t, guided if asked for, in float32."""
@@ -197,7 +197,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
             raise ValueError("the network's configuration has no `sample_size`: set unet.config.sample_size.")
         return (size, size) if isinstance(size, int) else (size[0], size[1])
 
-    # --- arguments ------------------------------------------------------------------------------------------------
+    # --- arguments --------------------------------------------------------------------------------------------------
 
     def _check_inputs(
         self,
@@ -293,7 +293,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
         wanted = {"generator": generator} if eta is None else {"generator": generator, "eta": eta}
         return {name: value for name, value in wanted.items() if name in accepted}
 
-    # --- images ---------------------------------------------------------------------------------------------------
+    # --- images -----------------------------------------------------------------------------------------------------
 
     def _postprocess(self, x_0: Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | Tensor:
         if output_type == "latent":
@@ -304,7 +304,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
         arrays = images.permute(0, 2, 3, 1).cpu().numpy()
         return self.numpy_to_pil(arrays) if output_type == "pil" else arrays
 
-    # --- saving ---------------------------------------------------------------------------------------------------
+    # --- saving -----------------------------------------------------------------------------------------------------
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `model_index.json` with stock class names, and the code that makes it ours.

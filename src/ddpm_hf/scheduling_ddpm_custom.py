@@ -7,6 +7,7 @@ so that a step is a look-up and a few multiplications.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,12 @@ from .ddpm_process import (
 
 TimestepSpacing = Literal["linspace", "leading", "trailing"]
 TIMESTEP_SPACINGS: tuple[str, ...] = get_args(TimestepSpacing)
+
+ZERO_SNR_ERROR = (
+    "`prediction_type` is 'epsilon', but the betas end at zero SNR (`rescale_betas_zero_snr`), where x_0 can't be "
+    "computed from ε: Eq. 15 divides by sqrt(ᾱ_T) = 0. Train with prediction_type='v_prediction' (or 'sample'), or set "
+    "rescale_betas_zero_snr=False."
+)
 
 
 @dataclass
@@ -154,7 +161,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         """T."""
         return self.process.num_train_timesteps
 
-    # --- the trajectory -------------------------------------------------------------------------------------------
+    # --- the trajectory ---------------------------------------------------------------------------------------------
 
     def set_timesteps(
         self,
@@ -179,11 +186,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
             found = "neither was" if timesteps is None else "both were"
             raise ValueError(f"pass one of `num_inference_steps` and `timesteps`; {found} given.")
         if self.process.has_zero_terminal_snr and self.config.prediction_type == "epsilon":
-            raise ValueError(
-                "`prediction_type` is 'epsilon', but the betas end at zero SNR (`rescale_betas_zero_snr`), where x_0 "
-                "can't be computed from ε: Eq. 15 divides by sqrt(ᾱ_T) = 0. Train with prediction_type='v_prediction' "
-                "(or 'sample'), or set rescale_betas_zero_snr=False."
-            )
+            raise ValueError(ZERO_SNR_ERROR)
         if timesteps is not None:
             if spacing is not None:
                 raise ValueError("`spacing` has no meaning with custom `timesteps`: leave one of them out.")
@@ -201,7 +204,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
             if alpha_bar > 0.01:
                 warnings.warn(
                     f"timestep spacing {spacing!r} with {K} steps starts from pure noise at t = {grid[0]}, where a "
-                    f"noisy image still holds {alpha_bar:.1%} of signal. Use spacing='trailing', which starts at T - 1.",
+                    f"noisy image holds {alpha_bar:.1%} of signal. Use spacing='trailing', which starts at T - 1.",
                     stacklevel=2,
                 )
         self._set_trajectory(grid, device)
@@ -228,7 +231,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
             raise ValueError(f"timestep {t} is out of range: it must lie between 0 and {len(self) - 1}.")
         return t
 
-    # --- the reverse step -----------------------------------------------------------------------------------------
+    # --- the reverse step -------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """The network's input is x_t itself."""
@@ -306,7 +309,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         limit = limit.reshape(-1, *(1,) * (sample.ndim - 1))
         return sample.clamp(-limit, limit) / limit
 
-    # --- coefficients ---------------------------------------------------------------------------------------------
+    # --- coefficients -----------------------------------------------------------------------------------------------
 
     def _coefficients(self, timestep: int | Tensor, sample: Tensor, eta: float) -> StepCoefficients:
         """The row of the trajectory's table for each timestep, without waiting for a GPU."""
@@ -316,7 +319,10 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         if on_cpu and not torch.compiler.is_compiling():
             if eta not in self._rows:
                 self._rows[eta] = self._table(eta).tolist()
-            return StepCoefficients(*self._rows[eta][self._check_timestep(int(timestep))])
+            row = self._rows[eta][self._check_timestep(int(timestep))]
+            if row[0] == math.inf:
+                raise ValueError(ZERO_SNR_ERROR)
+            return StepCoefficients(*row)
 
         dtype = torch.promote_types(sample.dtype, torch.float32)
         key = (eta, sample.device, dtype)

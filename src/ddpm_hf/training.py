@@ -132,7 +132,8 @@ def train(config: TrainConfig) -> Path:
             ema.step(raw_unet.parameters())
 
         done = step + 1
-        if done % LOG_EVERY == 0 or done == max_steps:
+        checkpoint_due = done % config.checkpointing_steps == 0 or done == max_steps
+        if done % LOG_EVERY == 0 or checkpoint_due:
             log.write(
                 bar,
                 step=done,
@@ -140,7 +141,7 @@ def train(config: TrainConfig) -> Path:
                 grad_norm=float(grad_norm),
                 ema_decay=ema.cur_decay_value if ema is not None else 0.0,
             )
-        if accelerator.is_main_process and (done % config.checkpointing_steps == 0 or done == max_steps):
+        if checkpoint_due and accelerator.is_main_process:
             with ema_weights(ema, raw_unet):
                 pipeline = DDPMPipelineCustom(raw_unet, scheduler)
                 state = training_state(done, raw_unet, optimizer, ema)
@@ -173,7 +174,7 @@ def train(config: TrainConfig) -> Path:
     return output_dir
 
 
-# --- one update ------------------------------------------------------------------------------------------------------
+# --- one update ----------------------------------------------------------------------------------------------------
 
 
 def seed_step(seed: int, step: int, micro_step: int, rank: int) -> None:
@@ -222,7 +223,7 @@ def ema_weights(ema: EMAModel | None, unet: UNet2DModel) -> Iterator[None]:
         ema.restore(unet.parameters())
 
 
-# --- state and pictures ----------------------------------------------------------------------------------------------
+# --- state and pictures --------------------------------------------------------------------------------------------
 
 
 def build_unet(config: TrainConfig) -> UNet2DModel:

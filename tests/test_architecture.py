@@ -1,0 +1,72 @@
+"""The picture of the README: which module may import which, and what every public thing documents."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import ddpm_hf
+
+SOURCE = Path(ddpm_hf.__file__).parent
+
+ARROWS = {
+    "ddpm_process": set(),
+    "scheduling_ddpm_custom": {"ddpm_process"},
+    "pipeline": {"ddpm_process", "scheduling_ddpm_custom"},
+    "objectives": {"ddpm_process"},
+    "data": {"config"},
+    "config": set(),
+    "pictures": set(),
+    "checkpoint": {"pipeline"},
+    "run_folder": {"checkpoint", "config"},
+    "sampling": {"checkpoint", "pipeline"},
+    "training": {
+        "checkpoint", "config", "data", "ddpm_process", "objectives", "pictures", "pipeline", "run_folder", "sampling",
+        "scheduling_ddpm_custom",
+    },
+    "cli": {"config", "pictures", "run_folder", "sampling"},
+    "__init__": {"ddpm_process", "pipeline", "scheduling_ddpm_custom"},
+}  # fmt: skip
+COPIED = {"ddpm_process": {"numpy", "torch"}, "scheduling_ddpm_custom": {"numpy", "torch", "diffusers"}}
+COPIED["pipeline"] = {*COPIED["scheduling_ddpm_custom"], "PIL"}
+
+
+def imports(module):
+    """Names of our modules, and of the packages, that a module imports anywhere."""
+    ours, packages = set(), set()
+    for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level <= 1
+            (ours if node.level else packages).add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            packages.update(alias.name.split(".")[0] for alias in node.names)
+    return ours, packages
+
+
+def test_every_module_is_in_the_picture():
+    assert {p.stem for p in SOURCE.glob("*.py")} == set(ARROWS)
+
+
+@pytest.mark.parametrize("module", ARROWS)
+def test_imports_follow_the_arrows(module):
+    ours, packages = imports(module)
+    assert ours <= ARROWS[module]
+    assert not packages & {"training", "tests", "ddpm_hf"}
+
+
+@pytest.mark.parametrize("module", COPIED)
+def test_copied_files_need_only_what_a_diffusers_user_has(module):
+    import sys
+
+    _, packages = imports(module)
+    assert packages - set(sys.stdlib_module_names) <= COPIED[module]
+
+
+@pytest.mark.parametrize("module", ARROWS)
+def test_public_things_have_docstrings(module):
+    tree = ast.parse((SOURCE / f"{module}.py").read_text("utf-8"))
+    assert ast.get_docstring(tree)
+    public = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    methods = [m for c in public if isinstance(c, ast.ClassDef) for m in c.body if isinstance(m, ast.FunctionDef)]
+    for node in public + [m for m in methods if not m.name.startswith("_")]:
+        assert ast.get_docstring(node), f"{module}.{node.name}"
