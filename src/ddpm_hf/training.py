@@ -89,6 +89,7 @@ def train(config: TrainConfig) -> Path:
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
+        fused=True,
     )
     unet, optimizer = accelerator.prepare(unet, optimizer)
     raw_unet: UNet2DModel = accelerator.unwrap_model(unet)
@@ -99,6 +100,7 @@ def train(config: TrainConfig) -> Path:
             use_ema_warmup=True,
             inv_gamma=config.ema_inv_gamma,
             power=config.ema_power,
+            foreach=True,
         )
         if config.use_ema
         else None
