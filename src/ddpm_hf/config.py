@@ -70,7 +70,9 @@ class TrainConfig:
         "linear", "The β schedule."
     )
     ddpm_num_inference_steps: int = _option(1000, "K, the steps per image of the sample grids.")
-    timestep_spacing: Literal["trailing", "linspace", "leading"] = _option("trailing", "How K steps are spread over T.")
+    timestep_spacing: Literal["linspace", "trailing", "leading"] = _option(
+        "linspace", "How K steps are spread over T; linspace goes from T - 1 to 0."
+    )
     variance_type: Literal["fixed_small", "fixed_large"] = _option(
         "fixed_small", "The reverse variance that is written into the model."
     )
