@@ -157,8 +157,7 @@ def test_any_stock_scheduler_swaps_in(make_pipeline, scheduler, learned):
     """Also for a network with learned variance, whose second half stock solvers have no use for."""
     variance_type = "learned_range" if learned else "fixed_small"
     pipe = make_pipeline(DDPMSchedulerCustom(variance_type=variance_type), out_channels=6 if learned else 3)
-    config = {**pipe.scheduler.config, "variance_type": "fixed_small"}
-    pipe.scheduler = scheduler.from_config(config)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     out = pipe(2, generators(0, 1), 6, "np", trajectory_every=2)
     assert np.isfinite(out.images).all()
     assert 0.1 < out.images.mean() < 0.9
@@ -230,6 +229,14 @@ def test_labels_may_be_one_or_one_per_image(make_pipeline):
     ("unet", "call", "message"),
     [
         ({}, {"batch_size": 0}, "batch_size.*0"),
+        ({}, {"generator": [1, 2]}, "generator.*torch.Generator"),
+        ({}, {"callback_on_step_end": 5}, "callback_on_step_end.*5"),
+        ({}, {"callback_on_step_end_tensor_inputs": "latents"}, "callback_on_step_end_tensor_inputs.*'latents'"),
+        ({}, {"guidance_scale": float("inf")}, "guidance_scale.*inf"),
+        ({}, {"eta": "x"}, "eta.*'x'"),
+        ({"num_class_embeds": 5}, {"class_labels": "cat"}, "class_labels.*'cat'"),
+        ({"num_class_embeds": 5}, {"class_labels": []}, "class_labels.*0.*batch_size.*2"),
+        ({"sample_size": 7}, {}, "sample_size.*7.*multiple of 2"),
         ({}, {"generator": 3}, "generator.*list of 3.*batch_size.*2"),
         ({}, {"num_inference_steps": 0}, "num_inference_steps.*0"),
         ({}, {"num_inference_steps": 1001}, "num_inference_steps.*1001"),
@@ -265,6 +272,27 @@ def test_networks_that_do_not_fit_are_refused(make_unet):
         DDPMPipelineCustom(make_unet(3, 6), DDPMSchedulerCustom())
     with pytest.raises(ValueError, match="'learned_range'.*need 6"):
         DDPMPipelineCustom(make_unet(3, 3), DDPMSchedulerCustom(variance_type="learned_range"))
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler])
+@pytest.mark.parametrize("steps", [-3, 0, 1001, 2.5])
+def test_bad_numbers_of_steps_are_refused_for_any_scheduler(make_pipeline, scheduler, steps):
+    with pytest.raises(ValueError, match=f"num_inference_steps.*{steps}.*1 to 1000"):
+        make_pipeline(scheduler())(num_inference_steps=steps)
+
+
+def test_parts_of_a_pipeline_load(make_pipeline, tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    assert DDPMPipelineCustom.from_pretrained(tmp_path, unet=None).unet is None
+    with pytest.raises(TypeError, match="scheduler"):
+        DDPMPipelineCustom(make_pipeline().unet, make_pipeline().unet)
+
+
+def test_images_that_are_not_finite_are_warned_of(make_pipeline):
+    pipe = make_pipeline()
+    pipe.unet.conv_out.bias.data.fill_(float("nan"))
+    with pytest.warns(UserWarning, match="NaN.*bfloat16"):
+        pipe(num_inference_steps=2, output_type="np")
 
 
 def test_schedulers_without_eta_or_timesteps_say_so(make_pipeline):

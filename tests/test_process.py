@@ -260,6 +260,20 @@ def test_learned_range_interpolates_the_logarithms_of_the_skipped_step(images):
         assert torch.equal(p.mean, LINEAR.p_mean_variance(eps, x_t, t, s).mean)
 
 
+def test_last_variance_is_clipped_to_that_of_the_second_step(images):
+    """log β̃ is -∞ at the data; the paper's code takes β̃ of the second step, for the decoder and the learned range."""
+    eps, x_t = images
+    beta = LINEAR.betas
+    second = (1 - (1 - beta[0])) / (1 - (1 - beta[0]) * (1 - beta[1])) * beta[1]
+    fixed = LINEAR.p_mean_variance(eps, x_t, 0)
+    assert fixed.variance == 0
+    close(fixed.log_variance, second.log())
+    for raw, expected in ((-1.0, second.log()), (1.0, beta[0].log())):
+        output = torch.cat([eps, torch.full_like(eps, raw)], dim=1)
+        p = LINEAR.p_mean_variance(output, x_t, 0, variance_type="learned_range")
+        close(p.log_variance, expected.expand_as(eps))
+
+
 def test_learned_variance_is_a_logarithm(images):
     eps, x_t = images
     p = LINEAR.p_mean_variance(torch.cat([eps, x_t], dim=1), x_t, 5, variance_type="learned")
@@ -291,6 +305,13 @@ def test_prior_term_of_a_black_and_white_image():
             a *= 1 - mpmath.mpf(beta)
         exact = 0.5 * (-a - mpmath.log(1 - a) + a) / mpmath.log(2)
     close(LINEAR.L_T(x_0.double()), [float(exact)] * 2, rtol=1e-10)
+
+
+def test_prior_term_counts_the_square_of_the_image():
+    x_0 = torch.tensor([0.0, 0.5, -1.0], dtype=torch.float64).reshape(3, 1, 1, 1)
+    bits = LINEAR.L_T(x_0)
+    a = float(LINEAR.alphas_cumprod[-1])
+    close((bits - bits[0]) * 2 * math.log(2) / a, [0, 0.25, 1], rtol=1e-6, atol=1e-9)
 
 
 def test_kl_matches_torch_distributions():
@@ -330,6 +351,17 @@ def test_decoder_is_a_distribution_over_the_256_levels(mean, std):
     levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     log_p = discretized_gaussian_log_likelihood(levels, torch.tensor(mean), torch.tensor(std**2).log())
     close(log_p.exp().sum(), 1.0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("num_levels", [2, 16, 1024])
+def test_decoder_knows_other_numbers_of_levels(num_levels):
+    levels = torch.linspace(-1, 1, num_levels, dtype=torch.float64)
+    log_p = discretized_gaussian_log_likelihood(levels, torch.tensor(0.3), torch.tensor(0.04).log(), num_levels)
+    close(log_p.exp().sum(), 1.0, rtol=1e-12)
+    middle = num_levels // 2
+    edges = levels[middle] + torch.tensor([-1.0, 1.0]) / (num_levels - 1)
+    if num_levels > 2:
+        close(log_p[middle].exp(), norm.cdf(edges[1], 0.3, 0.2) - norm.cdf(edges[0], 0.3, 0.2), rtol=1e-6)
 
 
 def test_decoder_is_the_difference_of_cdfs_and_exact_in_the_tails():
@@ -405,6 +437,20 @@ def test_half_precision_is_float32_rounded_once(dtype):
     p = LINEAR.p_mean_variance(noise, x_t, t)
     assert p.mean.dtype == dtype
     assert torch.equal(p.mean, LINEAR.p_mean_variance(noise.float(), x_t.float(), t).mean.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_narrow_integers_are_timesteps_too(dtype, images):
+    x_0, noise = images
+    t = torch.tensor([0, 7, 100])
+    for of in (LINEAR.q_sample, lambda x, t, e: LINEAR.q_posterior(x, e, t).mean, LINEAR.q_step):
+        torch.testing.assert_close(of(x_0, t.to(dtype), noise), of(x_0, t, noise), rtol=0, atol=0)
+
+
+def test_empty_batches_pass_through():
+    x, t = torch.zeros(0, 3, 4, 4), torch.zeros(0, dtype=torch.long)
+    assert LINEAR.q_sample(x, t, x).shape == x.shape
+    assert LINEAR.p_mean_variance(x, x, t).mean.shape == x.shape
 
 
 def test_bad_timesteps_and_images_are_refused(images):

@@ -224,9 +224,11 @@ def test_leading_spacing_warns_where_its_start_is_no_noise():
     scheduler = DDPMSchedulerCustom()
     with pytest.warns(UserWarning, match="starts from pure noise at t = 599.*trailing"):
         scheduler.set_timesteps(600)
+    laplace = make(beta_schedule="laplace", timestep_spacing="trailing")  # holds 3 % of signal even at T - 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scheduler.set_timesteps(50)
+        laplace.set_timesteps(10)
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range", "learned"])
@@ -303,6 +305,39 @@ def test_learned_range_spans_the_variances_of_the_skipped_step(raw, kind):
             learned.step(output, t, x, variance_noise=noise).prev_sample,
             fixed.step(eps, t, x, variance_noise=noise).prev_sample,
         )
+
+
+def test_learned_range_chain_equals_the_stock_scheduler():
+    """In the full chain the skipped step is the step, so here stock is right."""
+    config = {"variance_type": "learned_range"}
+
+    def predict(x, t):
+        return torch.cat([network(x, t), torch.sin(3 * x)], dim=1)
+
+    torch.testing.assert_close(
+        run_chain(DDPMSchedulerCustom(**config), predict),
+        run_chain(DDPMScheduler(**config), predict),
+        rtol=0,
+        atol=5e-4,
+    )
+
+
+def test_variances_under_diffusers_name():
+    scheduler, stock = DDPMSchedulerCustom(), DDPMScheduler()
+    for t in (1, 487, 999):
+        for kind in ("fixed_small", "fixed_large"):
+            torch.testing.assert_close(
+                scheduler._get_variance(t, variance_type=kind).float(),
+                stock._get_variance(t, variance_type=kind),
+                rtol=1e-3,
+                atol=0,
+            )
+        raw = torch.randn(2, 3, 4, 4)
+        log_variance = stock._get_variance(t, raw, "learned_range")
+        torch.testing.assert_close(
+            scheduler._get_variance(t, raw, "learned_range").float(), log_variance.exp(), rtol=1e-3, atol=0
+        )
+    assert scheduler._get_variance(0) == 0
 
 
 def test_learned_variance_is_a_logarithm():
@@ -419,6 +454,25 @@ def test_half_precision_networks_keep_a_float32_trajectory(dtype):
     torch.testing.assert_close(half.prev_sample.float(), full, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_narrow_integers_are_timesteps_too(dtype):
+    scheduler = DDPMSchedulerCustom()
+    x, eps, noise = torch.randn(3, 2, 3, 4, 4)
+    t = torch.tensor([3, 100])
+    steps = [scheduler.step(eps, t.to(d), x, variance_noise=noise).prev_sample for d in (dtype, torch.long)]
+    assert torch.equal(*steps)
+    scheduler.set_timesteps(timesteps=np.array([100, 3], dtype=np.uint8))
+    assert scheduler.timesteps.tolist() == [100, 3]
+
+
+def test_eta_is_as_precise_as_the_rest():
+    scheduler = DDPMSchedulerCustom()
+    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    std = scheduler.step(zero, 500, zero, variance_noise=one, eta=0.3).prev_sample
+    expected = 0.3 * scheduler.process.posterior_coefficients(500)[2].sqrt()
+    torch.testing.assert_close(std.squeeze(), expected, rtol=1e-13, atol=0)
+
+
 def test_float64_chains_stay_float64():
     scheduler = DDPMSchedulerCustom()
     x, eps = torch.randn(2, 1, 1, 4, 4, dtype=torch.float64)
@@ -522,6 +576,7 @@ def test_bad_configurations_are_refused_at_construction(config, message):
         ({"timesteps": [5, 5, 0]}, "5 to 5.*duplicates"),
         ({"timesteps": [1000, 5]}, "1000.*T - 1 = 999"),
         ({"timesteps": [5, -1]}, "-1"),
+        ({"timesteps": [5, [1]]}, "list of integers"),
         ({"timesteps": [5, 1], "spacing": "trailing"}, "spacing"),
         ({"num_inference_steps": 5, "spacing": "even"}, "timestep_spacing.*'even'"),
     ],
@@ -547,9 +602,14 @@ def test_offset_beyond_the_last_timestep_is_refused():
 def test_bad_steps_are_refused():
     scheduler = DDPMSchedulerCustom()
     x = torch.randn(2, 3, 4, 4)
-    for t in (-1, 1000, torch.tensor(1000)):
-        with pytest.raises(ValueError, match="out of range"):
+    for t in (-1, 1000, torch.tensor(1000), torch.tensor([1000, 5]), torch.tensor([-1, 5])):
+        with pytest.raises(ValueError, match="between 0 and 999|from 0 to 999"):
             scheduler.step(x, t, x)
+    with pytest.raises(ValueError, match="variance_noise"):
+        scheduler.step(x, 5, x, variance_noise=torch.zeros(4, 4))
+    zero_snr = DDPMSchedulerCustom(rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match="zero SNR"):
+        zero_snr.step(x, torch.tensor([999, 998]), x)
     with pytest.raises(ValueError, match="one timestep for all, or 2"):
         scheduler.step(x, torch.tensor([1, 2, 3]), x)
     with pytest.raises(TypeError, match="integers"):

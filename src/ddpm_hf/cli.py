@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.pop("command")
     try:
         sample(options.pop("model"), SampleConfig(**options))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         exit_with_error(error)
 
 
@@ -58,11 +58,19 @@ def sample(model: str, config: SampleConfig) -> Path:
 
     output_dir = Path(config.output_dir)
     check_writable(output_dir)
-    pipeline = load_pipeline(model, config.revision, getattr(torch, config.dtype)).to(_device(config.device))
-    if config.timestep_spacing is not None:
+    stale = [p for p in output_dir.glob("[0-9]*.png") if p.stem.isdigit() and int(p.stem) >= config.num_images]
+    if stale:
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} holds {len(stale)} images of a longer run ({min(stale).name} …): remove "
+            "them, or choose another --output_dir."
+        )
+    device = _device(config.device)
+    pipeline = load_pipeline(model, config.revision, getattr(torch, config.dtype)).to(device)
+    if config.timestep_spacing != "model":
         pipeline.scheduler = type(pipeline.scheduler).from_config(
             pipeline.scheduler.config, timestep_spacing=config.timestep_spacing
         )
+    output_dir.mkdir(parents=True, exist_ok=True)
     images: list[Image.Image] = []
     for batch in sample_images(
         pipeline,
@@ -84,10 +92,14 @@ def sample(model: str, config: SampleConfig) -> Path:
 
 
 def _device(name: str | None) -> str:
+    """The device asked for, if it can hold a tensor; else the best one present."""
     import torch
 
-    if name is not None:
-        return name
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`device` is {name!r}, but that can't be used here ({reason}): try --device cpu.") from error
+    return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,11 @@ def _choices(config: object) -> None:
         if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
             allowed = ", ".join(map(repr, get_args(hint)))
             raise ValueError(f"`{name}` is {getattr(config, name)!r}, but must be one of {allowed}.")
+
+
+def _seed(seed: int, images: int = 1) -> None:
+    if not 0 <= seed <= 2**63 - images:
+        raise ValueError(f"`seed` is {seed}, but must lie between 0 and 2^63 - {images}.")
 
 
 def _fraction(config: object, *names: str) -> None:
@@ -122,6 +128,7 @@ class TrainConfig:
             "ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size", "checkpointing_steps",
             "checkpoints_total_limit", "save_images_steps",
         )  # fmt: skip
+        _seed(self.seed)
         _fraction(self, "adam_beta1", "adam_beta2", "ema_max_decay")
         if self.dataset_name is None and self.train_data_dir is None:
             raise ValueError(
@@ -158,7 +165,9 @@ class SampleConfig:
     seed: int = _option(0, "Image i comes from the random numbers of seed + i, whatever the batch size.")
     output_dir: str = _option("samples", "Folder for the numbered PNGs and the grid.")
     num_inference_steps: int | None = _option(None, "K, steps per image; default: the model's T.")
-    timestep_spacing: str | None = _option(None, "trailing, linspace or leading; default: the model's.")
+    timestep_spacing: Literal["model", "linspace", "trailing", "leading"] = _option(
+        "model", "How K steps are spread over T."
+    )
     eta: float | None = _option(None, "From 0 (DDIM) to 1 (ancestral DDPM, the default).")
     class_label: list[int] | None = _option(None, "For class-conditional models: labels, used in turn.")
     guidance_scale: float = _option(1.0, "Classifier-free guidance; 1 is off.")
@@ -170,8 +179,11 @@ class SampleConfig:
     def __post_init__(self) -> None:
         _choices(self)
         _positive(self, "num_images", "batch_size", "num_inference_steps")
-        if self.seed < 0:
-            raise ValueError(f"`seed` is {self.seed}, but must be at least 0.")
+        _seed(self.seed, self.num_images)
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ValueError(f"`eta` is {self.eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM.")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` is {self.guidance_scale}, but must be at least 0 (1 is no guidance).")
 
 
 def parse_train_config(argv: Sequence[str], default_preset: Path) -> TrainConfig:

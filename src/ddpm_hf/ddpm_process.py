@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -36,6 +36,21 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Raise a ValueError that names the option, the value found and the values allowed."""
     if value not in allowed:
         raise ValueError(f"`{name}` is {value!r}, but must be one of {', '.join(map(repr, allowed))}.")
+
+
+def check_integer(name: str, value: Any, lowest: int, highest: int | None = None) -> None:
+    """Raise a ValueError that names the option and the value unless it is an integer from lowest to highest."""
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_integer or value < lowest or (highest is not None and value > highest):
+        allowed = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise ValueError(f"`{name}` is {value!r}, but must be an integer {allowed}.")
+
+
+def check_number(name: str, value: Any, allowed: str, is_allowed: Callable[[float], bool]) -> None:
+    """Raise a ValueError that names the option, the value and what is allowed unless it is such a number."""
+    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not is_allowed(value):
+        raise ValueError(f"`{name}` is {value!r}, but must be {allowed}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,8 +76,7 @@ def make_betas(
         ValueError: for an unknown schedule, T < 1, or betas outside (0, 1).
     """
     check_choice("beta_schedule", schedule, BETA_SCHEDULES)
-    if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, int) or num_train_timesteps < 1:
-        raise ValueError(f"`num_train_timesteps` is {num_train_timesteps!r}, but must be an integer of at least 1.")
+    check_integer("num_train_timesteps", num_train_timesteps, 1)
     if schedule in ("squaredcos_cap_v2", "laplace"):
         alpha_bar = _cosine_alpha_bar if schedule == "squaredcos_cap_v2" else _laplace_alpha_bar
         times = [i / num_train_timesteps for i in range(num_train_timesteps + 1)]
@@ -70,11 +84,13 @@ def make_betas(
         return torch.tensor([min(1 - alpha_bar(v) / alpha_bar(u), 0.999) for u, v in pairs], dtype=torch.float64)
 
     for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
-        if not 0 < beta < 1:
-            raise ValueError(
-                f"`{name}` is {beta}, but must lie strictly between 0 and 1: it is the variance of the noise that one "
-                "forward step adds. The paper uses beta_start=0.0001 and beta_end=0.02."
-            )
+        check_number(
+            name,
+            beta,
+            "a number strictly between 0 and 1, the variance of the noise that one forward step adds (the paper uses "
+            "beta_start=0.0001 and beta_end=0.02)",
+            lambda b: 0 < b < 1,
+        )
     if beta_start > beta_end:
         raise ValueError(
             f"`beta_start` is {beta_start} and `beta_end` is {beta_end}, but beta_start must not exceed beta_end: "
@@ -148,8 +164,8 @@ class DDPMProcess:
     """The forward process of given betas and everything that follows from it in closed form.
 
     Wherever `t` (or `s`) is an argument it is an int or an integer tensor of shape () or (B,), one time per image.
-    Images have shape (B, *) and any floating dtype. Nothing here synchronises with the GPU: values of `t` that lie on
-    a GPU are not inspected.
+    Images have shape (B, *) and any floating dtype. Values of `t` that lie on a GPU are not inspected, so nothing here
+    waits for one.
 
     Args:
         betas: β_1 … β_T, shape (T,), each in (0, 1). The last one may be exactly 1 (zero terminal SNR).
@@ -173,6 +189,8 @@ class DDPMProcess:
                 "may be 1, for zero terminal SNR)."
             )
         self.alphas = 1 - self.betas
+        # Where ᾱ_T = 0, x_T holds nothing of x_0, and ε says nothing about it.
+        self.has_zero_terminal_snr = bool(self.betas[-1] == 1)
         # log ᾱ keeps 1 - ᾱ_t and 1 - ᾱ_t/ᾱ_s right to the last digit, by expm1, where subtraction would cancel.
         log_alpha_bar = torch.cumsum(torch.log1p(-self.betas), dim=0)
         self.alphas_cumprod = log_alpha_bar.exp()
@@ -188,31 +206,17 @@ class DDPMProcess:
         """T."""
         return len(self.betas)
 
-    @property
-    def has_zero_terminal_snr(self) -> bool:
-        """True where ᾱ_T = 0, so that x_T holds nothing of x_0 and ε says nothing about it."""
-        return bool(self.betas[-1] == 1)
-
     # --- coefficients: float64, of the shape of t, on the device of t -----------------------------------------------
 
     def _row(self, t: Timestep, first: int = 0) -> Tensor:
         """Log ᾱ_t, sqrt(ᾱ_t) and sqrt(1 - ᾱ_t) for first ≤ t < T, float64 of the shape of t and a last axis of 3."""
-        if not isinstance(t, Tensor):
-            t = torch.tensor(t)
-        elif t.device.type == "mps":  # Metal has no float64
+        t = as_timesteps(t)
+        if t.device.type == "mps":  # Metal has no float64
             t = t.cpu()
-        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-            raise TypeError(f"timesteps have dtype {t.dtype}, but must be integers.")
-        if _is_readable(t):
-            lowest, highest = t.aminmax()
-            if lowest < first or highest >= len(self.betas):
-                wrong = int(lowest if lowest < first else highest)
-                raise ValueError(
-                    f"timestep {wrong} is out of range: it must lie between {first} and {len(self.betas) - 1}."
-                )
+        check_timesteps(t, len(self.betas), first)
         if t.device not in self._tables:
             self._tables[t.device] = self._tables[torch.device("cpu")].to(t.device)
-        return self._tables[t.device][t.long() + 1]
+        return self._tables[t.device][t + 1]
 
     def _log_alpha_bar(self, t: Timestep, first: int = 0) -> Tensor:
         return self._row(t, first)[..., 0]
@@ -224,13 +228,11 @@ class DDPMProcess:
 
     def _pair(self, t: Timestep, s: Timestep | None) -> tuple[Tensor, Tensor]:
         """Log ᾱ_t and log ᾱ_s, for s < t (s = t - 1 where it is not given)."""
-        log_t = self._log_alpha_bar(t)
-        if s is None:
-            return log_t, self._log_alpha_bar(t - 1, first=-1)
-        log_s = self._log_alpha_bar(s, first=-1).to(log_t.device)
-        if _is_readable(log_t) and (torch.as_tensor(s).cpu() >= torch.as_tensor(t).cpu()).any():
-            raise ValueError(f"s = {s} must be earlier than t = {t} for every image.")
-        return log_t, log_s
+        t = as_timesteps(t)
+        s = t - 1 if s is None else as_timesteps(s).to(t.device)
+        if _is_readable(t) and (s >= t).any():
+            raise ValueError(f"s = {s.tolist()} must be earlier than t = {t.tolist()} for every image.")
+        return self._log_alpha_bar(t), self._log_alpha_bar(s, first=-1)
 
     def alpha_bar(self, t: Timestep) -> Tensor:
         """ᾱ_t = Π (1 - β) (notation above Eq. 4); 1 at t = -1. float64 of the shape of t."""
@@ -339,7 +341,7 @@ class DDPMProcess:
     def predict_x0(
         self, output: Tensor, x_t: Tensor, t: Timestep, prediction_type: PredictionType = "epsilon"
     ) -> Tensor:
-        """x̂_0 from a prediction of any type (Eq. 15 for `epsilon`). At ᾱ_t = 0, `epsilon` gives infinity."""
+        """x̂_0 from a prediction of any type (Eq. 15 for `epsilon`). Not finite for `epsilon` where ᾱ_t = 0."""
         a, b = self.x_0_coefficients(t, prediction_type)
         return _like(x_t, a, x_t, b, output)
 
@@ -358,7 +360,7 @@ class DDPMProcess:
     def predict_v(
         self, output: Tensor, x_t: Tensor, t: Timestep, prediction_type: PredictionType = "epsilon"
     ) -> Tensor:
-        """v̂ from a prediction of any type. At ᾱ_t = 0, `epsilon` gives infinity."""
+        """v̂ from a prediction of any type. Not finite for `epsilon` where ᾱ_t = 0."""
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         if prediction_type == "v_prediction":
             return output.to(x_t.dtype)
@@ -466,7 +468,8 @@ class DDPMProcess:
         """KL(q(x_s|x_t,x_0) ‖ p_θ(x_s|x_t)) (Eq. 5) for s ≥ 0, bits/dim of shape (B,), float32 at least.
 
         Args:
-            p: the reverse step, from `p_mean_variance` at the same x_t, t and s.
+            p: the reverse step, from `p_mean_variance` at the same x_t, t and s. Let x_t be float32 at least: a mean
+                that is rounded to half precision is a different mean, and the KL says so.
         """
         dtype = _exact_dtype(x_0)
         q = self.q_posterior(x_0.to(dtype), x_t.to(dtype), t, s)
@@ -478,8 +481,10 @@ class DDPMProcess:
 
         Args:
             x_0: images on the grid of `num_levels` equally spaced values from -1 to 1.
-            p: the last reverse step, from `p_mean_variance` at t = 0.
+            p: the last reverse step, from `p_mean_variance` at t = 0. For `fixed_large` its σ² is β_1, as in the
+                paper's text; the paper's code uses β̃_2 there, which is what `fixed_small` gives.
         """
+        check_integer("num_levels", num_levels, 2)
         nats = -discretized_gaussian_log_likelihood(x_0, p.mean, p.log_variance, num_levels)
         return (nats.flatten(1).mean(1) / math.log(2)).to(_compute_dtype(x_0))
 
@@ -540,6 +545,27 @@ def split_model_output(model_output: Tensor, x_t: Tensor, variance_type: str) ->
         return model_output, None
     prediction, raw_variance = model_output.split(channels, dim=1)
     return prediction, raw_variance
+
+
+def as_timesteps(t: Timestep) -> Tensor:
+    """Timesteps as int64: narrower integers would overflow in arithmetic, and uint8 would index as a mask."""
+    if not isinstance(t, Tensor):
+        t = torch.tensor(t)
+    if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+        raise TypeError(f"timesteps have dtype {t.dtype}, but must be integers.")
+    return t.long()
+
+
+def check_timesteps(t: Tensor, num_train_timesteps: int, first: int = 0) -> None:
+    """Raise a ValueError unless first ≤ t < T; values on a GPU are not inspected."""
+    if t.numel() == 0 or not _is_readable(t):
+        return
+    lowest, highest = t.aminmax()
+    if lowest < first or highest >= num_train_timesteps:
+        wrong = int(lowest if lowest < first else highest)
+        raise ValueError(
+            f"timestep {wrong} is out of range: it must lie between {first} and {num_train_timesteps - 1}."
+        )
 
 
 def _is_readable(t: Tensor) -> bool:

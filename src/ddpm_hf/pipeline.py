@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,14 @@ import PIL.Image
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 # Both names are needed here: diffusers copies only the files that pipeline.py itself imports from.
-from .ddpm_process import LEARNED_VARIANCE_TYPES
-from .scheduling_ddpm_custom import DDPMSchedulerCustom
+from .ddpm_process import LEARNED_VARIANCE_TYPES, check_choice, check_integer, check_number
+from .scheduling_ddpm_custom import DDPMSchedulerCustom, check_custom_timesteps, check_eta
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CODE_FILES = ("pipeline.py", "scheduling_ddpm_custom.py", "ddpm_process.py")
@@ -40,7 +42,7 @@ class DDPMPipelineCustomOutput(BaseOutput):
     Args:
         images: a list of B PIL images, an array (B, H, W, C) or a tensor (B, C, H, W) in [0, 1]; a tensor
             (B, C, H, W) that is not clamped and has its data in [-1, 1] for `output_type="latent"`.
-        trajectory: x_t after each recorded step, (S, B, C, H, W), float32 on the CPU. The last one is the result.
+        trajectory: x_t after each recorded step, (S, B, C, H, W), float32 on the CPU, its data in [-1, 1].
         trajectory_x_0: the x̂_0 of the same steps; None where the scheduler does not give it.
         trajectory_timesteps: the S timesteps t that these steps started from.
     """
@@ -71,6 +73,17 @@ class DDPMPipelineCustom(DiffusionPipeline):
         if type(scheduler) is DDPMScheduler:
             scheduler = DDPMSchedulerCustom.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
+        if unet is None or scheduler is None:  # diffusers loads parts of a pipeline this way
+            return
+        if not isinstance(scheduler, SchedulerMixin):
+            raise TypeError(
+                f"`scheduler` is a {type(scheduler).__name__}, but must be a scheduler of diffusers or ours."
+            )
+        if unet.config.get("class_embed_type") is not None:
+            raise ValueError(
+                f"the network has class_embed_type={unet.config.class_embed_type!r}, but a conditional DDPM needs "
+                "labels: configure it with num_class_embeds instead."
+            )
         channels, outputs = unet.config.in_channels, unet.config.out_channels
         variance_type = scheduler.config.get("variance_type")
         if outputs not in (channels, 2 * channels):
@@ -134,9 +147,9 @@ class DDPMPipelineCustom(DiffusionPipeline):
         # 1. Check every argument
         self._check_inputs(
             batch_size, generator, output_type, guidance_scale, eta,
-            callback_on_step_end_tensor_inputs, trajectory_every,
+            callback_on_step_end, callback_on_step_end_tensor_inputs, trajectory_every,
         )  # fmt: skip
-        labels = self._prepare_class_labels(class_labels, batch_size, guidance_scale)
+        labels = self.prepare_class_labels(class_labels, batch_size, guidance_scale)
 
         # 2. Choose the trajectory
         self._set_timesteps(num_inference_steps, timesteps)
@@ -175,9 +188,8 @@ class DDPMPipelineCustom(DiffusionPipeline):
     def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
         """The network's prediction at x_t, guided if asked for, in float32."""
         x = self.scheduler.scale_model_input(x_t, t).to(self.unet.dtype)
-        guided = False
-        if labels is not None and guidance_scale != 1:
-            guided = True
+        guided = labels is not None and guidance_scale != 1
+        if labels is not None and guided:
             x = torch.cat([x, x])
             labels = torch.cat([labels, torch.full_like(labels, self.unet.config.num_class_embeds - 1)])
         output = self.unet(x, t, class_labels=labels, return_dict=False)[0].float()
@@ -187,15 +199,23 @@ class DDPMPipelineCustom(DiffusionPipeline):
             conditional, null = prediction.chunk(2)
             prediction = null + guidance_scale * (conditional - null)
             variance = [v.chunk(2)[0] for v in variance]
-        if self.scheduler.config.get("variance_type") not in LEARNED_VARIANCE_TYPES:
-            variance = []  # a swapped-in scheduler that has no use for it
+        takes_variance = isinstance(self.scheduler, (DDPMSchedulerCustom, DDPMScheduler))
+        if not takes_variance or self.scheduler.config.variance_type not in LEARNED_VARIANCE_TYPES:
+            return prediction
         return torch.cat([prediction, *variance], dim=1)
 
     def _image_size(self) -> tuple[int, int]:
         size = self.unet.config.sample_size
         if size is None:
             raise ValueError("the network's configuration has no `sample_size`: set unet.config.sample_size.")
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
+        height, width = (size, size) if isinstance(size, int) else size
+        halvings = len(self.unet.config.block_out_channels) - 1
+        if height % 2**halvings or width % 2**halvings:
+            raise ValueError(
+                f"`sample_size` of the network is {size}, but the network halves images {halvings} times: it needs a "
+                f"multiple of {2**halvings}."
+            )
+        return height, width
 
     # --- arguments --------------------------------------------------------------------------------------------------
 
@@ -206,38 +226,40 @@ class DDPMPipelineCustom(DiffusionPipeline):
         output_type: str,
         guidance_scale: float,
         eta: float | None,
+        callback_on_step_end: object,
         callback_on_step_end_tensor_inputs: Sequence[str],
         trajectory_every: int | None,
     ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` is {batch_size!r}, but must be an integer of at least 1.")
-        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+        check_integer("batch_size", batch_size, 1)
+        generators = [] if generator is None else generator if isinstance(generator, list) else [generator]
+        if not all(isinstance(g, torch.Generator) for g in generators):
+            raise ValueError(f"`generator` is {generator!r}, but must be a torch.Generator or a list of them.")
+        if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` is a list of {len(generator)}, but `batch_size` is {batch_size}: pass one generator per "
                 "image, or a single one for the batch."
             )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(
-                f"`output_type` is {output_type!r}, but must be one of {', '.join(map(repr, OUTPUT_TYPES))}."
-            )
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         channels = self.unet.config.in_channels
         if output_type == "pil" and channels > 4:
             raise ValueError(
                 f"`output_type` is 'pil', but PIL can't hold images of {channels} channels: use 'np' or 'pt'."
             )
-        if not guidance_scale >= 0:
-            raise ValueError(f"`guidance_scale` is {guidance_scale}, but must be at least 0 (1 is no guidance).")
-        if eta is not None and not 0 <= eta <= 1:
-            raise ValueError(f"`eta` is {eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
+        check_number("guidance_scale", guidance_scale, "a number of at least 0 (1 is no guidance)", lambda w: w >= 0)
+        if eta is not None:
+            check_eta(eta)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` is {callback_on_step_end!r}, but must be a function.")
+        names = callback_on_step_end_tensor_inputs
+        if not isinstance(names, (list, tuple)) or any(name not in self._callback_tensor_inputs for name in names):
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {unknown}, but only {self._callback_tensor_inputs} exist."
+                f"`callback_on_step_end_tensor_inputs` is {names!r}, but must be a list of some of "
+                f"{self._callback_tensor_inputs}."
             )
-        if trajectory_every is not None and trajectory_every < 1:
-            raise ValueError(f"`trajectory_every` is {trajectory_every}, but must be at least 1 (every step).")
+        if trajectory_every is not None:
+            check_integer("trajectory_every", trajectory_every, 1)
 
-    def _prepare_class_labels(
+    def prepare_class_labels(
         self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int, guidance_scale: float
     ) -> Tensor | None:
         """The labels as a tensor (B,) on the network's device; None for an unconditional network."""
@@ -256,8 +278,13 @@ class DDPMPipelineCustom(DiffusionPipeline):
                 f"`class_labels` are missing: the network is conditional on {num_classes} labels (0 to "
                 f"{num_classes - 1}). Pass one label, or one per image."
             )
-        labels = torch.as_tensor(class_labels)
-        if labels.is_floating_point() or labels.dtype == torch.bool:
+        try:
+            labels = torch.as_tensor(class_labels)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"`class_labels` is {class_labels!r}, but must be an integer or a list of them."
+            ) from error
+        if labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool):
             raise ValueError(f"`class_labels` have dtype {labels.dtype}, but must be integers.")
         if labels.ndim == 0:
             labels = labels.expand(batch_size)
@@ -273,15 +300,17 @@ class DDPMPipelineCustom(DiffusionPipeline):
 
     def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | None) -> None:
         """Set the scheduler's trajectory. Timesteps stay on the CPU: reading one never waits for a GPU."""
+        T = self.scheduler.config.num_train_timesteps
         if timesteps is None:
-            steps = self.scheduler.config.num_train_timesteps if num_inference_steps is None else num_inference_steps
+            steps = T if num_inference_steps is None else num_inference_steps
+            check_integer("num_inference_steps", steps, 1, T)
             self.scheduler.set_timesteps(steps)
             return
         if num_inference_steps is not None:
             raise ValueError("pass one of `num_inference_steps` and `timesteps`; both were given.")
         if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
             raise ValueError(f"`timesteps` were given, but {type(self.scheduler).__name__} takes no custom timesteps.")
-        self.scheduler.set_timesteps(timesteps=timesteps)
+        self.scheduler.set_timesteps(timesteps=check_custom_timesteps(timesteps, T).tolist())
 
     def _step_kwargs(
         self, generator: torch.Generator | list[torch.Generator] | None, eta: float | None
@@ -296,6 +325,12 @@ class DDPMPipelineCustom(DiffusionPipeline):
     # --- images -----------------------------------------------------------------------------------------------------
 
     def _postprocess(self, x_0: Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | Tensor:
+        if not x_0.isfinite().all():
+            warnings.warn(
+                f"the images hold NaN or infinity: the network, in {self.unet.dtype}, overflows or is damaged. "
+                "Use bfloat16 instead of float16, or float32.",
+                stacklevel=3,
+            )
         if output_type == "latent":
             return x_0
         images = (x_0.float() / 2 + 0.5).clamp(0, 1)

@@ -53,10 +53,10 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig) -> Path | None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder, and raise a ValueError unless files can be written into it."""
+    """Raise a ValueError unless the folder is there, or can be made, and takes files. Leaves nothing behind."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise ValueError(f"`output_dir` {str(folder)!r} can't be written to ({error}): choose another one.") from error

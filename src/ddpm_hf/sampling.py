@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .checkpoint import checkpoint_steps, latest_checkpoint
+from .checkpoint import MANIFEST, check_whole, checkpoint_steps, latest_checkpoint
 from .pipeline import DDPMPipelineCustom, DDPMPipelineCustomOutput
 
 
@@ -28,20 +28,17 @@ def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = 
     """
     folder = Path(model)
     if folder.is_dir():
-        if (folder / "model_index.json").is_file():
-            return DDPMPipelineCustom.from_pretrained(folder, dtype=dtype)
-        if checkpoint_steps(folder):
-            checkpoint, skipped = latest_checkpoint(folder)
-            if checkpoint is not None:
-                return DDPMPipelineCustom.from_pretrained(checkpoint, dtype=dtype)
-            if skipped:
-                raise ValueError(f"{model!r} has no whole checkpoint: {'; '.join(skipped)}")
-        for name in ("unet_ema", "unet"):
-            if (folder / name / "config.json").is_file():
-                return _stock_checkpoint(folder, name, dtype)
-        raise ValueError(
-            f"{model!r} is a folder, but holds no model: neither a model_index.json nor a training checkpoint."
-        )
+        if revision is not None:
+            raise ValueError(f"`revision` is {revision!r}, but {model!r} is a folder: only models of the Hub have any.")
+        try:
+            pipeline = _load_folder(folder, dtype)
+            weights = [name for name, p in pipeline.unet.named_parameters() if p.is_meta]
+            if weights:
+                raise OSError(f"its weights have no {weights[0]}")
+        except (OSError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"the model in {model!r} is damaged ({reason}): save or download it again.") from error
+        return pipeline
     try:
         validate_repo_id(model)
     except HFValidationError as error:
@@ -56,6 +53,24 @@ def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = 
             f"there is no model {model!r}: no such folder here, and the Hub does not give it ({reason}). For a private "
             "model, log in with `hf auth login`."
         ) from error
+
+
+def _load_folder(folder: Path, dtype: torch.dtype) -> DDPMPipelineCustom:
+    if (folder / "model_index.json").is_file():
+        if (folder / MANIFEST).is_file():
+            check_whole(folder)
+        return DDPMPipelineCustom.from_pretrained(folder, dtype=dtype)
+    if checkpoint_steps(folder):
+        checkpoint, skipped = latest_checkpoint(folder)
+        if checkpoint is None:
+            raise ValueError(f"{str(folder)!r} has no whole checkpoint: {'; '.join(skipped)}")
+        return DDPMPipelineCustom.from_pretrained(checkpoint, dtype=dtype)
+    for name in ("unet_ema", "unet"):
+        if (folder / name / "config.json").is_file():
+            return _stock_checkpoint(folder, name, dtype)
+    raise ValueError(
+        f"{str(folder)!r} is a folder, but holds no model: neither a model_index.json nor a training checkpoint."
+    )
 
 
 def _stock_checkpoint(folder: Path, unet: str, dtype: torch.dtype) -> DDPMPipelineCustom:
@@ -85,6 +100,9 @@ def sample_images(
         class_labels: used in turn: image i gets label i modulo their number.
         call_options: go to the pipeline's call (`num_inference_steps`, `eta`, `guidance_scale`, …).
     """
+    # All labels before the first image is made: that of image 900 may be a mistake too.
+    guidance_scale = call_options.get("guidance_scale", 1.0)
+    pipeline.prepare_class_labels(class_labels or None, len(class_labels) if class_labels else 1, guidance_scale)
     pipeline.set_progress_bar_config(disable=True)
     steps = call_options.get("num_inference_steps") or pipeline.scheduler.config.num_train_timesteps
     batches = [range(i, min(i + batch_size, num_images)) for i in range(0, num_images, batch_size)]

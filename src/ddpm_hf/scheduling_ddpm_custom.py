@@ -8,10 +8,11 @@ so that a step is a look-up and a few multiplications.
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -29,7 +30,11 @@ from .ddpm_process import (
     DDPMProcess,
     PredictionType,
     VarianceType,
+    as_timesteps,
     check_choice,
+    check_integer,
+    check_number,
+    check_timesteps,
     make_betas,
     rescale_zero_terminal_snr,
     split_model_output,
@@ -58,7 +63,8 @@ class StepCoefficients(NamedTuple):
 
     x̂_0 = x_0_from_x_t · x_t + x_0_from_output · output      (Eq. 15)
     x_s = mean_from_x_0 · x̂_0 + mean_from_x_t · x_t + σ ε      (Eq. 7)
-    σ = noise_scale · exp(log_variance / 2), with log_variance between `log_variance` and `log_variance_high`.
+    σ is `std` for the fixed variances; for the learned ones noise_scale · exp(log_variance / 2), where the learned
+    range interpolates between `log_variance_low` and `log_variance_high`.
     """
 
     x_0_from_x_t: float | Tensor
@@ -67,8 +73,8 @@ class StepCoefficients(NamedTuple):
     mean_from_x_t: float | Tensor
     std: float | Tensor  # σ of the fixed variances
     noise_scale: float | Tensor  # eta; 0 at the last step of the trajectory, which adds no noise
-    log_variance_low: float | Tensor  # log β̃ and log β: the learned range interpolates between them
-    log_variance_high: float | Tensor
+    log_variance_low: float | Tensor  # log β̃
+    log_variance_high: float | Tensor  # log β
 
 
 class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
@@ -125,22 +131,21 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        if not clip_sample_range > 0:
-            raise ValueError(f"`clip_sample_range` is {clip_sample_range}, but must be positive, e.g. 1.0.")
-        if not sample_max_value > 0:
-            raise ValueError(f"`sample_max_value` is {sample_max_value}, but must be positive, e.g. 1.0.")
-        if not 0 < dynamic_thresholding_ratio <= 1:
-            raise ValueError(
-                f"`dynamic_thresholding_ratio` is {dynamic_thresholding_ratio}, but must be a quantile in (0, 1]."
-            )
-        if isinstance(steps_offset, bool) or not isinstance(steps_offset, int) or steps_offset < 0:
-            raise ValueError(f"`steps_offset` is {steps_offset!r}, but must be an integer of at least 0.")
+        check_integer("steps_offset", steps_offset, 0)
+        check_number("clip_sample_range", clip_sample_range, "a positive number, e.g. 1.0", lambda v: v > 0)
+        check_number("sample_max_value", sample_max_value, "a positive number, e.g. 1.0", lambda v: v > 0)
+        check_number(
+            "dynamic_thresholding_ratio", dynamic_thresholding_ratio, "a quantile in (0, 1]", lambda v: 0 < v <= 1
+        )
 
         if trained_betas is None:
             betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
         else:
             betas = torch.as_tensor(np.asarray(trained_betas), dtype=torch.float64)
-        self.process = DDPMProcess(rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas)
+            self.register_to_config(trained_betas=betas.tolist())
+        self.process = DDPMProcess(betas)
+        if rescale_betas_zero_snr:
+            self.process = DDPMProcess(rescale_zero_terminal_snr(betas))
         if self.process.num_train_timesteps != num_train_timesteps:
             self.register_to_config(num_train_timesteps=self.process.num_train_timesteps)
         if trained_betas is None and beta_schedule in ("linear", "scaled_linear", "sigmoid"):
@@ -190,24 +195,26 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         if timesteps is not None:
             if spacing is not None:
                 raise ValueError("`spacing` has no meaning with custom `timesteps`: leave one of them out.")
-            grid = _check_custom_timesteps(timesteps, T)
-            self.custom_timesteps, self.num_inference_steps = True, len(grid)
+            grid = check_custom_timesteps(timesteps, T)
         else:
-            K = num_inference_steps
-            if isinstance(K, bool) or not isinstance(K, (int, np.integer)) or not 1 <= K <= T:
-                raise ValueError(f"`num_inference_steps` is {K!r}, but must be an integer from 1 to {T} (T).")
+            K: Any = num_inference_steps
+            check_integer("num_inference_steps", K, 1, T)
             spacing = spacing or self.config.timestep_spacing
             check_choice("timestep_spacing", spacing, TIMESTEP_SPACINGS)
             grid = _spaced_timesteps(spacing, int(K), T, self.config.steps_offset)
-            self.custom_timesteps, self.num_inference_steps = False, int(K)
-            alpha_bar = float(self.alphas_cumprod[grid[0]])
-            if alpha_bar > 0.01:
-                warnings.warn(
-                    f"timestep spacing {spacing!r} with {K} steps starts from pure noise at t = {grid[0]}, where a "
-                    f"noisy image holds {alpha_bar:.1%} of signal. Use spacing='trailing', which starts at T - 1.",
-                    stacklevel=2,
-                )
+            self._warn_of_a_start_in_the_image(spacing, grid)
         self._set_trajectory(grid, device)
+        self.custom_timesteps, self.num_inference_steps = timesteps is not None, len(grid)
+
+    def _warn_of_a_start_in_the_image(self, spacing: str, grid: np.ndarray) -> None:
+        alpha_bar = float(self.alphas_cumprod[grid[0]])
+        if alpha_bar > 0.01 and grid[0] < len(self) - 1:
+            warnings.warn(
+                f"timestep spacing {spacing!r} with {len(grid)} steps starts from pure noise at t = {grid[0]}, where a "
+                f"noisy image holds {alpha_bar:.1%} of signal. The timestep_spacing 'trailing' or 'linspace' starts at "
+                "T - 1.",
+                stacklevel=3,
+            )
 
     def _set_trajectory(self, grid: np.ndarray, device: str | torch.device | None) -> None:
         """Follow `grid` (descending). The step after any time t goes to the largest time of the grid below t, or to
@@ -222,14 +229,9 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
 
     def previous_timestep(self, timestep: int | Tensor) -> Tensor:
         """s, the time after `timestep` on the trajectory; -1, the clean data, after the last one. Of its shape."""
-        if isinstance(timestep, Tensor):
-            return self._previous.to(timestep.device)[timestep.long()]
-        return self._previous[self._check_timestep(timestep)]
-
-    def _check_timestep(self, t: int) -> int:
-        if not 0 <= t < len(self):
-            raise ValueError(f"timestep {t} is out of range: it must lie between 0 and {len(self) - 1}.")
-        return t
+        t = as_timesteps(timestep)
+        check_timesteps(t, len(self))
+        return self._previous.to(t.device)[t]
 
     # --- the reverse step -------------------------------------------------------------------------------------------
 
@@ -262,8 +264,12 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         Returns:
             x_s and x̂_0, in the dtype of x_t. The last step of the trajectory adds no noise.
         """
-        if not 0 <= eta <= 1:
-            raise ValueError(f"`eta` is {eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM.")
+        check_eta(eta)
+        if variance_noise is not None and variance_noise.shape != sample.shape:
+            raise ValueError(
+                f"`variance_noise` has shape {tuple(variance_noise.shape)}, but must have that of the sample, "
+                f"{tuple(sample.shape)}."
+            )
         output, raw_variance = split_model_output(model_output, sample, self.variance_type)
         c = self._coefficients(timestep, sample, eta)
 
@@ -304,6 +310,8 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
     def _threshold_sample(self, sample: Tensor) -> Tensor:
         """Dynamic thresholding (arXiv 2205.11487, Section 2.3): clamp each image to its own quantile, then rescale."""
         magnitudes = sample.abs().flatten(1).to(torch.promote_types(sample.dtype, torch.float32))
+        if magnitudes.numel() == 0:
+            return sample
         limit = torch.quantile(magnitudes, self.config.dynamic_thresholding_ratio, dim=1)
         limit = limit.clamp(min=1, max=self.config.sample_max_value).to(sample.dtype)
         limit = limit.reshape(-1, *(1,) * (sample.ndim - 1))
@@ -313,22 +321,28 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
 
     def _coefficients(self, timestep: int | Tensor, sample: Tensor, eta: float) -> StepCoefficients:
         """The row of the trajectory's table for each timestep, without waiting for a GPU."""
-        if isinstance(timestep, Tensor) and timestep.is_floating_point():
+        if isinstance(timestep, Tensor) and (timestep.is_floating_point() or timestep.dtype == torch.bool):
             raise TypeError(f"timesteps have dtype {timestep.dtype}, but must be integers.")
         on_cpu = not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu")
         if on_cpu and not torch.compiler.is_compiling():
             if eta not in self._rows:
                 self._rows[eta] = self._table(eta).tolist()
-            row = self._rows[eta][self._check_timestep(int(timestep))]
+            index = operator.index(timestep)
+            check_integer("timestep", index, 0, len(self) - 1)
+            row = self._rows[eta][index]
             if row[0] == math.inf:
                 raise ValueError(ZERO_SNR_ERROR)
             return StepCoefficients(*row)
 
+        if self.process.has_zero_terminal_snr and self.config.prediction_type == "epsilon":
+            raise ValueError(ZERO_SNR_ERROR)
         dtype = torch.promote_types(sample.dtype, torch.float32)
         key = (eta, sample.device, dtype)
         if key not in self._tables:
             self._tables[key] = self._table(eta).to(dtype).to(sample.device)
-        t = torch.as_tensor(timestep, device=sample.device)
+        t = as_timesteps(timestep)
+        check_timesteps(t, len(self))
+        t = t.to(sample.device)
         if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(sample))):
             raise ValueError(
                 f"timesteps have shape {tuple(t.shape)}, but {len(sample)} images need one timestep for all, or "
@@ -343,13 +357,13 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         is_last = s < 0
         x_0_from_x_t, x_0_from_output = self.process.x_0_coefficients(t, self.config.prediction_type)
         mean_from_x_0, mean_from_x_t, _ = self.process.posterior_coefficients(t, s, eta)
-        noise_scale = torch.where(is_last, 0.0, eta)
+        noise_scale = eta * (~is_last).double()
         low = self.process.p_log_variance(t, s, "fixed_small")
         high = self.process.p_log_variance(t, s, "fixed_large")
         fixed = high if self.variance_type in ("fixed_large", "fixed_large_log") else low
         std = noise_scale * torch.exp(0.5 * fixed)
         columns = (x_0_from_x_t, x_0_from_output, mean_from_x_0, mean_from_x_t, std, noise_scale, low, high)
-        return torch.stack([c.double() for c in columns], dim=1)
+        return torch.stack(columns, dim=1)
 
     def _get_variance(
         self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: VarianceType | None = None
@@ -374,6 +388,11 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         return self.process.velocity(sample, noise, timesteps)
 
 
+def check_eta(eta: float) -> None:
+    """Raise a ValueError unless eta lies in [0, 1]."""
+    check_number("eta", eta, "a number in [0, 1]: 0 is DDIM, 1 is DDPM", lambda v: 0 <= v <= 1)
+
+
 def _spaced_timesteps(spacing: str, K: int, T: int, steps_offset: int) -> np.ndarray:
     """K descending timesteps of [0, T - 1] (arXiv 2305.08891, Table 2), int64.
 
@@ -393,11 +412,15 @@ def _spaced_timesteps(spacing: str, K: int, T: int, steps_offset: int) -> np.nda
     return grid
 
 
-def _check_custom_timesteps(timesteps: Sequence[int] | Tensor | np.ndarray, T: int) -> np.ndarray:
-    """The timesteps as int64, strictly descending in [0, T - 1]."""
-    grid = np.asarray(timesteps.cpu() if isinstance(timesteps, Tensor) else timesteps)
+def check_custom_timesteps(timesteps: Sequence[int] | Tensor | np.ndarray, T: int) -> np.ndarray:
+    """The timesteps as int64; raises a ValueError unless they descend strictly in [0, T - 1]."""
+    try:
+        grid = np.asarray(timesteps.cpu() if isinstance(timesteps, Tensor) else timesteps)
+    except ValueError:  # nested lists of different lengths
+        grid = np.empty(0)
     if grid.ndim != 1 or grid.size == 0 or not np.issubdtype(grid.dtype, np.integer):
         raise ValueError(f"`timesteps` is {timesteps!r}, but must be a non-empty list of integers.")
+    grid = grid.astype(np.int64)
     if grid.min() < 0 or grid.max() > T - 1:
         wrong = grid[(grid < 0) | (grid > T - 1)][0]
         raise ValueError(f"`timesteps` has {wrong}, but every timestep must lie between 0 and T - 1 = {T - 1}.")
@@ -407,14 +430,18 @@ def _check_custom_timesteps(timesteps: Sequence[int] | Tensor | np.ndarray, T: i
             f"`timesteps` goes from {grid[i]} to {grid[i + 1]}, but must descend strictly, without duplicates: "
             "pass sorted(set(timesteps), reverse=True)."
         )
-    return grid.astype(np.int64)
+    return grid
 
 
 def _warn_of_unsuitable_betas(process: DDPMProcess) -> None:
     """Warn where the betas of a schedule made for T = 1000 meet another T."""
     T = process.num_train_timesteps
     alpha_bar_T = float(process.alphas_cumprod[-1])
-    remedy = f"Betas of T = 1000 suit T = {T} when they are multiplied by 1000/{T}."
+    remedy = (
+        f"Betas of T = 1000 suit T = {T} when they are multiplied by 1000/{T}."
+        if T > 20
+        else "The schedule 'squaredcos_cap_v2' suits every T."
+    )
     if alpha_bar_T > 5e-3 and not process.has_zero_terminal_snr:
         warnings.warn(
             f"these betas never reach noise: ᾱ_T = {alpha_bar_T:.3g} after T = {T} steps, so x_T still shows the image "
