@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 MIN_SIDE = 48  # smaller images are enlarged by whole factors, so that their pixels can be seen
+
+
+def check_plotting() -> None:
+    """Raise a ValueError unless the plots at the end of a run can be made."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the plots need matplotlib: pip install 'ddpm-hf[train]'.")
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:

@@ -27,7 +27,7 @@ from .config import TrainConfig
 from .data import Images, load_images
 from .ddpm_process import DDPMProcess
 from .objectives import l_simple, min_snr_weight, target
-from .pictures import image_grid, save_loss_curve, save_side_by_side, to_pil
+from .pictures import check_plotting, image_grid, save_loss_curve, save_side_by_side, to_pil
 from .pipeline import DDPMPipelineCustom
 from .run_folder import TrainingLog, prepare_output_dir
 from .sampling import sample_images
@@ -57,6 +57,7 @@ def train(config: TrainConfig) -> Path:
     # 1. Set-up: processes, folder, data, network
     output_dir = Path(config.output_dir)
     resume_from = prepare_output_dir(output_dir, config)
+    check_plotting()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=None if config.logger == "none" else config.logger,
@@ -143,19 +144,20 @@ def train(config: TrainConfig) -> Path:
                 grad_norm=float(grad_norm),
                 ema_decay=ema.cur_decay_value if ema is not None else 0.0,
             )
-        if checkpoint_due and accelerator.is_main_process:
-            with ema_weights(ema, raw_unet):
-                pipeline = DDPMPipelineCustom(raw_unet, scheduler)
-                state = training_state(done, raw_unet, optimizer, ema)
-                save_checkpoint(output_dir, pipeline, state, config.checkpoints_total_limit)
+        if checkpoint_due:
+            if is_main:
+                with ema_weights(ema, raw_unet):
+                    pipeline = DDPMPipelineCustom(raw_unet, scheduler)
+                    state = training_state(done, raw_unet, optimizer, ema)
+                    save_checkpoint(output_dir, pipeline, state, config.checkpoints_total_limit)
+            accelerator.wait_for_everyone()
         if config.save_images_steps and done % config.save_images_steps == 0 and done < max_steps:
             with ema_weights(ema, raw_unet):
                 log.pictures(sample_grid(raw_unet, scheduler, config, accelerator), done)
-        accelerator.wait_for_everyone()
 
     # 4. Export: the EMA weights, samples beside real images, the loss curve
     with ema_weights(ema, raw_unet):
-        if accelerator.is_main_process:
+        if is_main:
             DDPMPipelineCustom(raw_unet, scheduler).save_pretrained(output_dir)
             samples = sample_grid(raw_unet, scheduler, config, accelerator)
             real = image_grid(to_pil(images.pixels[images.order(config.seed, 0)[: config.eval_batch_size]]))
