@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -173,7 +174,7 @@ def train(config: TrainConfig) -> Path:
         f"  pipeline  {output_dir}{os.sep}\n"
         f"  samples   {output_dir / 'samples_and_real.png'}\n"
         f"  loss      {output_dir / 'loss.png'}\n"
-        f"Sample more with:\n  ddpm-hf sample {output_dir} --num_images 64 --seed 1 --output_dir out/"
+        f"Sample more with:\n  ddpm-hf sample {shlex.quote(str(output_dir))} --num_images 64 --seed 1 --output_dir out/"
     )
     return output_dir
 

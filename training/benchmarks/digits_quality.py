@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDPMPipeline
-from scipy.linalg import sqrtm
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -76,10 +75,10 @@ def train_classifier(x: Tensor, y: Tensor) -> Classifier:
 def score(net: Classifier, x: Tensor, real: Tensor) -> dict[str, object]:
     """Fréchet distance, confidence and class counts of images in [-1, 1]."""
     a, b = net.features(x).double().numpy(), net.features(real).double().numpy()
-    root = sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real
-    frechet = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(
-        np.cov(a, rowvar=False) + np.cov(b, rowvar=False) - 2 * root
-    )
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    # tr sqrt(A B) is the sum of the roots of the eigenvalues, which are never negative for two covariances.
+    trace_of_root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()
+    frechet = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b) - 2 * trace_of_root
     p = net(x).softmax(1)
     counts = torch.bincount(p.argmax(1), minlength=10)
     return {
