@@ -18,7 +18,7 @@ ARROWS = {
     "config": set(),
     "pictures": set(),
     "checkpoint": {"pipeline"},
-    "run_folder": {"checkpoint", "config"},
+    "run_folder": {"checkpoint", "config", "pipeline"},
     "sampling": {"checkpoint", "pipeline"},
     "training": {
         "checkpoint", "config", "data", "ddpm_process", "objectives", "pictures", "pipeline", "run_folder", "sampling",

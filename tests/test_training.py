@@ -1,5 +1,6 @@
 """Training: Algorithm 1, and what a run promises to leave behind. Runs are real processes on real scans."""
 
+import itertools
 import json
 import math
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch
 from diffusers import DDPMPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.stats import kstest
 
 from ddpm_hf import DDPMPipelineCustom, DDPMProcess
 from ddpm_hf.checkpoint import checkpoint_steps, latest_checkpoint, load_checkpoint
@@ -22,7 +25,16 @@ from ddpm_hf.config import TrainConfig, parse_train_config
 from ddpm_hf.data import Images, load_images, prepare_image, to_uint8, to_unit_range
 from ddpm_hf.ddpm_process import make_betas
 from ddpm_hf.objectives import l_simple, min_snr_weight, target
-from ddpm_hf.training import build_unet, ema_weights, learning_rate, seed_step
+from ddpm_hf.run_folder import clear_output_dir
+from ddpm_hf.training import (
+    build_unet,
+    ema_weights,
+    learning_rate,
+    local_batch,
+    seed_step,
+    train,
+    training_loss,
+)
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "training" / "configs" / "digits.yaml"
@@ -154,6 +166,41 @@ def test_a_run_is_not_overwritten_unless_asked(finished_run):
     assert before == {p: p.stat().st_mtime_ns for p in output_dir.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
+def test_resuming_with_other_options_says_so_or_refuses(finished_run, tmp_path):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished_run[0], output_dir)
+    resume = ["--resume_from_checkpoint", "latest"]
+    done = run(train_command(output_dir, *resume, "--prediction_type", "epsilon"))
+    assert done.returncode == 1
+    assert "`prediction_type` is 'epsilon', but was 'v_prediction'" in done.stderr
+    done = run(train_command(output_dir, *resume, "--max_train_steps", "6"))
+    assert "has 12 updates behind it, but the run has 6" in done.stderr
+    # A damaged checkpoint is named, set aside and never counted as one to keep; a cut-off log line is no obstacle.
+    weights = output_dir / "checkpoint-12" / "training_state" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    log = output_dir / "logs" / "train.jsonl"
+    log.write_text(log.read_text()[:-5])
+    flags = ["--max_train_steps", "9", "--checkpoints_total_limit", "1", "--adam_weight_decay", "0.5"]
+    done = run(train_command(output_dir, *resume, *flags))
+    assert done.returncode == 0, done.stderr
+    assert "weights.safetensors is not what was written" in done.stdout
+    assert "Changed: adam_weight_decay is 0.5, was 0.0001." in done.stdout
+    assert checkpoint_steps(output_dir) == [9]
+    assert (output_dir / "checkpoint-12.abandoned").is_dir()
+    assert load_checkpoint(output_dir / "checkpoint-9").optimizer["param_groups"][0]["weight_decay"] == 0.5
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [4, 8, 9]
+
+
+def test_clearing_removes_what_a_run_leaves_and_nothing_else(finished_run, tmp_path):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished_run[0], output_dir)
+    (output_dir / "notes.txt").write_text("mine")
+    clear_output_dir(output_dir, 0, "logs")
+    left = sorted(p.relative_to(output_dir).as_posix() for p in output_dir.rglob("*") if p.is_file())
+    assert left == ["logs/config.json", "notes.txt"]
+
+
 def test_damaged_checkpoints_are_skipped_and_named(finished_run, tmp_path):
     shutil.copytree(finished_run[0], tmp_path / "run")
     weights = tmp_path / "run" / "checkpoint-12" / "training_state" / "weights.safetensors"
@@ -244,6 +291,93 @@ def test_randomness_is_a_function_of_progress():
     assert all(not torch.equal(values[i], values[j]) for i in range(5) for j in range(i))
 
 
+class Stub(torch.nn.Module):
+    """Predicts 0 and remembers what it saw."""
+
+    def forward(self, x, t):
+        self.x, self.t = x, t
+        return SimpleNamespace(sample=torch.zeros_like(x))
+
+
+def test_training_draws_gaussian_noise_at_uniform_times():
+    process, net = DDPMProcess(make_betas()), Stub()
+    config = TrainConfig(dataset_name="digits")
+    seed_step(0, 0, 0, 0)
+    loss = training_loss(net, process, torch.zeros(4000, 1, 4, 4), config)
+    assert (net.t.min(), net.t.max()) == (0, 999)
+    assert kstest(net.t.numpy() / 1000, "uniform").pvalue > 1e-3
+    eps = net.x / process.one_minus_alpha_bar(net.t).sqrt().float().reshape(-1, 1, 1, 1)
+    assert kstest(eps.flatten().numpy(), "norm").pvalue > 1e-3
+    torch.testing.assert_close(loss, eps.square().mean(), rtol=1e-4, atol=0)
+
+
+def test_weighting_is_applied_to_the_loss():
+    process, net, x_0 = DDPMProcess(make_betas()), Stub(), torch.zeros(64, 1, 4, 4)
+    weighted = TrainConfig(dataset_name="digits", snr_gamma=5.0)
+    seed_step(0, 0, 0, 0)
+    loss = training_loss(net, process, x_0, weighted)
+    eps = net.x / process.one_minus_alpha_bar(net.t).sqrt().float().reshape(-1, 1, 1, 1)
+    weight = process.snr(net.t).clamp(max=5) / process.snr(net.t)
+    torch.testing.assert_close(loss.double(), (weight * eps.square().flatten(1).mean(1)).mean(), rtol=1e-4, atol=0)
+
+
+def test_processes_share_the_stream_without_overlap():
+    images = Images(torch.arange(48, dtype=torch.uint8).reshape(48, 1, 1, 1), "numbers")
+    config = TrainConfig(dataset_name="digits", train_batch_size=3, gradient_accumulation_steps=2)
+    seen = []
+    for step, micro_step, rank in itertools.product(range(4), range(2), range(2)):
+        accelerator = SimpleNamespace(num_processes=2, process_index=rank, device=torch.device("cpu"))
+        seen += to_uint8(local_batch(images, config, accelerator, step, micro_step)).flatten().tolist()
+    assert sorted(seen) == list(range(48))  # one epoch: each image once
+    alone = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
+    one_process = TrainConfig(dataset_name="digits", train_batch_size=12, gradient_accumulation_steps=1)
+    assert set(seen[:12]) == set(to_uint8(local_batch(images, one_process, alone, 0, 0)).flatten().tolist())
+
+
+@pytest.mark.slow
+def test_updates_are_algorithm_1_then_clipping_then_adamw_then_ema(tmp_path):
+    """Two updates of two micro-steps, written out by hand."""
+    options = {
+        "dataset_name": "digits", "resolution": 8, "channels": 1, "center_crop": True,
+        "unet": {**TINY_UNET, "dropout": 0.0}, "prediction_type": "v_prediction", "train_batch_size": 4,
+        "gradient_accumulation_steps": 2, "max_train_steps": 2, "learning_rate": 1e-2, "lr_warmup_steps": 4,
+        "max_grad_norm": 0.01, "use_ema": True, "ema_max_decay": 0.6, "ddpm_num_inference_steps": 2,
+        "eval_batch_size": 1, "save_images_steps": 1, "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    config = TrainConfig(**options)
+    train(config)
+    state = load_checkpoint(tmp_path / "run" / "checkpoint-2")
+
+    process, images = DDPMProcess(make_betas()), load_images(config, show_progress=False)
+    torch.manual_seed(config.seed)
+    unet = build_unet(config)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1.0, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    average = [p.detach().clone() for p in unet.parameters()]
+    for step in range(2):
+        for micro_step in range(2):
+            seed_step(0, step, micro_step, 0)
+            x_0 = images.batch((2 * step + micro_step) * 4, 4, seed=0)
+            t = torch.randint(1000, (4,))
+            noise = torch.randn_like(x_0)
+            a = process.alphas_cumprod[t].float().reshape(-1, 1, 1, 1)
+            v = a.sqrt() * noise - (1 - a).sqrt() * x_0
+            prediction = unet(a.sqrt() * x_0 + (1 - a).sqrt() * noise, t).sample
+            (torch.nn.functional.mse_loss(prediction, v) / 2).backward()
+        norm = torch.cat([p.grad.flatten() for p in unet.parameters()]).norm()
+        assert norm > 0.01  # so that clipping matters
+        for p in unet.parameters():
+            p.grad *= 0.01 / norm
+        optimizer.param_groups[0]["lr"] = 1e-2 * (step + 1) / 4
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(0.6, 1 - (1 + step) ** -0.75)  # diffusers' warm-up: 0 at the first update
+        for mean, p in zip(average, unet.parameters(), strict=True):
+            mean.lerp_(p.detach(), 1 - decay)
+    for (name, p), mean in zip(unet.named_parameters(), average, strict=True):
+        torch.testing.assert_close(state.weights[name], p.detach(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(state.ema[name], mean, rtol=1e-3, atol=1e-5)
+
+
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
@@ -290,9 +424,32 @@ def test_every_mode_becomes_what_the_network_takes(mode, channels):
         assert np.abs(array[:, 4, 4].astype(int) - [200, 100, 50]).max() < 30
 
 
+def test_flips_are_mirror_images_of_half_the_batch():
+    pixels = torch.arange(64 * 4, dtype=torch.uint8).reshape(64, 1, 2, 2)
+    images = Images(pixels, "numbers")
+    torch.manual_seed(0)
+    plain, flipped = images.batch(0, 64, seed=0), images.batch(0, 64, seed=0, flip=True)
+    is_flipped = (flipped == plain.flip(-1)).flatten(1).all(1)
+    is_plain = (flipped == plain).flatten(1).all(1)
+    assert (is_flipped ^ is_plain).all()
+    assert 16 < int(is_flipped.sum()) < 48
+
+
+def test_crops_are_central_or_anywhere():
+    gradient = Image.fromarray(np.tile(np.arange(40, dtype=np.uint8), (10, 1)))
+    assert prepare_image(gradient, 10, 1, None)[0, 0, 0] == 15
+    rng = np.random.default_rng(0)
+    starts = {int(prepare_image(gradient, 10, 1, rng)[0, 0, 0]) for _ in range(300)}
+    assert starts == set(range(31))
+
+
 def test_sixteen_bit_images_are_scaled_not_cut_off():
     image = Image.fromarray(np.full((8, 8), 32768, np.uint16))
     assert (prepare_image(image, 8, 1, None) == 128).all()
+    image = Image.fromarray(np.full((8, 8), 32768, np.int32))
+    assert (prepare_image(image, 8, 1, None) == 128).all()
+    with pytest.raises(ValueError, match="floating-point"):
+        prepare_image(Image.fromarray(np.zeros((8, 8), np.float32)), 8, 1, None)
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -346,6 +503,11 @@ def test_no_source_means_the_digits_and_a_source_means_stock_defaults():
         (["--unet", "{"], "unet.*JSON"),
         (["--channels", "2"], "channels.*2"),
         (["--learning_rate", "0"], "learning_rate.*0"),
+        (["--learning_rate", "inf"], "learning_rate.*inf"),
+        (["--ema_inv_gamma", "0"], "ema_inv_gamma.*0"),
+        (["--logging_dir", "../x"], "logging_dir.*inside"),
+        (["--logging_dir", "."], "logging_dir.*inside"),
+        (["--output_dir", ""], "output_dir.*empty"),
         (["--config", "/nowhere.yaml"], "nowhere.yaml"),
         (["--model_config_name_or_path", "x"], "both --unet"),
     ],
@@ -356,7 +518,15 @@ def test_bad_options_are_refused(options, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("learning_rat: 1", "learning_rat"), ("[1]", "option: value"), ("a: [", "not valid YAML")]
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "learning_rat"),
+        ("[1]", "option: value"),
+        ("a: [", "not valid YAML"),
+        ("dataset_name: digits\nresolution: [16]", "resolution.*of type int"),
+        ("dataset_name: digits\nuse_ema: 3", "use_ema.*of type bool"),
+        ("dataset_name: 7", "dataset_name.*of type str"),
+    ],
 )
 def test_bad_files_are_refused(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
@@ -367,11 +537,44 @@ def test_bad_files_are_refused(tmp_path, text, message):
         parse_train_config(["--config", str(tmp_path / "c.yaml")], DIGITS)
 
 
+def test_damaged_images_are_named(tmp_path):
+    for name in ("1.png", "test_2.png"):  # `datasets` would take the second one for a test set
+        Image.effect_noise((32, 32), 50).save(tmp_path / name)
+    config = TrainConfig(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), resolution=8)
+    assert len(load_images(config, show_progress=False)) == 2
+    (tmp_path / "3.png").write_bytes((tmp_path / "1.png").read_bytes()[:400])
+    with pytest.raises(ValueError, match=r"image \d .* can't be read"):
+        load_images(config, show_progress=False)
+
+
+def test_parquet_files_are_datasets(tmp_path):
+    import datasets
+
+    features = datasets.Features({"picture": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    rows = {"picture": [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(3)], "label": [0] * 3}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "t.parquet")
+    config = TrainConfig(dataset_name=str(tmp_path / "t.parquet"), cache_dir=str(tmp_path / "cache"), resolution=8)
+    assert load_images(config, show_progress=False).pixels[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
 def test_sources_that_hold_no_images_are_refused(tmp_path):
     for path, message in ((tmp_path / "none", "no such folder"), (tmp_path, "no images")):
         config = TrainConfig(train_data_dir=str(path), cache_dir=str(tmp_path / "cache"))
         with pytest.raises(ValueError, match=message):
             load_images(config, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("unet", "message"),
+    [
+        ({"layer_per_block": 1}, "layer_per_block"),
+        ({"num_class_embeds": 3}, "num_class_embeds"),
+        ({"block_out_channels": 16}, "no UNet2DModel"),
+    ],
+)
+def test_networks_that_can_not_be_built_are_refused(unet, message):
+    with pytest.raises(ValueError, match=message):
+        build_unet(TrainConfig(dataset_name="digits", resolution=16, unet={**TINY_UNET, **unet}))
 
 
 def test_a_resolution_that_can_not_be_halved_is_refused():

@@ -13,7 +13,7 @@ def main() -> None:
         from ddpm_hf.training import train  # after the options: --help and mistakes answer at once
 
         train(config)
-    except ValueError as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         exit_with_error(error)
 
 

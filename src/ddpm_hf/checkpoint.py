@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,6 +34,7 @@ class TrainingState:
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     ema: dict[str, Tensor] | None
+    config: dict[str, Any]
 
 
 def checkpoint_steps(output_dir: Path) -> list[int]:
@@ -48,9 +50,21 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoint-<step>`, then remove the oldest ones beyond `total_limit`.
 
-    Everything is written into a temporary folder, hashed, flushed to the disk and renamed, so that a checkpoint that
-    carries its name is complete.
+    Everything is written into a temporary folder, hashed, flushed to the disk and renamed, and a checkpoint loses its
+    name before it is removed: what carries the name is complete.
+
+    Raises:
+        OSError: where it can't be written, for example on a full disk. What was there before is still there.
     """
+    try:
+        return _save_checkpoint(output_dir, pipeline, state, total_limit)
+    except SafetensorError as error:
+        raise OSError(f"the checkpoint can't be written into {str(output_dir)!r}: {error}") from error
+
+
+def _save_checkpoint(
+    output_dir: Path, pipeline: DDPMPipelineCustom, state: TrainingState, total_limit: int | None
+) -> Path:
     final = output_dir / f"checkpoint-{state.step}"
     partial = output_dir / f"{final.name}.partial"
     for leftover in output_dir.glob("checkpoint-*.partial"):
@@ -62,22 +76,27 @@ def save_checkpoint(
     if state.ema is not None:
         save_file(_contiguous(state.ema), folder / "ema.safetensors")
     torch.save(state.optimizer, folder / "optimizer.pt")
-    (folder / "state.json").write_text(json.dumps({"step": state.step}), "utf-8")
+    (folder / "state.json").write_text(json.dumps({"step": state.step, "config": state.config}, indent=2), "utf-8")
 
     files = sorted(p for p in partial.rglob("*") if p.is_file())
     manifest = {p.relative_to(partial).as_posix(): _sha256(p) for p in files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
-    for path in [*files, partial / MANIFEST, folder, partial]:
+    for path in [*partial.rglob("*"), partial]:
         _sync(path)
     if final.exists():
-        shutil.rmtree(final)
+        remove_checkpoint(final)
     partial.rename(final)
     _sync(output_dir)
 
     if total_limit is not None:
-        for step in checkpoint_steps(output_dir)[:-total_limit]:
-            shutil.rmtree(output_dir / f"checkpoint-{step}")
+        for step in [s for s in checkpoint_steps(output_dir) if s <= state.step][:-total_limit]:
+            remove_checkpoint(output_dir / f"checkpoint-{step}")
     return final
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Take its name away first, so that a kill in between leaves nothing that looks like a checkpoint."""
+    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old.partial")))
 
 
 def load_checkpoint(folder: Path) -> TrainingState:
@@ -89,8 +108,10 @@ def load_checkpoint(folder: Path) -> TrainingState:
     check_whole(folder)
     state = folder / STATE
     ema = state / "ema.safetensors"
+    progress = json.loads((state / "state.json").read_text("utf-8"))
     return TrainingState(
-        step=json.loads((state / "state.json").read_text("utf-8"))["step"],
+        step=progress["step"],
+        config=progress["config"],
         weights=load_file(state / "weights.safetensors"),
         optimizer=torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True),
         ema=load_file(ema) if ema.is_file() else None,

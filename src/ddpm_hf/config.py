@@ -28,11 +28,22 @@ def _positive(config: object, *names: str) -> None:
 
 
 def _choices(config: object) -> None:
-    """Check the options that have a fixed set of values; argparse does so for flags only, not for YAML."""
+    """Check types, and the options that have a fixed set of values; argparse does so for flags only, not for YAML."""
     for name, hint in get_type_hints(type(config)).items():
-        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
-            allowed = ", ".join(map(repr, get_args(hint)))
-            raise ValueError(f"`{name}` is {getattr(config, name)!r}, but must be one of {allowed}.")
+        value = getattr(config, name)
+        if get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                allowed = ", ".join(map(repr, get_args(hint)))
+                raise ValueError(f"`{name}` is {value!r}, but must be one of {allowed}.")
+            continue
+        types = tuple(get_origin(t) or t for t in get_args(hint) or (hint,))
+        if float in types:
+            types = (*types, int)
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            wanted = " or ".join(t.__name__ for t in types if t is not type(None))
+            raise ValueError(f"`{name}` is {value!r}, but must be of type {wanted}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`{name}` is {value}, but must be finite.")
 
 
 def _seed(seed: int, images: int = 1) -> None:
@@ -138,12 +149,18 @@ class TrainConfig:
             raise ValueError("both --dataset_name and --train_data_dir are given: leave one of them out.")
         if self.channels not in (1, 3, 4):
             raise ValueError(f"`channels` is {self.channels}, but must be 1 (grayscale), 3 (RGB) or 4 (RGBA).")
-        if not self.learning_rate > 0:
-            raise ValueError(f"`learning_rate` is {self.learning_rate}, but must be positive.")
+        for name in ("learning_rate", "max_grad_norm", "ema_inv_gamma", "ema_power", "adam_epsilon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be positive.")
+        if self.adam_weight_decay < 0:
+            raise ValueError(f"`adam_weight_decay` is {self.adam_weight_decay}, but must be at least 0.")
+        if not self.output_dir:
+            raise ValueError("`output_dir` is empty: name a folder.")
+        logs = Path(self.logging_dir)
+        if logs.is_absolute() or ".." in logs.parts or not logs.parts:
+            raise ValueError(f"`logging_dir` is {self.logging_dir!r}, but must be a folder inside the output folder.")
         if self.lr_warmup_steps < 0:
             raise ValueError(f"`lr_warmup_steps` is {self.lr_warmup_steps}, but must be at least 0.")
-        if not self.max_grad_norm > 0:
-            raise ValueError(f"`max_grad_norm` is {self.max_grad_norm}, but must be positive.")
         if self.snr_gamma is not None and not self.snr_gamma > 0:
             raise ValueError(f"`snr_gamma` is {self.snr_gamma}, but must be positive, e.g. 5.")
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
@@ -241,7 +258,7 @@ def _read_yaml(file: Path, known: set[str]) -> dict[str, Any]:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{file} must hold `option: value` lines.")
-    unknown = sorted(set(options) - known)
+    unknown = sorted(str(name) for name in options if name not in known)
     if unknown:
         raise ValueError(f"{file} has unknown options {', '.join(unknown)}: see --help for those that exist.")
     return options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ class Images:
 
     pixels: Tensor
     source: str
+    _orders: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -49,12 +50,11 @@ class Images:
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The order of one epoch; the latest ones are kept."""
-        cache: dict[tuple[int, int], np.ndarray] = self.__dict__.setdefault("_orders", {})
-        if (seed, epoch) not in cache:
-            if len(cache) > 2:
-                cache.clear()
-            cache[seed, epoch] = np.random.default_rng([seed, epoch]).permutation(len(self))
-        return cache[seed, epoch]
+        if (seed, epoch) not in self._orders:
+            if len(self._orders) > 2:
+                self._orders.clear()
+            self._orders[seed, epoch] = np.random.default_rng([seed, epoch]).permutation(len(self))
+        return self._orders[seed, epoch]
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
@@ -83,11 +83,11 @@ def load_images(config: TrainConfig, show_progress: bool = True) -> Images:
     if len(sources) == 0:
         raise ValueError(f"{name} holds no images.")
     pixels = np.empty((len(sources), config.channels, config.resolution, config.resolution), np.uint8)
-    for i, image in enumerate(tqdm(sources, desc=f"Reading {name}", disable=not show_progress, leave=False)):
+    for i in tqdm(range(len(sources)), desc=f"Reading {name}", disable=not show_progress, leave=False):
         try:
-            pixels[i] = prepare_image(image, config.resolution, config.channels, rng)
-        except OSError as error:
-            raise ValueError(f"image {i} of {name} can't be read ({error}): repair or remove it.") from error
+            pixels[i] = prepare_image(sources[i], config.resolution, config.channels, rng)
+        except (OSError, AttributeError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+            raise ValueError(f"image {i} (from 0) of {name} can't be read ({error}): repair or remove it.") from error
     return Images(torch.from_numpy(pixels), name)
 
 
@@ -97,8 +97,11 @@ def prepare_image(image: Image.Image, resolution: int, channels: int, rng: np.ra
     `rng` places the crop at random; None takes the centre.
     """
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # 16 bit: convert() would cut off instead of scaling
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("it holds floating-point numbers, whose range is unknown")
+    if image.mode.startswith("I"):  # 16 or 32 bit: convert() would cut off instead of scaling
+        values = np.asarray(image)
+        image = Image.fromarray((values / (257 if values.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
     image = image.convert(MODES[channels])
     scale = resolution / min(image.size)
     size = [max(resolution, round(side * scale)) for side in image.size]
@@ -128,12 +131,15 @@ def _open_dataset(config: TrainConfig) -> Any:
         raise ValueError(f"`train_data_dir` is {config.train_data_dir!r}, but there is no such folder.")
     try:
         if config.train_data_dir is not None:
+            # All files are the training set, also those that `datasets` would take for a test set by their names.
+            files = {"train": str(Path(config.train_data_dir) / "**")}
             dataset = datasets.load_dataset(
-                "imagefolder",
-                data_dir=config.train_data_dir,
-                cache_dir=config.cache_dir,
-                split="train",
-                drop_labels=True,
+                "imagefolder", data_files=files, cache_dir=config.cache_dir, split="train", drop_labels=True
+            )
+        elif config.dataset_name is not None and Path(config.dataset_name).suffix in (".parquet", ".arrow"):
+            builder = Path(config.dataset_name).suffix.removeprefix(".")
+            dataset = datasets.load_dataset(
+                builder, data_files=config.dataset_name, cache_dir=config.cache_dir, split="train"
             )
         else:
             dataset = datasets.load_dataset(

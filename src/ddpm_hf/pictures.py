@@ -69,7 +69,7 @@ def save_loss_curve(steps: Sequence[int], losses: Sequence[float], file: Path) -
 
     figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="loss")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, marker=".", markersize=2, label="loss")
     window = max(1, len(losses) // 20)
     if len(losses) >= 2 * window:
         mean = np.convolve(losses, np.ones(window) / window, mode="valid")

@@ -6,12 +6,16 @@ that has to be kept to go on is weights, optimizer, EMA and the number of update
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
+import json
 import math
 import os
 import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +34,19 @@ from .ddpm_process import DDPMProcess
 from .objectives import l_simple, min_snr_weight, target
 from .pictures import check_plotting, image_grid, save_loss_curve, save_side_by_side, to_pil
 from .pipeline import DDPMPipelineCustom
-from .run_folder import TrainingLog, prepare_output_dir
+from .run_folder import TrainingLog, clear_output_dir, prepare_output_dir
 from .sampling import sample_images
 from .scheduling_ddpm_custom import DDPMSchedulerCustom
 
 LOG_EVERY = 10  # updates
+ADAM_OPTIONS = ("lr", "betas", "weight_decay", "eps")
+
+# Options that a resumed run must share with its checkpoint, and those whose change is not worth a word.
+MODEL_OPTIONS = (
+    "unet", "model_config_name_or_path", "resolution", "channels", "prediction_type", "ddpm_num_steps",
+    "ddpm_beta_schedule", "use_ema",
+)  # fmt: skip
+FREE_TO_CHANGE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 
 # The network of diffusers' train_unconditional.py, for who names no other.
 STOCK_UNET = {
@@ -57,8 +69,9 @@ def train(config: TrainConfig) -> Path:
     started = time.monotonic()
     # 1. Set-up: processes, folder, data, network
     output_dir = Path(config.output_dir)
-    resume_from = prepare_output_dir(output_dir, config)
+    resume_from, skipped = prepare_output_dir(output_dir, config)
     check_plotting()
+    check_logger(config.logger)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=None if config.logger == "none" else config.logger,
@@ -83,6 +96,8 @@ def train(config: TrainConfig) -> Path:
         f"{unet.num_parameters():,} parameters, {max_steps:,} updates of {global_batch} images on "
         f"{accelerator.num_processes} × {accelerator.device.type}."
     )
+    if config.lr_warmup_steps >= max_steps:
+        say(f"Note: the warm-up of {config.lr_warmup_steps} updates is longer than the run: lower --lr_warmup_steps.")
 
     # 2. Optimizer and EMA
     optimizer = torch.optim.AdamW(
@@ -94,7 +109,7 @@ def train(config: TrainConfig) -> Path:
         fused=True,
     )
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    raw_unet: UNet2DModel = accelerator.unwrap_model(unet)
+    raw_unet: UNet2DModel = accelerator.unwrap_model(unet, keep_torch_compile=False)
     ema = (
         EMAModel(
             raw_unet.parameters(),
@@ -107,11 +122,16 @@ def train(config: TrainConfig) -> Path:
         if config.use_ema
         else None
     )
-    start = restore(resume_from, raw_unet, optimizer, ema) if resume_from else 0
+    start = 0
+    if resume_from is not None:
+        start, notes = restore(resume_from, raw_unet, optimizer, ema, config, max_steps)
+        say("\n".join([*skipped, *notes, f"Going on from {resume_from}."]))
+    is_main = accelerator.is_main_process
+    if is_main:
+        clear_output_dir(output_dir, start, config.logging_dir)
     log = TrainingLog(accelerator, output_dir / config.logging_dir, config, start)
 
     # 3. Train
-    is_main = accelerator.is_main_process
     bar = tqdm(range(start, max_steps), "Training", max_steps, initial=start, unit="step", disable=not is_main)
     for step in bar:
         # accumulate gradients
@@ -149,7 +169,7 @@ def train(config: TrainConfig) -> Path:
             if is_main:
                 with ema_weights(ema, raw_unet):
                     pipeline = DDPMPipelineCustom(raw_unet, scheduler)
-                    state = training_state(done, raw_unet, optimizer, ema)
+                    state = training_state(done, raw_unet, optimizer, ema, config)
                     save_checkpoint(output_dir, pipeline, state, config.checkpoints_total_limit)
             accelerator.wait_for_everyone()
         if config.save_images_steps and done % config.save_images_steps == 0 and done < max_steps:
@@ -242,7 +262,16 @@ def build_unet(config: TrainConfig) -> UNet2DModel:
         arguments = dict(UNet2DModel.load_config(config.model_config_name_or_path))
     else:
         arguments = {**config.unet} if isinstance(config.unet, dict) else STOCK_UNET
-    unet = UNet2DModel.from_config({**arguments, **sizes})
+        known = inspect.signature(UNet2DModel.__init__).parameters
+        unknown = sorted(str(k) for k in arguments if k not in known)
+        if unknown:
+            raise ValueError(f"`unet` has {', '.join(unknown)}, which UNet2DModel does not know.")
+    if arguments.get("num_class_embeds") is not None:
+        raise ValueError("`unet` has num_class_embeds, but this script trains unconditional models: leave it out.")
+    try:
+        unet = UNet2DModel.from_config({**arguments, **sizes})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"these options make no UNet2DModel: {error}") from error
     halvings = len(unet.config.block_out_channels) - 1
     if config.resolution % 2**halvings:
         raise ValueError(
@@ -253,27 +282,50 @@ def build_unet(config: TrainConfig) -> UNet2DModel:
 
 
 def training_state(
-    step: int, unet: UNet2DModel, optimizer: torch.optim.Optimizer, ema: EMAModel | None
+    step: int, unet: UNet2DModel, optimizer: torch.optim.Optimizer, ema: EMAModel | None, config: TrainConfig
 ) -> TrainingState:
     """What a checkpoint holds. Call it inside `ema_weights`: the raw weights are those that `ema` has stored."""
     names = [name for name, _ in unet.named_parameters()]
     raw = ema.temp_stored_params if ema is not None else list(unet.parameters())
     shadow = dict(zip(names, ema.shadow_params, strict=True)) if ema is not None else None
-    return TrainingState(step, dict(zip(names, raw, strict=True)), optimizer.state_dict(), shadow)
+    return TrainingState(step, dict(zip(names, raw, strict=True)), optimizer.state_dict(), shadow, asdict(config))
 
 
-def restore(folder: Path, unet: UNet2DModel, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> int:
-    """Load a checkpoint into the parts of a run; returns the number of updates done."""
+def restore(
+    folder: Path,
+    unet: UNet2DModel,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel | None,
+    config: TrainConfig,
+    max_steps: int,
+) -> tuple[int, list[str]]:
+    """Load a checkpoint into the parts of a run.
+
+    Returns:
+        The number of updates done, and a line about each option that has changed since.
+
+    Raises:
+        ValueError: where an option has changed that makes it another model, or where no update is left to do.
+    """
     state = load_checkpoint(folder)
-    if (state.ema is None) != (ema is None):
-        raise ValueError(f"{folder} was written {'with' if ema is None else 'without'} --use_ema: resume it likewise.")
+    before, now = state.config, json.loads(json.dumps(asdict(config)))
+    changed = [k for k in now if k not in FREE_TO_CHANGE and before.get(k) != now[k]]
+    fatal = [k for k in changed if k in MODEL_OPTIONS]
+    if fatal:
+        found = "; ".join(f"`{k}` is {now[k]!r}, but was {before.get(k)!r}" for k in fatal)
+        raise ValueError(f"{folder} is of another model: {found}. Resume with the same options.")
+    if state.step > max_steps:
+        raise ValueError(f"{folder} has {state.step} updates behind it, but the run has {max_steps}: raise the number.")
     unet.load_state_dict(state.weights)
+    adam = [{k: v for k, v in group.items() if k in ADAM_OPTIONS} for group in optimizer.param_groups]
     optimizer.load_state_dict(state.optimizer)
+    for group, options in zip(optimizer.param_groups, adam, strict=True):
+        group.update(options)
     if ema is not None and state.ema is not None:
         device = next(unet.parameters()).device
         ema.shadow_params = [state.ema[name].to(device) for name, _ in unet.named_parameters()]
         ema.optimization_step = state.step
-    return state.step
+    return state.step, [f"Changed: {k} is {now[k]!r}, was {before.get(k)!r}." for k in changed]
 
 
 def sample_grid(
@@ -294,8 +346,18 @@ def sample_grid(
     return image_grid(images)
 
 
+def check_logger(logger: str) -> None:
+    """Raise a ValueError unless the tracker's package is there: Accelerate would go on without it."""
+    if logger != "none" and importlib.util.find_spec(logger) is None:
+        raise ValueError(f"`logger` is {logger!r}, but it is not installed: pip install {logger}.")
+
+
 def use_all_cores(accelerator: Accelerator) -> None:
-    """On a CPU, share the cores among the processes: `accelerate launch` would leave each of them one thread."""
-    if accelerator.device.type == "cpu":
+    """On a CPU, share the cores among the processes: `accelerate launch` would leave each of them one thread.
+
+    Without the launcher, OMP_NUM_THREADS is the user's own and stays.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if accelerator.device.type == "cpu" and (launched or "OMP_NUM_THREADS" not in os.environ):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // accelerator.num_processes))

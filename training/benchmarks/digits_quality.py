@@ -8,7 +8,8 @@
    loop: the script itself forces RGB and knows no digits.)
 3. Sample both, ours with our pipeline, the other one with stock diffusers, in the same number of steps.
 4. Score with a classifier of real digits that neither has seen: how sure it is, how even the ten classes are, and the
-   Fréchet distance between its features of samples and of real images. Real images scored likewise are the floor.
+   Fréchet distance between its features of samples and of real images. For comparison, one half of the real images is
+   scored against the other.
 """
 
 import argparse
