@@ -53,7 +53,7 @@ def save_side_by_side(samples: Image.Image, real: Image.Image, file: Path) -> No
     """Two grids, titled, in one PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(10, 5.2), dpi=110, layout="constrained")
     for axes, title, image in zip(
         figure.subplots(1, 2), ("Samples of the model", "Real images"), (samples, real), strict=True
     ):
