@@ -373,6 +373,9 @@ def test_updates_are_algorithm_1_then_clipping_then_adamw_then_ema(tmp_path):
         decay = min(0.6, 1 - (1 + step) ** -0.75)  # diffusers' warm-up: 0 at the first update
         for mean, p in zip(average, unet.parameters(), strict=True):
             mean.lerp_(p.detach(), 1 - decay)
+    # Adam and clipping forgive a wrong scale of the loss; the logged norm does not.
+    log = json.loads((tmp_path / "run" / "logs" / "train.jsonl").read_text().splitlines()[-1])
+    assert log["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
     for (name, p), mean in zip(unet.named_parameters(), average, strict=True):
         torch.testing.assert_close(state.weights[name], p.detach(), rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(state.ema[name], mean, rtol=1e-3, atol=1e-5)
