@@ -320,7 +320,11 @@ def test_updates_are_algorithm_1_then_clipping_then_adamw_then_ema(tmp_path):
         "eval_batch_size": 1, "save_images_steps": 1, "output_dir": str(tmp_path / "run"),
     }  # fmt: skip
     config = TrainConfig(**options)
+    mine = tmp_path / "run" / "scheduler" / "mine.txt"  # in a folder that no run has used, nothing is removed
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
     train(config)
+    assert mine.read_text() == "mine"
     state = load_checkpoint(tmp_path / "run" / "checkpoint-2")
 
     process, images = DDPMProcess(make_betas()), load_images(config, show_progress=False)

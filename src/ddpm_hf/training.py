@@ -127,7 +127,7 @@ def train(config: TrainConfig) -> Path:
         start, notes = restore(resume_from, raw_unet, optimizer, ema, config, max_steps)
         say("\n".join([*skipped, *notes, f"Going on from {resume_from}."]))
     is_main = accelerator.is_main_process
-    if is_main:
+    if is_main and (start or config.overwrite_output_dir):  # nobody's files are removed unasked
         clear_output_dir(output_dir, start, config.logging_dir)
     log = TrainingLog(accelerator, output_dir / config.logging_dir, config, start)
 
