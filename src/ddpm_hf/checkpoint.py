@@ -2,6 +2,7 @@
 
 A checkpoint is a folder `checkpoint-<step>` that is a pipeline too (of the EMA weights, if there are any), so that
 whatever loads a model loads a checkpoint. Beside the pipeline it holds `training_state/` and a manifest of hashes.
+Weights are whole, whatever way the processes had shared them, and nothing in it is a pickle.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,17 +24,22 @@ from .pipeline import DDPMPipelineCustom
 
 MANIFEST = "manifest.json"
 STATE = "training_state"
+PIPELINE_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @dataclass
 class TrainingState:
-    """All that a run is, beside its configuration and its progress."""
+    """All that a run is at one moment."""
 
-    step: int
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    ema: dict[str, Tensor] | None
-    config: dict[str, Any]
+    progress: dict[str, Any]  # counts and options, as JSON knows them
+    weights: dict[str, Tensor]  # those that the optimizer updates
+    optimizer: dict[str, Tensor]
+    ema: dict[str, Tensor] | None = None  # on the way to the disk they are the pipeline's
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.progress["step"]
 
 
 def checkpoint_steps(output_dir: Path) -> list[int]:
@@ -73,10 +78,8 @@ def _save_checkpoint(
     folder = partial / STATE
     folder.mkdir()
     save_file(_contiguous(state.weights), folder / "weights.safetensors")
-    if state.ema is not None:
-        save_file(_contiguous(state.ema), folder / "ema.safetensors")
-    torch.save(state.optimizer, folder / "optimizer.pt")
-    (folder / "state.json").write_text(json.dumps({"step": state.step, "config": state.config}, indent=2), "utf-8")
+    save_file(_contiguous(state.optimizer), folder / "optimizer.safetensors")
+    (folder / "progress.json").write_text(json.dumps(state.progress, indent=2), "utf-8")
 
     files = sorted(p for p in partial.rglob("*") if p.is_file())
     manifest = {p.relative_to(partial).as_posix(): _sha256(p) for p in files}
@@ -106,15 +109,11 @@ def load_checkpoint(folder: Path) -> TrainingState:
         ValueError: for a folder that is no checkpoint, or where a file is missing or differs from its hash.
     """
     check_whole(folder)
-    state = folder / STATE
-    ema = state / "ema.safetensors"
-    progress = json.loads((state / "state.json").read_text("utf-8"))
     return TrainingState(
-        step=progress["step"],
-        config=progress["config"],
-        weights=load_file(state / "weights.safetensors"),
-        optimizer=torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True),
-        ema=load_file(ema) if ema.is_file() else None,
+        progress=json.loads((folder / STATE / "progress.json").read_text("utf-8")),
+        weights=load_file(folder / STATE / "weights.safetensors"),
+        optimizer=load_file(folder / STATE / "optimizer.safetensors"),
+        ema=load_file(folder / PIPELINE_WEIGHTS),
     )
 
 

@@ -10,45 +10,56 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+SECRETS = ("hub_token",)  # options that are written down nowhere
 
 
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-def _positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` is {value}, but must be at least 1.")
-
-
-def _choices(config: object) -> None:
+def _check_types(config: object) -> None:
     """Check types, and the options that have a fixed set of values; argparse does so for flags only, not for YAML."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if get_origin(hint) is Literal:
-            if value not in get_args(hint):
-                allowed = ", ".join(map(repr, get_args(hint)))
+    hints = get_type_hints(type(config))
+    for name in (f.name for f in fields(config)):  # type: ignore[arg-type]
+        value, hint = getattr(config, name), hints[name]
+        alternatives = [hint] if get_origin(hint) is Literal else list(get_args(hint) or (hint,))
+        if value is None and NoneType in alternatives:
+            continue
+        literal = next((t for t in alternatives if get_origin(t) is Literal), None)
+        if literal is not None:
+            if value not in get_args(literal):
+                allowed = ", ".join(map(repr, get_args(literal)))
                 raise ValueError(f"`{name}` is {value!r}, but must be one of {allowed}.")
             continue
-        types = tuple(get_origin(t) or t for t in get_args(hint) or (hint,))
+        types = tuple(get_origin(t) or t for t in alternatives)
         if float in types:
             types = (*types, int)
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            wanted = " or ".join(t.__name__ for t in types if t is not type(None))
+            wanted = " or ".join(t.__name__ for t in types if t is not NoneType)
             raise ValueError(f"`{name}` is {value!r}, but must be of type {wanted}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"`{name}` is {value}, but must be finite.")
 
 
-def _seed(seed: int, images: int = 1) -> None:
-    if not 0 <= seed <= 2**63 - images:
-        raise ValueError(f"`seed` is {seed}, but must lie between 0 and 2^63 - {images}.")
+def _at_least(minimum: int, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"`{name}` is {value}, but must be at least {minimum}.")
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"`{name}` is {value}, but must be positive.")
 
 
 def _fraction(config: object, *names: str) -> None:
@@ -58,11 +69,17 @@ def _fraction(config: object, *names: str) -> None:
             raise ValueError(f"`{name}` is {value}, but must lie in [0, 1).")
 
 
-@dataclass
-class TrainConfig:
-    """Options of `training/train.py`. Names and defaults follow diffusers' `train_unconditional.py`."""
+def _seed(seed: int, images: int = 1) -> None:
+    if not 0 <= seed <= 2**63 - images:
+        raise ValueError(f"`seed` is {seed}, but must lie between 0 and 2^63 - {images}.")
 
-    # --- data
+
+@dataclass
+class DataOptions:
+    """Which images, and what is done to them."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
     dataset_name: str | None = _option(
         None, "A dataset of the Hub, a local dataset folder, or `digits`: the scans that scikit-learn ships."
     )
@@ -75,7 +92,13 @@ class TrainConfig:
     center_crop: bool = _option(False, "Crop the centre; without this flag, a random part (fixed per image).")
     random_flip: bool = _option(False, "Flip images horizontally with probability 1/2.")
 
-    # --- network and process
+
+@dataclass
+class ModelOptions:
+    """The network and the diffusion process."""
+
+    _argument_group_name: ClassVar[str] = "network and process"
+
     model_config_name_or_path: str | None = _option(
         None,
         "A `UNet2DModel` configuration: a folder, a file or a Hub id. Default: the network of train_unconditional.py.",
@@ -86,61 +109,143 @@ class TrainConfig:
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = _option(
         "linear", "The β schedule."
     )
-    ddpm_num_inference_steps: int = _option(1000, "K, the steps per image of the sample grids.")
+    ddpm_num_inference_steps: int | None = _option(
+        None, "K, the steps per image of the sample grids. Default: 1000, or T where that is less."
+    )
     timestep_spacing: Literal["linspace", "trailing", "leading"] = _option(
         "linspace", "How K steps are spread over T; linspace goes from T - 1 to 0."
     )
-    variance_type: Literal["fixed_small", "fixed_large"] = _option(
-        "fixed_small", "The reverse variance that is written into the model."
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = _option(
+        "fixed_small",
+        "The reverse variance. learned_range doubles the output channels; it needs --objective hybrid or vlb.",
     )
-    snr_gamma: float | None = _option(
-        None, "Weight the loss by min-SNR with this γ, e.g. 5. Default: the paper's L_simple."
+    enable_xformers_memory_efficient_attention: bool = _option(False, "Use the attention of xFormers.")
+
+
+@dataclass
+class LossOptions:
+    """What is minimised."""
+
+    _argument_group_name: ClassVar[str] = "loss"
+
+    objective: Literal["simple", "hybrid", "vlb"] = _option(
+        "simple", "The paper's L_simple, the variational bound (vlb), or L_simple + --vlb_weight × the bound (hybrid)."
+    )
+    loss_weighting: Literal["uniform", "snr", "min_snr", "p2"] | None = _option(
+        None,
+        "Weights of L_simple over the timesteps. Default: uniform; but snr for prediction_type sample, as in "
+        "train_unconditional.py, and min_snr with --snr_gamma.",
+    )
+    snr_gamma: float | None = _option(None, "γ of the min-SNR weighting. Default where that is chosen: 5.")
+    p2_gamma: float = _option(1.0, "γ of the P2 weighting 1/(k + SNR)^γ.")
+    p2_k: float = _option(1.0, "k of the P2 weighting.")
+    vlb_weight: float = _option(1e-3, "λ of the hybrid objective.")
+    label_dropout: float = _option(
+        0.1, "With --label_column: the share of labels that are dropped, so that guidance is possible."
     )
 
-    # --- optimisation
+
+@dataclass
+class OptimizationOptions:
+    """How it is minimised; all counts are in optimizer updates."""
+
+    _argument_group_name: ClassVar[str] = "optimisation"
+
     train_batch_size: int = _option(16, "Images per process and forward pass.")
     gradient_accumulation_steps: int = _option(1, "Forward passes per optimizer update.")
     num_epochs: int = _option(100, "Passes over the data.")
     max_train_steps: int | None = _option(None, "Optimizer updates; overrides --num_epochs.")
     learning_rate: float = _option(1e-4, "The peak learning rate.")
-    lr_scheduler: Literal["cosine", "linear", "constant"] = _option(
-        "cosine", "After the warm-up: down to 0 as a cosine or a line, or constant."
-    )
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = _option("cosine", "The learning rate over the run, as diffusers defines them; `constant` has no warm-up.")
     lr_warmup_steps: int = _option(500, "Updates of linear warm-up.")
     adam_beta1: float = _option(0.95, "AdamW's β1.")
     adam_beta2: float = _option(0.999, "AdamW's β2.")
     adam_weight_decay: float = _option(1e-6, "AdamW's weight decay.")
     adam_epsilon: float = _option(1e-8, "AdamW's ε.")
     max_grad_norm: float = _option(1.0, "Clip the gradient to this norm.")
+    max_skipped_steps: int = _option(
+        50, "Updates without a finite gradient are skipped and counted; so many in a row end the run."
+    )
     use_ema: bool = _option(False, "Keep an exponential moving average of the weights, and export that.")
     ema_inv_gamma: float = _option(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma)^-power.")
     ema_power: float = _option(0.75, "EMA warm-up: see --ema_inv_gamma.")
     ema_max_decay: float = _option(0.9999, "The largest decay of the EMA.")
-    mixed_precision: Literal["no", "fp16", "bf16"] = _option("no", "Precision of the network's forward pass.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(
+        None, "Precision of the network's forward pass. Default: what `accelerate launch` says, else no."
+    )
     seed: int = _option(0, "Fixes the weights, the order of the data, the noise and the samples.")
+    local_rank: int = _option(-1, "Accepted for old launchers, and not needed: the environment says it.")
 
-    # --- output
+
+@dataclass
+class OutputOptions:
+    """What is written, where and when."""
+
+    _argument_group_name: ClassVar[str] = "output"
+
     output_dir: str = _option("ddpm-model-64", "Where the pipeline, checkpoints, pictures and logs go.")
     overwrite_output_dir: bool = _option(False, "Replace what an earlier run left in the output folder.")
     checkpointing_steps: int = _option(500, "Save a checkpoint every so many updates.")
     checkpoints_total_limit: int | None = _option(None, "Keep only so many checkpoints, the newest.")
-    resume_from_checkpoint: str | None = _option(None, "`latest`, or the path of a checkpoint to go on from.")
-    eval_batch_size: int = _option(16, "Images in the sample grids.")
-    save_images_steps: int | None = _option(
-        None, "Write a sample grid every so many updates. Default: only at the end."
+    resume_from_checkpoint: str | None = _option(
+        None, "`latest` (a new run where there is none), or the path of the checkpoint to go on from."
     )
-    logger: Literal["none", "tensorboard", "wandb", "trackio"] = _option("none", "Tracker to report to.")
+    save_model_epochs: int = _option(10, "Write the pipeline into the output folder every so many epochs.")
+    save_images_epochs: int = _option(10, "Write sample grids after the first epoch, and then every so many.")
+    save_images_steps: int | None = _option(
+        None,
+        "The same in updates, the first time after a tenth of the number; overrides --save_images_epochs. 0: never.",
+    )
+    eval_batch_size: int = _option(16, "Images in the sample grids.")
+    report_to: list[str] | None = _option(
+        None, "Trackers: tensorboard, wandb, trackio, or none. Default: tensorboard where it is installed."
+    )
+    logger: Literal["tensorboard", "wandb"] | None = _option(None, "One tracker, as train_unconditional.py spells it.")
     logging_dir: str = _option("logs", "Folder of the logs, inside the output folder.")
+    dry_run: bool = _option(False, "Print the options, the size of the network and the plan of the run, and stop.")
+
+
+@dataclass
+class HubOptions:
+    """Sharing."""
+
+    _argument_group_name: ClassVar[str] = "the Hub"
+
+    push_to_hub: bool = _option(False, "Push the pipeline to the Hub, at checkpoints and at the end.")
+    hub_model_id: str | None = _option(None, "The repository. Default: the output folder's name, in your namespace.")
+    hub_private_repo: bool = _option(False, "Make the repository private, if it has to be created.")
+    hub_token: str | None = _option(None, "The token to push with. Default: that of `hf auth login`.")
+
+
+GROUPS = (DataOptions, ModelOptions, LossOptions, OptimizationOptions, OutputOptions, HubOptions)
+
+
+@dataclass
+class TrainConfig(HubOptions, OutputOptions, OptimizationOptions, LossOptions, ModelOptions, DataOptions):
+    """Options of `training/train.py`. Names, meanings and defaults are those of diffusers' `train_unconditional.py`."""
 
     def __post_init__(self) -> None:
-        _choices(self)
-        _positive(
-            self, "resolution", "train_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps",
+        if isinstance(self.report_to, str):  # `report_to: none` in a YAML file
+            self.report_to = [self.report_to]
+        _check_types(self)
+        _at_least(
+            1, self, "resolution", "train_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps",
             "ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size", "checkpointing_steps",
-            "checkpoints_total_limit", "save_images_steps",
+            "checkpoints_total_limit", "save_model_epochs", "save_images_epochs", "max_skipped_steps",
         )  # fmt: skip
+        _at_least(0, self, "save_images_steps", "lr_warmup_steps", "adam_weight_decay", "p2_gamma", "vlb_weight")
+        _positive(
+            self, "learning_rate", "max_grad_norm", "ema_inv_gamma", "ema_power", "adam_epsilon", "snr_gamma", "p2_k"
+        )
+        _fraction(self, "adam_beta1", "adam_beta2", "ema_max_decay", "label_dropout")
         _seed(self.seed)
-        _fraction(self, "adam_beta1", "adam_beta2", "ema_max_decay")
+        self._check_data()
+        self._check_model()
+        self._check_output()
+
+    def _check_data(self) -> None:
         if self.dataset_name is None and self.train_data_dir is None:
             raise ValueError(
                 "no images: pass --dataset_name NAME (a Hub dataset, or `digits`) or --train_data_dir FOLDER."
@@ -149,29 +254,73 @@ class TrainConfig:
             raise ValueError("both --dataset_name and --train_data_dir are given: leave one of them out.")
         if self.channels not in (1, 3, 4):
             raise ValueError(f"`channels` is {self.channels}, but must be 1 (grayscale), 3 (RGB) or 4 (RGBA).")
-        for name in ("learning_rate", "max_grad_norm", "ema_inv_gamma", "ema_power", "adam_epsilon"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be positive.")
-        if self.adam_weight_decay < 0:
-            raise ValueError(f"`adam_weight_decay` is {self.adam_weight_decay}, but must be at least 0.")
-        if not self.output_dir:
-            raise ValueError("`output_dir` is empty: name a folder.")
-        logs = Path(self.logging_dir)
-        if logs.is_absolute() or ".." in logs.parts or not logs.parts:
-            raise ValueError(f"`logging_dir` is {self.logging_dir!r}, but must be a folder inside the output folder.")
-        if self.lr_warmup_steps < 0:
-            raise ValueError(f"`lr_warmup_steps` is {self.lr_warmup_steps}, but must be at least 0.")
-        if self.snr_gamma is not None and not self.snr_gamma > 0:
-            raise ValueError(f"`snr_gamma` is {self.snr_gamma}, but must be positive, e.g. 5.")
+
+    def _check_model(self) -> None:
+        if self.unet is not None and self.model_config_name_or_path is not None:
+            raise ValueError("both --unet and --model_config_name_or_path are given: leave one of them out.")
+        if isinstance(self.unet, str):
+            self.unet = _json_mapping(self.unet)
+        if self.ddpm_num_inference_steps is None:
+            self.ddpm_num_inference_steps = min(1000, self.ddpm_num_steps)
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
             raise ValueError(
                 f"`ddpm_num_inference_steps` is {self.ddpm_num_inference_steps}, but must not exceed `ddpm_num_steps`, "
                 f"which is {self.ddpm_num_steps}."
             )
-        if self.unet is not None and self.model_config_name_or_path is not None:
-            raise ValueError("both --unet and --model_config_name_or_path are given: leave one of them out.")
-        if isinstance(self.unet, str):
-            self.unet = _json_mapping(self.unet)
+        learned = self.variance_type == "learned_range"
+        if learned and self.objective == "simple":
+            raise ValueError(
+                "`variance_type` is 'learned_range', but L_simple does not train a variance: pass --objective hybrid."
+            )
+        if self.objective == "hybrid" and not learned:
+            raise ValueError(
+                f"`objective` is 'hybrid', but `variance_type` {self.variance_type!r} has nothing to learn from the "
+                "bound: pass --variance_type learned_range."
+            )
+        if self.snr_gamma is not None and self.loss_weighting not in (None, "min_snr"):
+            raise ValueError(
+                f"`snr_gamma` is {self.snr_gamma}, but `loss_weighting` is {self.loss_weighting!r}: leave one of them "
+                "out, or pass --loss_weighting min_snr."
+            )
+        if self.objective == "vlb" and (self.loss_weighting or self.snr_gamma):
+            raise ValueError(
+                "`objective` is 'vlb', which has its own weights: leave --loss_weighting and --snr_gamma out."
+            )
+
+    def _check_output(self) -> None:
+        if not self.output_dir:
+            raise ValueError("`output_dir` is empty: name a folder.")
+        logs = Path(self.logging_dir)
+        if logs.is_absolute() or ".." in logs.parts or not logs.parts:
+            raise ValueError(f"`logging_dir` is {self.logging_dir!r}, but must be a folder inside the output folder.")
+        if self.logger is not None and self.report_to not in (None, [self.logger]):
+            raise ValueError(
+                f"`logger` is {self.logger!r}, but `report_to` is {', '.join(self.report_to)}: leave --logger out."
+            )
+        unknown = sorted(set(self.report_to or ()) - {*TRACKERS, "none"})
+        if unknown:
+            raise ValueError(f"`report_to` has {', '.join(unknown)}, but knows only {', '.join(TRACKERS)} and none.")
+        if self.report_to and "none" in self.report_to and len(self.report_to) > 1:
+            raise ValueError(f"`report_to` is {', '.join(self.report_to)}: `none` stands alone, so leave it out.")
+        given = [f"--{name}" for name in ("hub_model_id", "hub_token", "hub_private_repo") if getattr(self, name)]
+        if given and not self.push_to_hub:
+            raise ValueError(f"{' and '.join(given)} without --push_to_hub: add it, or leave {given[0]} out.")
+
+    @property
+    def weighting(self) -> Literal["uniform", "snr", "min_snr", "p2"]:
+        """The weighting of L_simple, where `loss_weighting` leaves it open."""
+        if self.loss_weighting is not None:
+            return self.loss_weighting
+        if self.snr_gamma is not None:
+            return "min_snr"
+        return "snr" if self.prediction_type == "sample" else "uniform"
+
+    def public(self) -> dict[str, Any]:
+        """The options as they may be written down: without secrets."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in SECRETS}
+
+    def __repr__(self) -> str:
+        return f"TrainConfig({', '.join(f'{k}={v!r}' for k, v in self.public().items())})"
 
 
 @dataclass
@@ -194,8 +343,8 @@ class SampleConfig:
     revision: str | None = _option(None, "Branch, tag or commit of a Hub model.")
 
     def __post_init__(self) -> None:
-        _choices(self)
-        _positive(self, "num_images", "batch_size", "num_inference_steps")
+        _check_types(self)
+        _at_least(1, self, "num_images", "batch_size", "num_inference_steps")
         _seed(self.seed, self.num_images)
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise ValueError(f"`eta` is {self.eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM.")
@@ -211,7 +360,7 @@ def parse_train_config(argv: Sequence[str], default_preset: Path) -> TrainConfig
         ValueError: naming the option, for values that make no sense.
     """
     parser = HfArgumentParser(
-        [TrainConfig],
+        GROUPS,
         prog="train.py",
         usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE …]",
         description="Train a DDPM. Without any option: scikit-learn's digits, in about five minutes on two CPU cores.",

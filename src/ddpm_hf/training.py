@@ -1,60 +1,40 @@
 """`train(config)`: Algorithm 1 of arXiv 2006.11239, from images to a saved pipeline.
 
-Randomness is a function of progress: what happens in update `step` follows from (seed, step, micro-step, rank). All
-that has to be kept to go on is weights, optimizer, EMA and the number of updates done.
+Randomness is a function of progress: what happens in update `step` follows from (seed, step, part of the batch). All
+that has to be kept to go on is weights, optimizer, EMA and counts.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-import json
-import math
 import os
 import shlex
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
-from diffusers import UNet2DModel
-from diffusers.training_utils import EMAModel
-from PIL import Image
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from .checkpoint import save_checkpoint
 from .config import TrainConfig
-from .data import Images, load_images
+from .data import Batch, load_images, random_flip, to_unit_range
 from .ddpm_process import DDPMProcess
-from .objectives import l_simple, min_snr_weight, target
+from .interruption import Agreement, Interrupted, Interruption
+from .network import build_ema, build_unet
+from .objectives import detach_mean, l_simple, loss_weight, target, vlb
 from .pictures import check_plotting, image_grid, save_loss_curve, save_side_by_side, to_pil
 from .pipeline import DDPMPipelineCustom
-from .run_folder import TrainingLog, clear_output_dir, prepare_output_dir
-from .sampling import sample_images
+from .plan import Plan
+from .previews import sample_grids
+from .run_folder import clear_output_dir, prepare_output_dir, replace_pipeline
+from .run_state import Run, capture, exported_network, restore
 from .scheduling_ddpm_custom import DDPMSchedulerCustom
-
-LOG_EVERY = 10  # updates
-ADAM_OPTIONS = ("lr", "betas", "weight_decay", "eps")
-
-# Options that a resumed run must share with its checkpoint, and those whose change is not worth a word.
-MODEL_OPTIONS = (
-    "unet", "model_config_name_or_path", "resolution", "channels", "prediction_type", "ddpm_num_steps",
-    "ddpm_beta_schedule", "use_ema",
-)  # fmt: skip
-FREE_TO_CHANGE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
-
-# The network of diffusers' train_unconditional.py, for who names no other.
-STOCK_UNET = {
-    "layers_per_block": 2,
-    "block_out_channels": (128, 128, 256, 256, 512, 512),
-    "down_block_types": ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
-}
+from .training_log import LOG_EVERY, TrainingLog, check_trackers
 
 
 def train(config: TrainConfig) -> Path:
@@ -65,20 +45,18 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ValueError: before anything is written, for what can't work.
+        OSError: where a checkpoint can't be written; earlier ones are unharmed.
+        FloatingPointError: after too many updates without a finite gradient.
+        Interrupted: after SIGTERM or Ctrl-C, when a checkpoint is saved.
     """
+    # 1. Set-up: what can be wrong is found here, before anything is written
     started = time.monotonic()
-    # 1. Set-up: processes, folder, data, network
     output_dir = Path(config.output_dir)
     resume_from, skipped = prepare_output_dir(output_dir, config)
     check_plotting()
-    check_logger(config.logger)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.logger == "none" else config.logger,
-        project_dir=str(output_dir / config.logging_dir),
-    )
-    use_all_cores(accelerator)
-    say = accelerator.print
+    accelerator = make_accelerator(config, check_trackers(config))
+    agreement = Agreement(accelerator.num_processes)
+    say, is_main = accelerator.print, accelerator.is_main_process
     scheduler = DDPMSchedulerCustom(
         config.ddpm_num_steps,
         beta_schedule=config.ddpm_beta_schedule,
@@ -86,20 +64,21 @@ def train(config: TrainConfig) -> Path:
         variance_type=config.variance_type,
         timestep_spacing=config.timestep_spacing,
     )
+    images = load_images(config, show_progress=is_main)
     torch.manual_seed(config.seed)
-    unet = build_unet(config)
-    images = load_images(config, show_progress=accelerator.is_main_process)
-    global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    max_steps = config.max_train_steps or math.ceil(config.num_epochs * len(images) / global_batch)
+    unet = build_unet(config, images.num_classes)
+    plan = Plan(config, len(images) if images.has_length else None, accelerator.num_processes)
+    count = f"{plan.num_images:,}" if plan.num_images else "a stream of"
     say(
-        f"{len(images):,} images of {images.source} at {config.resolution}×{config.resolution}, network of "
-        f"{unet.num_parameters():,} parameters, {max_steps:,} updates of {global_batch} images on "
-        f"{accelerator.num_processes} × {accelerator.device.type}."
+        f"{images.source}: {count} images at {config.resolution}×{config.resolution}. "
+        f"A network of {unet.num_parameters():,} parameters, {plan.max_steps:,} updates of {plan.global_batch} images, "
+        f"on {accelerator.num_processes} × {accelerator.device.type}."
     )
-    if config.lr_warmup_steps >= max_steps:
-        say(f"Note: the warm-up of {config.lr_warmup_steps} updates is longer than the run: lower --lr_warmup_steps.")
+    if config.dry_run:
+        say(dry_run_report(config, plan, unet.num_parameters()))
+        return output_dir
 
-    # 2. Optimizer and EMA
+    # 2. Optimizer and EMA, from a checkpoint or new
     optimizer = torch.optim.AdamW(
         unet.parameters(),
         lr=config.learning_rate,
@@ -109,88 +88,80 @@ def train(config: TrainConfig) -> Path:
         fused=True,
     )
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    raw_unet: UNet2DModel = accelerator.unwrap_model(unet, keep_torch_compile=False)
-    ema = (
-        EMAModel(
-            raw_unet.parameters(),
-            decay=config.ema_max_decay,
-            use_ema_warmup=True,
-            inv_gamma=config.ema_inv_gamma,
-            power=config.ema_power,
-            foreach=True,
-        )
-        if config.use_ema
-        else None
-    )
-    start = 0
+    run = Run(config, plan, scheduler, accelerator, agreement, unet, optimizer, build_ema(config, unet))
     if resume_from is not None:
-        start, notes = restore(resume_from, raw_unet, optimizer, ema, config, max_steps)
+        notes = restore(run, resume_from)
         say("\n".join([*skipped, *notes, f"Going on from {resume_from}."]))
-    is_main = accelerator.is_main_process
-    if is_main and (start or config.overwrite_output_dir):  # nobody's files are removed unasked
-        clear_output_dir(output_dir, start, config.logging_dir)
-    log = TrainingLog(accelerator, output_dir / config.logging_dir, config, start)
+    if is_main and (run.step or config.overwrite_output_dir):  # nobody's files are removed unasked
+        clear_output_dir(output_dir, run.step, config.logging_dir)
+    log = TrainingLog(accelerator, config)
+    log.begin(run.step, run.unlogged)
 
-    # 3. Train
-    bar = tqdm(range(start, max_steps), "Training", max_steps, initial=start, unit="step", disable=not is_main)
-    for step in bar:
-        # accumulate gradients
-        for micro_step in range(config.gradient_accumulation_steps):
-            seed_step(config.seed, step, micro_step, accelerator.process_index)
-            is_last = micro_step == config.gradient_accumulation_steps - 1
-            with nullcontext() if is_last else accelerator.no_sync(unet):
-                x_0 = local_batch(images, config, accelerator, step, micro_step)
-                loss = training_loss(unet, scheduler.process, x_0, config)
-                accelerator.backward(loss / config.gradient_accumulation_steps)
-            log.add_loss(loss)
+    # 3. Train: each rank takes every num_processes-th part of the stream of images
+    size, rank = config.train_batch_size, accelerator.process_index
+    batches = images.batches(run.images_seen + rank * size, size, accelerator.num_processes * size, config.seed)
+    bar = tqdm(
+        range(run.step, plan.max_steps), "Training", plan.max_steps, initial=run.step, unit="step", disable=not is_main
+    )
+    with Interruption(agreement) as interruption:
+        try:
+            for step in bar:
+                interruption.check()
+                for group in optimizer.param_groups:
+                    group["lr"] = plan.learning_rate(step)
 
-        # update weights
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, max_steps, config)
-        grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+                # accumulate gradients
+                for micro_step in range(config.gradient_accumulation_steps):
+                    waiting = time.perf_counter()
+                    batch = next(batches)
+                    waited = time.perf_counter() - waiting
+                    seed_part(config.seed, step, micro_step * accelerator.num_processes + rank)
+                    x_0, labels = prepare(batch, config, images.num_classes, accelerator.device)
+                    with accelerator.accumulate(unet):
+                        losses, t = training_losses(unet, scheduler.process, x_0, labels, config)
+                        accelerator.backward(losses.mean())
+                    log.add_losses(losses, t, waited)
 
-        # update EMA, after the weights
-        if ema is not None:
-            ema.step(raw_unet.parameters())
+                # update weights, unless the gradient is not finite, and after them the EMA
+                grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                log.add_gradient(skip_unless_finite(optimizer, grad_norm, accelerator))
+                optimizer.step()
+                optimizer.zero_grad()
+                if run.ema is not None:
+                    run.ema.step(unet.parameters())
+                run.step, run.images_seen = step + 1, run.images_seen + plan.global_batch
 
-        done = step + 1
-        checkpoint_due = done % config.checkpointing_steps == 0 or done == max_steps
-        if done % LOG_EVERY == 0 or checkpoint_due:
-            log.write(
-                bar,
-                step=done,
-                lr=learning_rate(step, max_steps, config),
-                grad_norm=float(grad_norm),
-                ema_decay=ema.cur_decay_value if ema is not None else 0.0,
-            )
-        if checkpoint_due:
-            if is_main:
-                with ema_weights(ema, raw_unet):
-                    pipeline = DDPMPipelineCustom(raw_unet, scheduler)
-                    state = training_state(done, raw_unet, optimizer, ema, config)
-                    save_checkpoint(output_dir, pipeline, state, config.checkpoints_total_limit)
-            accelerator.wait_for_everyone()
-        if config.save_images_steps and done % config.save_images_steps == 0 and done < max_steps:
-            with ema_weights(ema, raw_unet):
-                log.pictures(sample_grid(raw_unet, scheduler, config, accelerator), done)
+                # log, keep, show
+                if run.step % LOG_EVERY == 0 or run.step == plan.max_steps:
+                    decay = run.ema.cur_decay_value if run.ema is not None else 0.0
+                    log.write(bar, run.step, lr=plan.learning_rate(step), grad_norm=grad_norm, ema_decay=decay)
+                with log.pause():
+                    if plan.checkpoint_due(run.step) or plan.export_due(run.step):
+                        save(run, log)
+                    if plan.export_due(run.step):
+                        export(run)
+                    if plan.preview_due(run.step):
+                        log.pictures(sample_grids(run, interruption.check), run.step)
+            grids = sample_grids(run, interruption.check)
+            log.pictures(grids, run.step)
+        except Interrupted:
+            bar.close()
+            save(run, log)
+            say(f"Stopped after {run.step:,} updates. Go on with --resume_from_checkpoint latest.")
+            accelerator.end_training()
+            raise
 
-    # 4. Export: the EMA weights, samples beside real images, the loss curve
-    with ema_weights(ema, raw_unet):
-        if is_main:
-            DDPMPipelineCustom(raw_unet, scheduler).save_pretrained(output_dir)
-            samples = sample_grid(raw_unet, scheduler, config, accelerator)
-            real = image_grid(to_pil(images.pixels[images.order(config.seed, 0)[: config.eval_batch_size]]))
-            samples.save(output_dir / "samples.png")
-            real.save(output_dir / "real.png")
-            save_side_by_side(samples, real, output_dir / "samples_and_real.png")
-            save_loss_curve(*log.curve(), output_dir / "loss.png")
-            log.pictures(samples, max_steps)
+    # 4. Samples beside real images, and the loss curve
+    if is_main:
+        real = image_grid(to_pil(images.sample(config.eval_batch_size, config.seed)))
+        grids["test_samples"].save(output_dir / "samples.png")
+        real.save(output_dir / "real.png")
+        save_side_by_side(grids["test_samples"], real, output_dir / "samples_and_real.png")
+        save_loss_curve(*log.curve(), output_dir / "loss.png")
     accelerator.end_training()
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     say(
-        f"\nDone: {max_steps:,} updates, {minutes} min {seconds:02d} s in all.\n"
+        f"\nDone: {plan.max_steps:,} updates, {minutes} min {seconds:02d} s in all.\n"
         f"  pipeline  {output_dir}{os.sep}\n"
         f"  samples   {output_dir / 'samples_and_real.png'}\n"
         f"  loss      {output_dir / 'loss.png'}\n"
@@ -202,154 +173,137 @@ def train(config: TrainConfig) -> Path:
 # --- one update ----------------------------------------------------------------------------------------------------
 
 
-def seed_step(seed: int, step: int, micro_step: int, rank: int) -> None:
-    """Make every random number from here on a function of progress: t, ε, flips and dropout."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, micro_step, rank]).generate_state(1, np.uint64)[0]) >> 1)
+def seed_part(seed: int, step: int, part: int) -> None:
+    """Make every random number from here on a function of progress: flips, t, ε, label dropout and dropout.
 
-
-def local_batch(images: Images, config: TrainConfig, accelerator: Accelerator, step: int, micro_step: int) -> Tensor:
-    """x_0 of this process: its share of the next images of the stream, (B, C, H, W) in [-1, 1] on its device."""
-    size, processes = config.train_batch_size, accelerator.num_processes
-    first = ((step * config.gradient_accumulation_steps + micro_step) * processes + accelerator.process_index) * size
-    return images.batch(first, size, config.seed, flip=config.random_flip).to(accelerator.device)
-
-
-def training_loss(unet: torch.nn.Module, process: DDPMProcess, x_0: Tensor, config: TrainConfig) -> Tensor:
-    """Algorithm 1: draw t and ε, noise the images, and compare the prediction with what it should be (Eq. 14)."""
-    t = torch.randint(process.num_train_timesteps, (len(x_0),), device=x_0.device)
-    noise = torch.randn_like(x_0)
-    prediction = unet(process.q_sample(x_0, t, noise), t).sample
-    weight = min_snr_weight(process, t, config.prediction_type, config.snr_gamma) if config.snr_gamma else None
-    return l_simple(prediction, target(process, x_0, noise, t, config.prediction_type), weight).mean()
-
-
-def learning_rate(step: int, max_steps: int, config: TrainConfig) -> float:
-    """The learning rate of update `step` (from 0), a function of the number of updates alone."""
-    # 1. linear warm-up, which ends at the peak
-    if step < config.lr_warmup_steps:
-        return config.learning_rate * (step + 1) / config.lr_warmup_steps
-    # 2. constant, or down to 0 at the end
-    progress = (step - config.lr_warmup_steps) / max(1, max_steps - config.lr_warmup_steps)
-    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return config.learning_rate * factor[config.lr_scheduler]
-
-
-@contextmanager
-def ema_weights(ema: EMAModel | None, unet: UNet2DModel) -> Iterator[None]:
-    """The EMA weights in the network, and the raw ones back whatever happens."""
-    if ema is None:
-        yield
-        return
-    ema.store(unet.parameters())
-    ema.copy_to(unet.parameters())
-    try:
-        yield
-    finally:
-        ema.restore(unet.parameters())
-
-
-# --- state and pictures --------------------------------------------------------------------------------------------
-
-
-def build_unet(config: TrainConfig) -> UNet2DModel:
-    """The network of a configuration, for its resolution and channels.
-
-    Raises:
-        ValueError: where the configuration does not describe a network for these images.
+    Parts of the batch are counted over processes and micro-steps alike, so that two processes draw what one process
+    draws that accumulates twice as often.
     """
-    sizes = {"sample_size": config.resolution, "in_channels": config.channels, "out_channels": config.channels}
-    if config.model_config_name_or_path is not None:
-        arguments = dict(UNet2DModel.load_config(config.model_config_name_or_path))
-    else:
-        arguments = {**config.unet} if isinstance(config.unet, dict) else STOCK_UNET
-        known = inspect.signature(UNet2DModel.__init__).parameters
-        unknown = sorted(str(k) for k in arguments if k not in known)
-        if unknown:
-            raise ValueError(f"`unet` has {', '.join(unknown)}, which UNet2DModel does not know.")
-    if arguments.get("num_class_embeds") is not None:
-        raise ValueError("`unet` has num_class_embeds, but this script trains unconditional models: leave it out.")
-    try:
-        unet = UNet2DModel.from_config({**arguments, **sizes})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"these options make no UNet2DModel: {error}") from error
-    halvings = len(unet.config.block_out_channels) - 1
-    if config.resolution % 2**halvings:
-        raise ValueError(
-            f"`resolution` is {config.resolution}, but the network halves it {halvings} times: use a multiple of "
-            f"{2**halvings}."
-        )
-    return unet
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0]) >> 1)
 
 
-def training_state(
-    step: int, unet: UNet2DModel, optimizer: torch.optim.Optimizer, ema: EMAModel | None, config: TrainConfig
-) -> TrainingState:
-    """What a checkpoint holds. Call it inside `ema_weights`: the raw weights are those that `ema` has stored."""
-    names = [name for name, _ in unet.named_parameters()]
-    raw = ema.temp_stored_params if ema is not None else list(unet.parameters())
-    shadow = dict(zip(names, ema.shadow_params, strict=True)) if ema is not None else None
-    return TrainingState(step, dict(zip(names, raw, strict=True)), optimizer.state_dict(), shadow, asdict(config))
+def prepare(
+    batch: Batch, config: TrainConfig, num_classes: int | None, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """x_0 in [-1, 1], (B, C, H, W), flipped at random if wanted, and labels, of which some are dropped, (B,)."""
+    x_0 = to_unit_range(batch.pixels.to(device, non_blocking=True))
+    if config.random_flip:
+        x_0 = random_flip(x_0)
+    if batch.labels is None or num_classes is None:
+        return x_0, None
+    labels = batch.labels.to(device, non_blocking=True)
+    is_dropped = torch.rand(len(labels), device=device) < config.label_dropout
+    return x_0, labels.masked_fill(is_dropped, num_classes)
 
 
-def restore(
-    folder: Path,
-    unet: UNet2DModel,
-    optimizer: torch.optim.Optimizer,
-    ema: EMAModel | None,
-    config: TrainConfig,
-    max_steps: int,
-) -> tuple[int, list[str]]:
-    """Load a checkpoint into the parts of a run.
+def training_losses(
+    unet: torch.nn.Module, process: DDPMProcess, x_0: Tensor, labels: Tensor | None, config: TrainConfig
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1: draw t and ε, noise the images, and compare the prediction with what it should be.
 
     Returns:
-        The number of updates done, and a line about each option that has changed since.
+        The loss of each image, float32 of shape (B,), and its t.
+    """
+    t = torch.randint(process.num_train_timesteps, (len(x_0),), device=x_0.device)
+    noise = torch.randn_like(x_0)
+    x_t = process.q_sample(x_0, t, noise)
+    output = unet(x_t, t, **({} if labels is None else {"class_labels": labels})).sample.float()
+
+    prediction_type, variance_type = config.prediction_type, config.variance_type
+    losses = torch.zeros(len(x_0), device=x_0.device)
+    if config.objective != "vlb":
+        prediction = output[:, : x_0.shape[1]]
+        weight = loss_weight(
+            process, t, prediction_type, config.weighting,
+            snr_gamma=config.snr_gamma or 5.0, p2_gamma=config.p2_gamma, p2_k=config.p2_k,
+        )  # fmt: skip
+        losses = weight * l_simple(prediction, target(process, x_0, noise, t, prediction_type))
+    if config.objective != "simple":
+        hybrid = config.objective == "hybrid"
+        bound = vlb(
+            process, detach_mean(output, x_t) if hybrid else output, x_0, x_t, t, prediction_type, variance_type
+        )
+        losses = losses + (config.vlb_weight if hybrid else 1.0) * bound
+    return losses, t
+
+
+def skip_unless_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor, accelerator: Accelerator) -> Tensor:
+    """Make the next optimizer step do nothing if the gradient is not finite, without waiting for the device.
+
+    The fused AdamW takes such a flag, which is how loss scalers skip their overflows; with fp16 the scaler sets it.
+    """
+    is_finite = torch.as_tensor(grad_norm, device=accelerator.device).isfinite()
+    if accelerator.scaler is None:
+        optimizer.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+    return is_finite
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+
+def save(run: Run, log: TrainingLog) -> None:
+    """Write `checkpoint-<step>`, unless it is there. All processes must call it, and all raise if it fails."""
+    if run.step == run.saved_step:
+        return
+    run.unlogged = log.unlogged()
+    state, unet = capture(run)
+    error = None
+    if unet is not None:
+        try:
+            pipeline = DDPMPipelineCustom(unet, run.scheduler)
+            save_checkpoint(Path(run.config.output_dir), pipeline, state, run.config.checkpoints_total_limit)
+        except OSError as failure:
+            error = failure
+    run.agreement.raise_together(error)
+    run.saved_step = run.step
+
+
+def export(run: Run) -> None:
+    """Write the pipeline into the output folder. All processes must call it, and all raise if it fails."""
+    unet = exported_network(run)
+    error = None
+    if unet is not None:
+        try:
+            replace_pipeline(DDPMPipelineCustom(unet, run.scheduler), Path(run.config.output_dir))
+        except OSError as failure:
+            error = failure
+    run.agreement.raise_together(error)
+
+
+def dry_run_report(config: TrainConfig, plan: Plan, num_parameters: int) -> str:
+    """The resolved options, and what the run needs."""
+    state = (4 if config.use_ema else 3) * 4 * num_parameters
+    options = yaml.safe_dump(config.public(), sort_keys=False, allow_unicode=True)
+    return (
+        f"{options}\n{plan.max_steps:,} updates, {plan.max_steps * plan.global_batch:,} images seen. "
+        f"A checkpoint takes {state / 2**20:,.0f} MiB of disk. A dry run: nothing was written."
+    )
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------
+
+
+def make_accelerator(config: TrainConfig, trackers: list[str]) -> Accelerator:
+    """Accelerate's engine, as `accelerate launch` or torchrun has set it up.
 
     Raises:
-        ValueError: where an option has changed that makes it another model, or where no update is left to do.
+        ValueError: for fp16 without a GPU.
     """
-    state = load_checkpoint(folder)
-    before, now = state.config, json.loads(json.dumps(asdict(config)))
-    changed = [k for k in now if k not in FREE_TO_CHANGE and before.get(k) != now[k]]
-    fatal = [k for k in changed if k in MODEL_OPTIONS]
-    if fatal:
-        found = "; ".join(f"`{k}` is {now[k]!r}, but was {before.get(k)!r}" for k in fatal)
-        raise ValueError(f"{folder} is of another model: {found}. Resume with the same options.")
-    if state.step > max_steps:
-        raise ValueError(f"{folder} has {state.step} updates behind it, but the run has {max_steps}: raise the number.")
-    unet.load_state_dict(state.weights)
-    adam = [{k: v for k, v in group.items() if k in ADAM_OPTIONS} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state.optimizer)
-    for group, options in zip(optimizer.param_groups, adam, strict=True):
-        group.update(options)
-    if ema is not None and state.ema is not None:
-        device = next(unet.parameters()).device
-        ema.shadow_params = [state.ema[name].to(device) for name, _ in unet.named_parameters()]
-        ema.optimization_step = state.step
-    return state.step, [f"Changed: {k} is {now[k]!r}, was {before.get(k)!r}." for k in changed]
-
-
-def sample_grid(
-    unet: UNet2DModel, scheduler: DDPMSchedulerCustom, config: TrainConfig, accelerator: Accelerator
-) -> Image.Image:
-    """A grid of `eval_batch_size` samples of the weights that the network has now."""
-    unet.eval()
-    batches = sample_images(
-        DDPMPipelineCustom(unet, DDPMSchedulerCustom.from_config(scheduler.config)),
-        config.eval_batch_size,
-        config.seed,
-        batch_size=min(config.eval_batch_size, 64),
-        num_inference_steps=config.ddpm_num_inference_steps,
-        show_progress=accelerator.is_main_process,
-    )
-    images = [image for batch in batches for image in batch]
-    unet.train()
-    return image_grid(images)
-
-
-def check_logger(logger: str) -> None:
-    """Raise a ValueError unless the tracker's package is there: Accelerate would go on without it."""
-    if logger != "none" and importlib.util.find_spec(logger) is None:
-        raise ValueError(f"`logger` is {logger!r}, but it is not installed: pip install {logger}.")
+    folder = Path(config.output_dir)
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision,
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # while process 0 reads the images
+        )
+    except ValueError as error:
+        if "fp16" not in str(error):
+            raise
+        raise ValueError("`mixed_precision` is 'fp16', which needs a GPU: use bf16 or no.") from error
+    use_all_cores(accelerator)
+    return accelerator
 
 
 def use_all_cores(accelerator: Accelerator) -> None:

@@ -1,0 +1,124 @@
+"""The network of a run: diffusers' `UNet2DModel`, described by a configuration (Appendix B of arXiv 2006.11239)."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+
+# The network of diffusers' train_unconditional.py, for who names no other.
+STOCK_UNET: dict[str, Any] = {
+    "layers_per_block": 2,
+    "block_out_channels": (128, 128, 256, 256, 512, 512),
+    "down_block_types": ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+}
+
+
+def build_unet(config: TrainConfig, num_classes: int | None = None) -> UNet2DModel:
+    """The network for the resolution, channels and classes of a run, with weights from torch's global generator.
+
+    With classes it has one embedding more than there are classes: the null label of guidance, which comes last.
+
+    Raises:
+        ValueError: where the configuration does not describe a network for these images.
+    """
+    learned = config.variance_type == "learned_range"
+    wanted = {
+        "sample_size": config.resolution,
+        "in_channels": config.channels,
+        "out_channels": config.channels * (2 if learned else 1),
+        "num_class_embeds": num_classes + 1 if num_classes else None,
+    }
+    arguments = _arguments(config)
+    found = arguments.get("in_channels")
+    if config.model_config_name_or_path is not None and found not in (None, config.channels):
+        raise ValueError(
+            f"`channels` is {config.channels}, but the network of {config.model_config_name_or_path!r} takes {found}: "
+            f"pass --channels {found}."
+        )
+    if arguments.get("num_class_embeds") and not num_classes:
+        raise ValueError(
+            "`unet` has num_class_embeds, but the run has no labels: pass --label_column, or leave it out."
+        )
+    try:
+        unet = UNet2DModel.from_config({**arguments, **wanted})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"these options make no UNet2DModel: {error}") from error
+    halvings = len(unet.config.block_out_channels) - 1
+    if config.resolution % 2**halvings:
+        raise ValueError(
+            f"`resolution` is {config.resolution}, but the network halves it {halvings} times: use a multiple of "
+            f"{2**halvings}."
+        )
+    if config.enable_xformers_memory_efficient_attention:
+        if importlib.util.find_spec("xformers") is None:
+            raise ValueError("--enable_xformers_memory_efficient_attention needs xFormers: pip install xformers.")
+        unet.enable_xformers_memory_efficient_attention()
+    return unet
+
+
+def _arguments(config: TrainConfig) -> dict[str, Any]:
+    if config.model_config_name_or_path is not None:
+        try:
+            return dict(UNet2DModel.load_config(config.model_config_name_or_path))
+        except OSError as error:
+            raise ValueError(
+                f"`model_config_name_or_path` is {config.model_config_name_or_path!r}, but no configuration can be read "
+                f"there: {str(error).splitlines()[0]}"
+            ) from error
+    arguments = {**config.unet} if isinstance(config.unet, dict) else STOCK_UNET
+    known = inspect.signature(UNet2DModel.__init__).parameters
+    unknown = sorted(str(k) for k in arguments if k not in known)
+    if unknown:
+        raise ValueError(f"`unet` has {', '.join(unknown)}, which UNet2DModel does not know.")
+    return arguments
+
+
+# --- the moving average ----------------------------------------------------------------------------------------------
+
+
+def build_ema(config: TrainConfig, unet: torch.nn.Module) -> EMAModel | None:
+    """The moving average of the weights with the warm-up of diffusers, if the run keeps one."""
+    if not config.use_ema:
+        return None
+    return EMAModel(
+        unet.parameters(),
+        decay=config.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=config.ema_inv_gamma,
+        power=config.ema_power,
+        foreach=True,
+    )
+
+
+@contextmanager
+def ema_weights(ema: EMAModel | None, unet: torch.nn.Module) -> Iterator[None]:
+    """The EMA weights in the network, and the raw ones back whatever happens."""
+    if ema is None:
+        yield
+        return
+    ema.store(unet.parameters())
+    ema.copy_to(unet.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(unet.parameters())
+
+
+def unet_of(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> UNet2DModel:
+    """A network of its own around these weights, which it does not copy."""
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config(config)
+    unet.load_state_dict(weights, assign=True)
+    return unet.eval()

@@ -1,0 +1,90 @@
+"""The plan of a run: how much, and what is due when. All counts are in optimizer updates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers.optimization import get_scheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .config import TrainConfig
+
+IMAGES_PER_EPOCH_OF_A_STREAM = 50_000  # where the number of images is not known, previews need some rhythm
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the options, the number of images (None for an endless stream) and of processes."""
+
+    config: TrainConfig
+    num_images: int | None
+    num_processes: int
+
+    def __post_init__(self) -> None:
+        if self.num_images is None and self.config.max_train_steps is None:
+            raise ValueError(
+                "how many images a stream has is not known: pass --max_train_steps instead of --num_epochs."
+            )
+        if self.num_images is not None and self.global_batch > self.num_images:
+            raise ValueError(
+                f"`train_batch_size` is {self.config.train_batch_size}, with accumulation and all processes "
+                f"{self.global_batch} images per update, but there are only {self.num_images} images: lower it."
+            )
+
+    @property
+    def global_batch(self) -> int:
+        """Images per update, over all processes."""
+        return self.config.train_batch_size * self.config.gradient_accumulation_steps * self.num_processes
+
+    @property
+    def max_steps(self) -> int:
+        """Updates of the whole run."""
+        return self.config.max_train_steps or math.ceil(self.config.num_epochs * self._images / self.global_batch)
+
+    @property
+    def _images(self) -> int:
+        return self.num_images or IMAGES_PER_EPOCH_OF_A_STREAM
+
+    @cached_property
+    def _factor(self) -> Callable[[int], float]:
+        """The learning rate over its peak, as a function of the update: that of diffusers' scheduler."""
+        scheduler = get_scheduler(
+            self.config.lr_scheduler,
+            torch.optim.SGD([torch.zeros(1)], lr=self.config.learning_rate),
+            num_warmup_steps=self.config.lr_warmup_steps,
+            num_training_steps=self.max_steps,
+        )
+        return scheduler.lr_lambdas[0]
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of update `step` (from 0), a function of the number of updates alone."""
+        return self.config.learning_rate * self._factor(step)
+
+    def checkpoint_due(self, done: int) -> bool:
+        """Whether a checkpoint follows update number `done` (from 1)."""
+        return done % self.config.checkpointing_steps == 0 or done == self.max_steps
+
+    def preview_due(self, done: int) -> bool:
+        """Whether sample grids follow update number `done`: early, then regularly; the last one is the export's."""
+        if done == self.max_steps:
+            return False
+        every = self.config.save_images_steps
+        if every is not None:
+            return every > 0 and (done == max(1, every // 10) or done % every == 0)
+        return self._ends_epoch(done, first=1, every=self.config.save_images_epochs)
+
+    def export_due(self, done: int) -> bool:
+        """Whether the pipeline is written into the output folder after update number `done`."""
+        every = self.config.save_model_epochs
+        return done == self.max_steps or self._ends_epoch(done, first=every, every=every)
+
+    def _ends_epoch(self, done: int, first: int, every: int) -> bool:
+        """Whether update `done` ends epoch `first`, or a multiple of `every` after that (epochs count from 1)."""
+        ended = [n * self.global_batch // self._images for n in (done - 1, done)]
+        return any(e >= first and (e - first) % every == 0 for e in range(ended[0] + 1, ended[1] + 1))
