@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .data import Images, load_images
+from .data import Images, load_images, random_flip, to_unit_range
 from .ddpm_process import DDPMProcess
 from .objectives import l_simple, min_snr_weight, target
 from .pictures import check_plotting, image_grid, save_loss_curve, save_side_by_side, to_pil
@@ -91,8 +91,9 @@ def train(config: TrainConfig) -> Path:
     images = load_images(config, show_progress=accelerator.is_main_process)
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     max_steps = config.max_train_steps or math.ceil(config.num_epochs * len(images) / global_batch)
+    number = f"{len(images):,} images" if images.has_length else "A stream of images"
     say(
-        f"{len(images):,} images of {images.source} at {config.resolution}×{config.resolution}, network of "
+        f"{number} of {images.source} at {config.resolution}×{config.resolution}, network of "
         f"{unet.num_parameters():,} parameters, {max_steps:,} updates of {global_batch} images on "
         f"{accelerator.num_processes} × {accelerator.device.type}."
     )
@@ -181,7 +182,7 @@ def train(config: TrainConfig) -> Path:
         if is_main:
             DDPMPipelineCustom(raw_unet, scheduler).save_pretrained(output_dir)
             samples = sample_grid(raw_unet, scheduler, config, accelerator)
-            real = image_grid(to_pil(images.pixels[images.order(config.seed, 0)[: config.eval_batch_size]]))
+            real = image_grid(to_pil(images.sample(config.eval_batch_size, config.seed)))
             samples.save(output_dir / "samples.png")
             real.save(output_dir / "real.png")
             save_side_by_side(samples, real, output_dir / "samples_and_real.png")
@@ -211,7 +212,9 @@ def local_batch(images: Images, config: TrainConfig, accelerator: Accelerator, s
     """x_0 of this process: its share of the next images of the stream, (B, C, H, W) in [-1, 1] on its device."""
     size, processes = config.train_batch_size, accelerator.num_processes
     first = ((step * config.gradient_accumulation_steps + micro_step) * processes + accelerator.process_index) * size
-    return images.batch(first, size, config.seed, flip=config.random_flip).to(accelerator.device)
+    batch = next(images.batches(first, size, size, config.seed))
+    x_0 = to_unit_range(batch.pixels.to(accelerator.device))
+    return random_flip(x_0) if config.random_flip else x_0
 
 
 def training_loss(unet: torch.nn.Module, process: DDPMProcess, x_0: Tensor, config: TrainConfig) -> Tensor:
