@@ -22,7 +22,7 @@ from scipy.stats import kstest
 from ddpm_hf import DDPMPipelineCustom, DDPMProcess
 from ddpm_hf.checkpoint import checkpoint_steps, latest_checkpoint, load_checkpoint
 from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import Images, load_images, to_uint8
+from ddpm_hf.data import StoredImages, load_images, to_uint8, to_unit_range
 from ddpm_hf.ddpm_process import make_betas
 from ddpm_hf.objectives import l_simple, min_snr_weight, target
 from ddpm_hf.run_folder import clear_output_dir
@@ -297,7 +297,7 @@ def test_weighting_is_applied_to_the_loss():
 
 
 def test_processes_share_the_stream_without_overlap():
-    images = Images(torch.arange(48, dtype=torch.uint8).reshape(48, 1, 1, 1), "numbers")
+    images = StoredImages(torch.arange(48, dtype=torch.uint8).reshape(48, 1, 1, 1), "numbers")
     config = TrainConfig(dataset_name="digits", train_batch_size=3, gradient_accumulation_steps=2)
     seen = []
     for step, micro_step, rank in itertools.product(range(4), range(2), range(2)):
@@ -335,7 +335,7 @@ def test_updates_are_algorithm_1_then_clipping_then_adamw_then_ema(tmp_path):
     for step in range(2):
         for micro_step in range(2):
             seed_step(0, step, micro_step, 0)
-            x_0 = images.batch((2 * step + micro_step) * 4, 4, seed=0)
+            x_0 = to_unit_range(next(images.batches((2 * step + micro_step) * 4, 4, 4, seed=0)).pixels)
             t = torch.randint(1000, (4,))
             noise = torch.randn_like(x_0)
             a = process.alphas_cumprod[t].float().reshape(-1, 1, 1, 1)

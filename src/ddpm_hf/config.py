@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+IMAGE_MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}  # Pillow's name → channels
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SECRETS = ("hub_token",)  # options that are written down nowhere
 
@@ -81,16 +82,57 @@ class DataOptions:
     _argument_group_name: ClassVar[str] = "data"
 
     dataset_name: str | None = _option(
-        None, "A dataset of the Hub, a local dataset folder, or `digits`: the scans that scikit-learn ships."
+        None,
+        "A dataset of the Hub, a local dataset folder, files (.parquet, .arrow, .tar of WebDataset; also by * and ?), "
+        "or `digits`: the scans that scikit-learn ships.",
     )
     dataset_config_name: str | None = _option(None, "The dataset's configuration, where it has several.")
-    train_data_dir: str | None = _option(None, "A folder of images, instead of a dataset.")
-    cache_dir: str | None = _option(None, "Where downloaded datasets are kept.")
+    train_data_dir: str | None = _option(None, "A folder of images with all its sub-folders, instead of a dataset.")
+    cache_dir: str | None = _option(
+        None, "Where downloaded datasets and decoded images are kept. Default: the cache of `datasets`."
+    )
     image_column: str | None = _option(None, "The column that holds the images; found by its type if not given.")
-    resolution: int = _option(64, "Height and width of the images: they are resized and cropped to it.")
-    channels: int = _option(3, "Channels of the images: 1 (grayscale), 3 (RGB) or 4 (RGBA).")
-    center_crop: bool = _option(False, "Crop the centre; without this flag, a random part (fixed per image).")
+    label_column: str | None = _option(
+        None,
+        "Train class-conditionally with this column: ClassLabel, integers or text. In a folder of images, `label` "
+        "is the name of the sub-folder. Default: unconditional.",
+    )
+    resolution: int = _option(64, "Height and width of the images: they are cropped to a square and resized to it.")
+    image_mode: str | None = _option(
+        None,
+        "Mode of the images: L (grayscale), LA, RGB or RGBA. Default: by --channels. Without A, transparent "
+        "parts become white.",
+    )
+    channels: int | None = _option(None, "Channels of the images: 1, 2, 3 or 4. Default: by --image_mode, else 3.")
+    resize: Literal["bicubic", "lanczos"] = _option(
+        "bicubic",
+        "Antialiased resizing: bicubic, as the field resizes for FID, or the sharper Lanczos, which rings more.",
+    )
+    center_crop: bool = _option(
+        False,
+        "Crop the centre; without this flag, a random part (fixed per image, by the seed and its place in the data).",
+    )
     random_flip: bool = _option(False, "Flip images horizontally with probability 1/2.")
+    preserve_input_precision: bool = _option(
+        False, "Keep 16 bits per channel. (Pillow reads them from grayscale images; of 16-bit colour it keeps 8.)"
+    )
+    on_bad_image: Literal["raise", "skip"] = _option(
+        "raise", "End with the name of the first image that can't be read, or leave such images out and list them."
+    )
+    cache_limit_gb: float | None = _option(
+        None,
+        "Decoded images are kept on disk up to this size, and beyond it decoded whenever needed; 0: always decode. "
+        "Default: half of the free disk space.",
+    )
+    dataloader_num_workers: int = _option(
+        0, "Processes that decode images during training, where they are not kept; 0: the training process does."
+    )
+    streaming: bool = _option(
+        False,
+        "Read the dataset while training, for what does not fit the disk; needs --max_train_steps. Every process reads "
+        "all of the stream and decodes its part. Resuming reads on to its place: up to two epochs, not decoded.",
+    )
+    shuffle_buffer_size: int = _option(1000, "Images among which a stream is shuffled; they are held in memory.")
 
 
 @dataclass
@@ -231,11 +273,15 @@ class TrainConfig(HubOptions, OutputOptions, OptimizationOptions, LossOptions, M
             self.report_to = [self.report_to]
         _check_types(self)
         _at_least(
-            1, self, "resolution", "train_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps",
-            "ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size", "checkpointing_steps",
-            "checkpoints_total_limit", "save_model_epochs", "save_images_epochs", "max_skipped_steps",
+            1, self, "resolution", "shuffle_buffer_size", "train_batch_size", "gradient_accumulation_steps",
+            "num_epochs", "max_train_steps", "ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size",
+            "checkpointing_steps", "checkpoints_total_limit", "save_model_epochs", "save_images_epochs",
+            "max_skipped_steps",
         )  # fmt: skip
-        _at_least(0, self, "save_images_steps", "lr_warmup_steps", "adam_weight_decay", "p2_gamma", "vlb_weight")
+        _at_least(
+            0, self, "cache_limit_gb", "dataloader_num_workers", "save_images_steps", "lr_warmup_steps",
+            "adam_weight_decay", "p2_gamma", "vlb_weight",
+        )  # fmt: skip
         _positive(
             self, "learning_rate", "max_grad_norm", "ema_inv_gamma", "ema_power", "adam_epsilon", "snr_gamma", "p2_k"
         )
@@ -252,8 +298,13 @@ class TrainConfig(HubOptions, OutputOptions, OptimizationOptions, LossOptions, M
             )
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise ValueError("both --dataset_name and --train_data_dir are given: leave one of them out.")
-        if self.channels not in (1, 3, 4):
-            raise ValueError(f"`channels` is {self.channels}, but must be 1 (grayscale), 3 (RGB) or 4 (RGBA).")
+        self._resolve_image_mode()
+        if self.streaming and self.dataset_name == "digits":
+            raise ValueError("the digits can't be streamed: leave out --streaming.")
+        if self.streaming and self.max_train_steps is None:
+            raise ValueError(
+                "how long a stream is, is not known before its end: pass --max_train_steps with --streaming."
+            )
 
     def _check_model(self) -> None:
         if self.unet is not None and self.model_config_name_or_path is not None:
@@ -321,6 +372,21 @@ class TrainConfig(HubOptions, OutputOptions, OptimizationOptions, LossOptions, M
 
     def __repr__(self) -> str:
         return f"TrainConfig({', '.join(f'{k}={v!r}' for k, v in self.public().items())})"
+
+    def _resolve_image_mode(self) -> None:
+        """Fill in `image_mode` and `channels`, either from the other."""
+        if self.channels is not None and self.channels not in IMAGE_MODES.values():
+            raise ValueError(
+                f"`channels` is {self.channels}, but must be 1 (grayscale), 2 (with alpha), 3 (RGB) or 4 (RGBA)."
+            )
+        mode = self.image_mode or next(mode for mode, n in IMAGE_MODES.items() if n == (self.channels or 3))
+        if mode not in IMAGE_MODES:
+            raise ValueError(f"`image_mode` is {mode!r}, but must be one of {', '.join(IMAGE_MODES)}.")
+        if self.channels not in (None, IMAGE_MODES[mode]):
+            raise ValueError(
+                f"`channels` is {self.channels}, but `image_mode` {mode!r} has {IMAGE_MODES[mode]}: leave one out."
+            )
+        self.image_mode, self.channels = mode, IMAGE_MODES[mode]
 
 
 @dataclass

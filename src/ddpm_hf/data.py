@@ -1,65 +1,231 @@
-"""Images: any source → uint8 → [-1, 1]. The only place that knows image modes, resizing and the order of batches."""
+"""Training images: any source → uint8 batches in an order that is a function of progress → [-1, 1]."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import shutil
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from .decoding import RowDecoder, StreamDecoder, decode_batches
+from .image_cache import ImageCache
+from .images import Transform, Unreadable
+from .sources import Source, Stream, StreamRow, open_source, open_stream
 
 if TYPE_CHECKING:
     from .config import TrainConfig
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+SPARE_ROWS = 8  # of a stream, beyond a batch, to take the place of images that can't be read
 
 
-@dataclass
-class Images:
-    """A training set in memory. `pixels` is uint8 of shape (N, C, H, W)."""
+class Batch(NamedTuple):
+    """`pixels` is uint8, or uint16 where 16 bits are kept, of shape (B, C, H, W); `labels` int64 of shape (B,)."""
 
     pixels: Tensor
-    source: str
-    _orders: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
+    labels: Tensor | None
+
+
+class Images(ABC):
+    """A training set: an endless, shuffled stream of images, from any place of which one can go on.
+
+    Attributes:
+        source: its name, for messages.
+        label_names: what the labels 0 … n - 1 are called; None for unconditional training.
+        skipped: what `--on_bad_image skip` has left out. A stream finds it out by and by.
+        has_length: whether `len()` gives the number of images; that of a stream is not known.
+    """
+
+    has_length = True
+
+    def __init__(self, source: str, label_names: list[str] | None = None, skipped: Iterable[Unreadable] = ()) -> None:
+        self.source, self.label_names, self.skipped = source, label_names, list(skipped)
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of labels; None for unconditional training."""
+        return None if self.label_names is None else len(self.label_names)
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        raise TypeError(f"how many images {self.source} holds is not known before its end.")
 
-    def batch(self, first: int, size: int, seed: int, flip: bool = False) -> Tensor:
-        """Images number first … first + size - 1 of the endless, shuffled stream, in [-1, 1].
+    @abstractmethod
+    def batches(self, first: int, size: int, stride: int, seed: int) -> Iterator[Batch]:
+        """Endless: batch k holds images number first + k·stride … first + k·stride + size - 1 of the stream.
 
         The stream is a function of `seed` alone: epoch after epoch, each image once per epoch, each epoch in its own
-        order. So a run that goes on in the middle of an epoch sees what it would have seen. Flips are drawn from
-        torch's global generator.
-
-        Returns:
-            float32 of shape (size, C, H, W).
+        order. So a run that goes on in the middle of an epoch sees what it would have seen. Rank r of P processes with
+        batches of B starts at r·B and strides P·B.
         """
-        epochs, places = np.divmod(np.arange(first, first + size), len(self))
-        orders = {int(e): self.order(seed, int(e)) for e in np.unique(epochs)}
-        indices = np.array([orders[int(e)][p] for e, p in zip(epochs, places, strict=True)])
-        batch = to_unit_range(self.pixels[torch.from_numpy(indices)])
-        if flip:
-            flipped = torch.rand(size) < 0.5
-            batch = torch.where(flipped[:, None, None, None], batch.flip(-1), batch)
-        return batch
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The order of one epoch; the latest ones are kept."""
-        if (seed, epoch) not in self._orders:
-            if len(self._orders) > 2:
-                self._orders.clear()
-            self._orders[seed, epoch] = np.random.default_rng([seed, epoch]).permutation(len(self))
-        return self._orders[seed, epoch]
+    @abstractmethod
+    def sample(self, count: int, seed: int) -> Tensor:
+        """The first `count` images of the stream, or all of them if there are fewer: (n, C, H, W) as in `Batch`."""
+
+
+class IndexedImages(Images):
+    """Images that can be read in any order. `read` maps arrays of indices below `length` to batches."""
+
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    @abstractmethod
+    def read(self, requests: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """The batches of these indices, in the order of the requests."""
+
+    def batches(self, first: int, size: int, stride: int, seed: int) -> Iterator[Batch]:
+        """See `Images.batches`."""
+        return self.read(self.indices(first + k * stride, size, seed) for k in count())
+
+    def sample(self, count: int, seed: int) -> Tensor:
+        """See `Images.sample`."""
+        return next(self.read([self.indices(0, min(count, len(self)), seed)])).pixels
+
+    def indices(self, first: int, size: int, seed: int) -> np.ndarray:
+        """What images number first … first + size - 1 of the stream are, int64."""
+        epochs, places = np.divmod(np.arange(first, first + size), len(self))
+        return np.concatenate([self._order(seed, int(e))[places[epochs == e]] for e in np.unique(epochs)])
+
+    def _order(self, seed: int, epoch: int) -> np.ndarray:
+        """The order of one epoch; the latest is kept."""
+        if getattr(self, "_latest", (None,))[0] != (seed, epoch):
+            self._latest = (seed, epoch), np.random.default_rng([seed, epoch]).permutation(len(self))
+        return self._latest[1]
+
+
+class StoredImages(IndexedImages):
+    """Images in memory, or mapped into it: `pixels` is uint8 or uint16 (N, C, H, W), `labels` int64 (N,) or None."""
+
+    def __init__(
+        self,
+        pixels: Tensor,
+        source: str,
+        labels: Tensor | None = None,
+        label_names: list[str] | None = None,
+        skipped: Iterable[Unreadable] = (),
+    ) -> None:
+        super().__init__(source, label_names, skipped)
+        self.pixels, self.labels, self.length = pixels, labels, len(pixels)
+
+    def read(self, requests: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """See `IndexedImages.read`."""
+        for indices in map(torch.from_numpy, requests):
+            yield Batch(self.pixels[indices], None if self.labels is None else self.labels[indices])
+
+
+class DecodedImages(IndexedImages):
+    """Images that are decoded each time they are needed, by worker processes: `readable` are their indices."""
+
+    def __init__(
+        self, source: Source, transform: Transform, readable: np.ndarray, skipped: Iterable[Unreadable], workers: int
+    ) -> None:
+        super().__init__(source.name, source.label_names, skipped)
+        self.decoder, self.readable, self.workers = RowDecoder(source, transform), readable, workers
+        self.length = len(readable)
+
+    def read(self, requests: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """See `IndexedImages.read`.
+
+        Raises:
+            ValueError: for an image that can't be read.
+        """
+        for decoded in decode_batches(self.decoder, (self.readable[r].tolist() for r in requests), self.workers):
+            if decoded.unreadable:
+                raise decoded.unreadable[0].error(self.source)
+            yield Batch(decoded.pixels, decoded.labels)
+
+
+class StreamedImages(Images):
+    """Images that are read one after the other, and never all there."""
+
+    has_length = False
+
+    def __init__(self, stream: Stream, transform: Transform, skip_unreadable: bool, workers: int) -> None:
+        super().__init__(stream.name, stream.label_names)
+        self.stream, self.transform, self.workers = stream, transform, workers
+        self.skip_unreadable = skip_unreadable
+
+    def batches(self, first: int, size: int, stride: int, seed: int) -> Iterator[Batch]:
+        """See `Images.batches`. Every process reads the whole stream, and decodes its own part of it.
+
+        The place of an image that can't be read is taken by the next one that can.
+
+        Raises:
+            ValueError: for an image that can't be read, unless they are skipped; if all of a batch can't be read.
+        """
+        rows = self.stream.rows(first, seed)
+        requests = _windows(rows, size + (SPARE_ROWS if self.skip_unreadable else 0), stride)
+        for decoded in decode_batches(StreamDecoder(self.transform, size), requests, self.workers):
+            if decoded.unreadable:
+                self._note(decoded.unreadable, left=len(decoded.pixels))
+            places = torch.arange(size) % len(decoded.pixels)
+            yield Batch(decoded.pixels[places], None if decoded.labels is None else decoded.labels[places])
+
+    def sample(self, count: int, seed: int) -> Tensor:
+        """See `Images.sample`."""
+        return next(self.batches(0, count, count, seed)).pixels
+
+    def _note(self, unreadable: list[Unreadable], left: int) -> None:
+        if not self.skip_unreadable or not left:
+            raise unreadable[0].error(self.source)
+        known = {bad.path for bad in self.skipped if bad.path}
+        self.skipped += [bad for bad in unreadable if bad.path not in known]
+
+
+def load_images(config: TrainConfig, show_progress: bool = True) -> Images:
+    """The training set of a configuration: mapped from a cache of decoded images, decoded on the fly, or streamed.
+
+    All processes of a run may call it at the same time: one of each machine builds the cache, the others wait for it.
+
+    Raises:
+        ValueError: for a source that does not exist, lacks the column, or holds no images; for damaged images.
+        OSError: if the cache can't be written.
+    """
+    skip, workers = config.on_bad_image == "skip", config.dataloader_num_workers
+    transform = Transform(
+        config.resolution,
+        str(config.image_mode),
+        config.resize,
+        None if config.center_crop else config.seed,
+        config.preserve_input_precision,
+    )
+    if config.streaming:
+        return StreamedImages(open_stream(config), transform, skip, workers)
+    source = open_source(config)
+    if source.fingerprint is None:
+        decoded = RowDecoder(source, transform).__getitems__(list(range(len(source))))
+        return StoredImages(decoded.pixels, source.name, decoded.labels, source.label_names)
+    cache = ImageCache(_cache_root(config), source, transform)
+    keep = config.cache_limit_gb != 0 and (cache.load() is not None or _fits(cache, config.cache_limit_gb))
+    if not keep and not skip:
+        return DecodedImages(source, transform, np.arange(len(source)), [], workers)
+    if not keep:  # which images to skip must be known before the order of the others is
+        cache = ImageCache(_cache_root(config), source, transform, keep_pixels=False)
+    survey = cache.build(skip, show_progress)
+    if survey.unreadable and show_progress:
+        tqdm.write(
+            f"{len(survey.unreadable)} of {len(source)} images of {source.name} can't be read and are left out, "
+            f"first {survey.unreadable[0].path or survey.unreadable[0].index}: see {cache.folder / 'cache.json'}"
+        )
+    if not keep:
+        return DecodedImages(source, transform, survey.readable, survey.unreadable, workers)
+    labels = None if source.labels is None else torch.from_numpy(source.labels[survey.readable])
+    pixels = torch.from_numpy(cache.pixels(survey))
+    return StoredImages(pixels, source.name, labels, source.label_names, survey.unreadable)
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
-    """uint8 in [0, 255] → float32 in [-1, 1] (Section 3.3)."""
-    return pixels.float() / 127.5 - 1
+    """uint8 in [0, 255] or uint16 in [0, 65535] → float32 in [-1, 1] (Section 3.3), on the same device."""
+    return pixels.float() / (torch.iinfo(pixels.dtype).max / 2) - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -67,92 +233,34 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def load_images(config: TrainConfig, show_progress: bool = True) -> Images:
-    """The training set of a configuration, decoded, resized and cropped.
-
-    Raises:
-        ValueError: for a source that does not exist, has no images, or has several image columns.
-    """
-    rng = None if config.center_crop else np.random.default_rng([config.seed, 1])
-    if config.dataset_name == "digits":
-        sources: Any = _digits()
-        name = "scikit-learn digits"
-    else:
-        sources = _open_dataset(config)
-        name = str(config.dataset_name or config.train_data_dir)
-    if len(sources) == 0:
-        raise ValueError(f"{name} holds no images.")
-    pixels = np.empty((len(sources), config.channels, config.resolution, config.resolution), np.uint8)
-    for i in tqdm(range(len(sources)), desc=f"Reading {name}", disable=not show_progress, leave=False):
-        try:
-            pixels[i] = prepare_image(sources[i], config.resolution, config.channels, rng)
-        except (OSError, AttributeError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-            raise ValueError(f"image {i} (from 0) of {name} can't be read ({error}): repair or remove it.") from error
-    return Images(torch.from_numpy(pixels), name)
+def random_flip(x: Tensor) -> Tensor:
+    """Mirror each image (B, C, H, W) with probability 1/2, drawn from the global generator of its device."""
+    flipped = torch.rand(len(x), device=x.device) < 0.5
+    return torch.where(flipped[:, None, None, None], x.flip(-1), x)
 
 
-def prepare_image(image: Image.Image, resolution: int, channels: int, rng: np.random.Generator | None) -> np.ndarray:
-    """One image, upright, its shorter side resized to `resolution` and the longer one cropped, uint8 of (C, H, W).
-
-    `rng` places the crop at random; None takes the centre.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("it holds floating-point numbers, whose range is unknown")
-    if image.mode.startswith("I"):  # 16 or 32 bit: convert() would cut off instead of scaling
-        values = np.asarray(image)
-        image = Image.fromarray((values / (257 if values.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
-    image = image.convert(MODES[channels])
-    scale = resolution / min(image.size)
-    size = [max(resolution, round(side * scale)) for side in image.size]
-    if tuple(size) != image.size:
-        image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
-    spare = [size[0] - resolution, size[1] - resolution]
-    left, top = [int(rng.integers(s + 1)) if rng is not None else s // 2 for s in spare]
-    image = image.crop((left, top, left + resolution, top + resolution))
-    array = np.asarray(image)
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-
-
-def _digits() -> list[Image.Image]:
-    """scikit-learn's 1,797 scans of 8×8 pixels with 17 levels, as 8-bit grayscale images."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ValueError("the digits come with scikit-learn: pip install 'ddpm-hf[train]'.") from error
-    return [Image.fromarray((scan * (255 / 16)).round().astype(np.uint8)) for scan in load_digits().images]
-
-
-def _open_dataset(config: TrainConfig) -> Any:
-    """The image column of a `datasets` source, decoding as it is read."""
+def _cache_root(config: TrainConfig) -> Path:
     import datasets
 
-    if config.train_data_dir is not None and not Path(config.train_data_dir).is_dir():
-        raise ValueError(f"`train_data_dir` is {config.train_data_dir!r}, but there is no such folder.")
-    try:
-        if config.train_data_dir is not None:
-            # All files are the training set, also those that `datasets` would take for a test set by their names.
-            files = {"train": str(Path(config.train_data_dir) / "**")}
-            dataset = datasets.load_dataset(
-                "imagefolder", data_files=files, cache_dir=config.cache_dir, split="train", drop_labels=True
-            )
-        elif config.dataset_name is not None and Path(config.dataset_name).suffix in (".parquet", ".arrow"):
-            builder = Path(config.dataset_name).suffix.removeprefix(".")
-            dataset = datasets.load_dataset(
-                builder, data_files=config.dataset_name, cache_dir=config.cache_dir, split="train"
-            )
-        else:
-            dataset = datasets.load_dataset(
-                config.dataset_name, config.dataset_config_name, cache_dir=config.cache_dir, split="train"
-            )
-    except (FileNotFoundError, datasets.exceptions.DatasetsError, ValueError) as error:
-        source = config.train_data_dir or config.dataset_name
-        raise ValueError(f"no images can be read from {source!r}: {error}") from error
-    image_columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    column = config.image_column or (image_columns[0] if len(image_columns) == 1 else None)
-    if column not in image_columns:
-        raise ValueError(
-            f"`image_column` is {config.image_column!r}, but the image columns are {image_columns}: "
-            "pass --image_column with one of them."
-        )
-    return dataset[column]
+    return Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "decoded_images"
+
+
+def _fits(cache: ImageCache, limit_gb: float | None) -> bool:
+    """Whether all decoded images may be kept: half of the free disk space at most, if no limit is given."""
+    existing = next(folder for folder in cache.folder.parents if folder.is_dir())
+    free = shutil.disk_usage(existing).free + cache.present_bytes
+    limit = free / 2 if limit_gb is None else min(free, limit_gb * 1e9)
+    return len(cache.source) * cache.image_bytes <= limit
+
+
+def _windows(rows: Iterator[StreamRow], size: int, stride: int) -> Iterator[list[StreamRow]]:
+    """Lists of `size` rows that start `stride` rows apart."""
+    window: deque[StreamRow] = deque()
+    while True:
+        window.extend(islice(rows, size - len(window)))
+        yield list(window)
+        for _ in range(stride):
+            if window:
+                window.popleft()
+            else:
+                next(rows)

@@ -6,15 +6,14 @@ import importlib.util
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .config import TrainConfig
+from .config import IMAGE_MODES, TrainConfig
 
 # The network of diffusers' train_unconditional.py, for who names no other.
 STOCK_UNET: dict[str, Any] = {
@@ -33,18 +32,18 @@ def build_unet(config: TrainConfig, num_classes: int | None = None) -> UNet2DMod
     Raises:
         ValueError: where the configuration does not describe a network for these images.
     """
-    learned = config.variance_type == "learned_range"
+    channels = IMAGE_MODES[str(config.image_mode)]
     wanted = {
         "sample_size": config.resolution,
-        "in_channels": config.channels,
-        "out_channels": config.channels * (2 if learned else 1),
+        "in_channels": channels,
+        "out_channels": 2 * channels if config.variance_type == "learned_range" else channels,
         "num_class_embeds": num_classes + 1 if num_classes else None,
     }
     arguments = _arguments(config)
     found = arguments.get("in_channels")
-    if config.model_config_name_or_path is not None and found not in (None, config.channels):
+    if config.model_config_name_or_path is not None and found not in (None, channels):
         raise ValueError(
-            f"`channels` is {config.channels}, but the network of {config.model_config_name_or_path!r} takes {found}: "
+            f"`channels` is {channels}, but the network of {config.model_config_name_or_path!r} takes {found}: "
             f"pass --channels {found}."
         )
     if arguments.get("num_class_embeds") and not num_classes:
@@ -74,8 +73,8 @@ def _arguments(config: TrainConfig) -> dict[str, Any]:
             return dict(UNet2DModel.load_config(config.model_config_name_or_path))
         except OSError as error:
             raise ValueError(
-                f"`model_config_name_or_path` is {config.model_config_name_or_path!r}, but no configuration can be read "
-                f"there: {str(error).splitlines()[0]}"
+                f"`model_config_name_or_path` is {config.model_config_name_or_path!r}, but there is no configuration "
+                f"to read: {str(error).splitlines()[0]}"
             ) from error
     arguments = {**config.unet} if isinstance(config.unet, dict) else STOCK_UNET
     known = inspect.signature(UNet2DModel.__init__).parameters

@@ -64,6 +64,17 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"`output_dir` {str(folder)!r} can't be written to ({error}): choose another one.") from error
 
 
+def check_space(output_dir: Path, checkpoint_bytes: int) -> None:
+    """Raise a ValueError unless the disk has room for a checkpoint while the one before is still there."""
+    there = next(place for place in (output_dir, *output_dir.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if free < 2 * checkpoint_bytes:
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} is on a disk with {free / 2**20:,.0f} MiB free, but two checkpoints "
+            f"take {checkpoint_bytes / 2**19:,.0f} MiB: free some, or choose another one."
+        )
+
+
 def clear_output_dir(output_dir: Path, start: int, logging_dir: str) -> None:
     """Make way for a run that begins at update `start`.
 

@@ -29,10 +29,12 @@ from .scheduling_ddpm_custom import DDPMSchedulerCustom
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whatever way the processes share it
 
+CHECKPOINT_BYTES = 16  # per parameter: exported and raw weights, and Adam's two moments
+
 # Options that a resumed run must share with its checkpoint, and those whose change is not worth a word.
 MODEL_OPTIONS = (
-    "unet", "model_config_name_or_path", "resolution", "channels", "label_column", "prediction_type", "ddpm_num_steps",
-    "ddpm_beta_schedule", "use_ema",
+    "unet", "model_config_name_or_path", "resolution", "image_mode", "label_column", "prediction_type",
+    "ddpm_num_steps", "ddpm_beta_schedule", "use_ema",
 )  # fmt: skip
 FREE_TO_CHANGE = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank", "dry_run", "logger", "report_to",
@@ -81,7 +83,7 @@ def exported_network(run: Run) -> UNet2DModel | None:
 
 def capture(run: Run) -> tuple[TrainingState, UNet2DModel | None]:
     """What a checkpoint holds, and the network of its pipeline. All processes must call it."""
-    moments: dict[str, Any] = get_optimizer_state_dict(run.unet, run.optimizer.optimizer, options=WHOLE)["state"]
+    moments: Any = get_optimizer_state_dict(run.unet, run.optimizer.optimizer, options=WHOLE)["state"]
     scaler = run.accelerator.scaler
     progress = {
         "step": run.step,

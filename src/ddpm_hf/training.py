@@ -6,6 +6,7 @@ that has to be kept to go on is weights, optimizer, EMA and counts.
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import time
@@ -31,9 +32,10 @@ from .pictures import check_plotting, image_grid, save_loss_curve, save_side_by_
 from .pipeline import DDPMPipelineCustom
 from .plan import Plan
 from .previews import sample_grids
-from .run_folder import clear_output_dir, prepare_output_dir, replace_pipeline
-from .run_state import Run, capture, exported_network, restore
+from .run_folder import check_space, clear_output_dir, prepare_output_dir, replace_pipeline
+from .run_state import CHECKPOINT_BYTES, Run, capture, exported_network, restore
 from .scheduling_ddpm_custom import DDPMSchedulerCustom
+from .sources import Stream, open_source, open_stream
 from .training_log import LOG_EVERY, TrainingLog, check_trackers
 
 
@@ -64,19 +66,20 @@ def train(config: TrainConfig) -> Path:
         variance_type=config.variance_type,
         timestep_spacing=config.timestep_spacing,
     )
+    if config.dry_run:
+        say(dry_run(config, accelerator.num_processes))
+        return output_dir
     images = load_images(config, show_progress=is_main)
     torch.manual_seed(config.seed)
     unet = build_unet(config, images.num_classes)
     plan = Plan(config, len(images) if images.has_length else None, accelerator.num_processes)
+    check_space(output_dir, CHECKPOINT_BYTES * unet.num_parameters())
     count = f"{plan.num_images:,}" if plan.num_images else "a stream of"
     say(
         f"{images.source}: {count} images at {config.resolution}×{config.resolution}. "
         f"A network of {unet.num_parameters():,} parameters, {plan.max_steps:,} updates of {plan.global_batch} images, "
         f"on {accelerator.num_processes} × {accelerator.device.type}."
     )
-    if config.dry_run:
-        say(dry_run_report(config, plan, unet.num_parameters()))
-        return output_dir
 
     # 2. Optimizer and EMA, from a checkpoint or new
     optimizer = torch.optim.AdamW(
@@ -270,13 +273,22 @@ def export(run: Run) -> None:
     run.agreement.raise_together(error)
 
 
-def dry_run_report(config: TrainConfig, plan: Plan, num_parameters: int) -> str:
-    """The resolved options, and what the run needs."""
-    state = (4 if config.use_ema else 3) * 4 * num_parameters
-    options = yaml.safe_dump(config.public(), sort_keys=False, allow_unicode=True)
+def dry_run(config: TrainConfig, num_processes: int) -> str:
+    """The options as they are resolved and what the run would need, without decoding or writing anything."""
+    source = open_stream(config) if config.streaming else open_source(config)
+    num_images = None if isinstance(source, Stream) else len(source)
+    plan = Plan(config, num_images, num_processes)
+    with torch.device("meta"):
+        unet = build_unet(config, len(source.label_names) if source.label_names else None)
+    pixels = (num_images or 0) * math.prod((config.channels or 3, config.resolution, config.resolution))
+    decoded = pixels * (2 if config.preserve_input_precision else 1)
     return (
-        f"{options}\n{plan.max_steps:,} updates, {plan.max_steps * plan.global_batch:,} images seen. "
-        f"A checkpoint takes {state / 2**20:,.0f} MiB of disk. A dry run: nothing was written."
+        f"{yaml.safe_dump(config.public(), sort_keys=False, allow_unicode=True)}\n"
+        f"images       {f'{num_images:,}' if num_images else 'a stream'}, decoded {decoded / 2**20:,.0f} MiB\n"
+        f"network      {unet.num_parameters():,} parameters\n"
+        f"updates      {plan.max_steps:,} of {plan.global_batch} images\n"
+        f"checkpoint   {CHECKPOINT_BYTES * unet.num_parameters() / 2**20:,.0f} MiB of disk\n"
+        "A dry run: nothing was trained or written."
     )
 
 

@@ -152,12 +152,12 @@ class TrainingLog:
         self.accelerator.log({**entry, **speed}, step=step)
 
     def _check_skipped(self, step: int) -> None:
-        in_a_row = int(self._bad_in_a_row)
-        if in_a_row >= self.config.max_skipped_steps:
+        in_a_row, limit = int(self._bad_in_a_row), self.config.max_skipped_steps
+        if in_a_row >= limit:
             raise FloatingPointError(
-                f"the gradients of the last {in_a_row} updates were not finite, and the limit is {self.config.max_skipped_steps} "
-                f"(--max_skipped_steps), so the run ends at update {step}. The weights are unharmed: resume from the "
-                "last checkpoint with a lower --learning_rate, or with --mixed_precision bf16 instead of fp16."
+                f"the gradients of the last {in_a_row} updates were not finite, and --max_skipped_steps is {limit}: "
+                f"the run ends at update {step}. The weights are unharmed; resume from the last checkpoint with a lower "
+                "--learning_rate, or with --mixed_precision bf16 instead of fp16."
             )
 
     def pictures(self, grids: dict[str, Image.Image], step: int) -> None:
