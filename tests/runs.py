@@ -19,7 +19,14 @@ TINY = [
     "--unet", json.dumps(TINY_UNET), "--max_train_steps", "12", "--checkpointing_steps", "4", "--train_batch_size", "4",
     "--gradient_accumulation_steps", "2", "--lr_warmup_steps", "2", "--ddpm_num_inference_steps", "3",
     "--checkpoints_total_limit", "2", "--random_flip", "--eval_batch_size", "4", "--save_images_steps", "6",
+    "--report_to", "none",
 ]  # fmt: skip
+TINY_OPTIONS = {
+    "dataset_name": "digits", "resolution": 16, "channels": 1, "center_crop": True, "unet": TINY_UNET, "use_ema": True,
+    "train_batch_size": 4, "gradient_accumulation_steps": 2, "lr_warmup_steps": 2, "ddpm_num_inference_steps": 3,
+    "checkpoints_total_limit": 2, "random_flip": True, "eval_batch_size": 4, "save_images_steps": 15,
+    "report_to": ["none"],
+}  # fmt: skip
 
 
 def train_command(output_dir, *options, launcher=()):

@@ -83,7 +83,8 @@ def exported_network(run: Run) -> UNet2DModel | None:
 
 def capture(run: Run) -> tuple[TrainingState, UNet2DModel | None]:
     """What a checkpoint holds, and the network of its pipeline. All processes must call it."""
-    moments: Any = get_optimizer_state_dict(run.unet, run.optimizer.optimizer, options=WHOLE)["state"]
+    whole: dict[str, Any] = get_optimizer_state_dict(run.unet, run.optimizer.optimizer, options=WHOLE)
+    moments = whole.get("state", {})  # other processes have nothing
     scaler = run.accelerator.scaler
     progress = {
         "step": run.step,
@@ -115,7 +116,7 @@ def restore(run: Run, folder: Path) -> list[str]:
         set_model_state_dict(run.unet, {**state.weights}, options=WHOLE)
     except RuntimeError as error:
         raise ValueError(f"the weights of {folder} do not fit the network: resume with the same options.") from error
-    optimizer: dict[str, Any] = get_optimizer_state_dict(run.unet, run.optimizer.optimizer, options=WHOLE)
+    optimizer: dict[str, Any] = get_optimizer_state_dict(run.unet, run.optimizer.optimizer)
     for name, value in state.optimizer.items():
         optimizer["state"][name.rpartition("/")[0]][name.rpartition("/")[2]] = value
     set_optimizer_state_dict(run.unet, run.optimizer.optimizer, optimizer, options=WHOLE)

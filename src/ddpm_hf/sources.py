@@ -124,7 +124,7 @@ def open_stream(config: TrainConfig) -> Stream:
         feature = _feature(dataset, config.label_column)
         if not isinstance(feature, datasets.ClassLabel):
             raise ValueError(
-                f"`label_column` is {config.label_column!r}, which is {feature}: the number of labels is not known before "
+                f"`label_column` is {config.label_column!r}, which is {feature}: their number is unknown before "
                 "the end of the stream. Store it as ClassLabel, or leave out --streaming."
             )
         label_names = list(feature.names)

@@ -155,9 +155,9 @@ class TrainingLog:
         in_a_row, limit = int(self._bad_in_a_row), self.config.max_skipped_steps
         if in_a_row >= limit:
             raise FloatingPointError(
-                f"the gradients of the last {in_a_row} updates were not finite, and --max_skipped_steps is {limit}: "
-                f"the run ends at update {step}. The weights are unharmed; resume from the last checkpoint with a lower "
-                "--learning_rate, or with --mixed_precision bf16 instead of fp16."
+                f"the last {in_a_row} gradients were not finite, and --max_skipped_steps is {limit}: "
+                f"the run ends at update {step}. The weights are unharmed; resume from the last checkpoint with a "
+                "lower --learning_rate, or with --mixed_precision bf16 instead of fp16."
             )
 
     def pictures(self, grids: dict[str, Image.Image], step: int) -> None:
