@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .data import Images, load_images, random_flip, to_unit_range
+from .data import Images, load_images, random_flip, to_uint8, to_unit_range
 from .ddpm_process import DDPMProcess
 from .objectives import l_simple, min_snr_weight, target
 from .pictures import check_plotting, image_grid, save_loss_curve, save_side_by_side, to_pil
@@ -182,7 +182,7 @@ def train(config: TrainConfig) -> Path:
         if is_main:
             DDPMPipelineCustom(raw_unet, scheduler).save_pretrained(output_dir)
             samples = sample_grid(raw_unet, scheduler, config, accelerator)
-            real = image_grid(to_pil(images.sample(config.eval_batch_size, config.seed)))
+            real = image_grid(to_pil(to_uint8(to_unit_range(images.sample(config.eval_batch_size, config.seed)))))
             samples.save(output_dir / "samples.png")
             real.save(output_dir / "real.png")
             save_side_by_side(samples, real, output_dir / "samples_and_real.png")
