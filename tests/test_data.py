@@ -143,6 +143,17 @@ def test_cached_and_decoded_and_streamed_images_are_equal_bit_for_bit(load, sour
                 assert torch.equal(ours.labels, batch.labels)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_crops_are_the_same_in_every_epoch(load, tmp_path, kind):
+    (tmp_path / "wide").mkdir()
+    for i in range(6):
+        Image.fromarray(np.tile(np.arange(40, dtype=np.uint8) + 40 * i, (8, 1))).save(tmp_path / "wide" / f"{i}.png")
+    images = load(kind, train_data_dir=str(tmp_path / "wide"), label_column=None)
+    epochs = np.reshape(flat(take(images, 4, size=6)), (4, 6))
+    assert (np.sort(epochs) == np.sort(epochs[0])).all()
+    assert len(set(epochs[0] % 40)) > 2
+
+
 def test_batches_leave_the_random_numbers_of_the_run_alone(load):
     for kind in KINDS:
         images = load(kind)
