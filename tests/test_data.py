@@ -3,6 +3,7 @@
 import io
 import itertools
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 
@@ -261,6 +262,32 @@ def test_columns_that_hold_no_images_are_refused(load, kind):
             load(kind, "saved", image_column=column)
 
 
+def test_workers_outlive_the_signals_that_the_run_survives_but_not_the_run(folder, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, signal, sys
+from ddpm_hf.config import TrainConfig
+from ddpm_hf.data import load_images
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    options = {{"cache_dir": {str(tmp_path / "cache")!r}, "cache_limit_gb": 0, "dataloader_num_workers": 2}}
+    images = load_images(TrainConfig(train_data_dir={str(folder)!r}, resolution=8, **options))
+    batches = images.batches(0, 4, 4, 0)
+    next(batches)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.killpg(0, number)
+        for _ in range(10):
+            next(batches)
+    sys.last = batches
+    raise RuntimeError("the end")
+""")
+    done = run([sys.executable, str(script)], start_new_session=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("RuntimeError: the end")
+
+
 # --- images that can't be read ---------------------------------------------------------------------------------------
 
 
@@ -298,6 +325,8 @@ def test_damaged_images_are_left_out_and_listed(load, damaged, kind):
 @pytest.mark.parametrize("kind", ["streamed", "streamed by workers"])
 def test_in_a_stream_others_take_the_place_of_damaged_images(load, damaged, kind, size):
     images = load(kind, train_data_dir=str(damaged), on_bad_image="skip")
+    for batch in itertools.islice(images.batches(0, size, size, 0), 2 * N // size):
+        assert torch.equal(batch.labels, batch.pixels[:, 0, 0, 0] % 2)
     batches = take(images, 2 * N // size, size=size)
     seen = flat(batches)
     assert set(seen) == set(range(N)) - {4, 7}
