@@ -127,6 +127,12 @@ def test_from_any_position_the_stream_is_the_same(load, kind):
         assert flat(take(load(kind), 4, first, size=3)) == endless[first : first + 12]
 
 
+def test_a_stream_of_several_files_is_the_same_each_time(load):
+    endless = flat(take(load("streamed", "glob"), 3 * N))
+    for first in (0, 7, 2 * N - 1):
+        assert take(load("streamed", "glob"), 1, first, size=N) == [endless[first : first + N]]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_share_what_one_would_see(load, kind):
     images = load(kind)
