@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -63,16 +65,35 @@ def decode_batches(
     decoder: RowDecoder | StreamDecoder, requests: Iterable[Sequence[Any]], workers: int
 ) -> Iterator[Decoded]:
     """The answers to `requests`, in their order, by so many worker processes (0: by this one)."""
-    return iter(
-        DataLoader(
-            decoder,
-            batch_sampler=requests,  # type: ignore[arg-type]  # any iterable of lists will do
-            num_workers=workers,
-            collate_fn=_unchanged,  # the images of a request come stacked
-            worker_init_fn=_leave_signals_to_the_parent,
-            generator=torch.Generator(),  # from the global one, DataLoader would draw numbers that belong to the run
-        )
+    answers = _answers(decoder, requests, workers)
+    if workers:  # a traceback may hold them until the process ends, which would wait for its workers for ever
+        atexit.register(_close, weakref.ref(answers))
+    return answers
+
+
+def _answers(
+    decoder: RowDecoder | StreamDecoder, requests: Iterable[Sequence[Any]], workers: int
+) -> Generator[Decoded, None, None]:
+    loader = DataLoader(
+        decoder,
+        batch_sampler=requests,  # type: ignore[arg-type]  # any iterable of lists will do
+        num_workers=workers,
+        collate_fn=_unchanged,  # the images of a request come stacked
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),  # from the global one, DataLoader would draw numbers that belong to the run
     )
+    answers = iter(loader)
+    try:
+        yield from answers
+    finally:
+        if workers:
+            answers._shutdown_workers()  # type: ignore[attr-defined]  # DataLoader has no public way
+
+
+def _close(answers: weakref.ref[Generator[Decoded, None, None]]) -> None:
+    generator = answers()
+    if generator is not None:
+        generator.close()
 
 
 def _stack(results: list[np.ndarray | Unreadable], labels: np.ndarray | None, transform: Transform) -> Decoded:
@@ -99,6 +120,6 @@ def _unchanged(decoded: Any) -> Any:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal, but it is the training process that decides when to stop."""
+    """Ctrl-C reaches every process of a terminal, SIGTERM those of a job: the training process decides when to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

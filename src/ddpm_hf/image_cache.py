@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -77,7 +77,7 @@ class ImageCache:
         if survey is None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with _locked(self.folder / "lock", show_progress):
+                with self._locked(show_progress):
                     survey = self.load() or self._build(skip_unreadable, show_progress)
             except OSError as error:
                 raise OSError(
@@ -88,16 +88,26 @@ class ImageCache:
             raise survey.unreadable[0].error(self.source.name)
         return survey
 
+    @contextmanager
+    def _locked(self, show_progress: bool) -> Iterator[None]:
+        """Be the only one that works in the folder; wait for who else does, and show how far it is."""
+        lock = FileLock(self.folder / "lock")
+        with self._bar(0, show_progress, leave=False, delay=1) as bar:
+            while not lock.is_locked:
+                try:
+                    lock.acquire(timeout=1)
+                except Timeout:
+                    bar.update(self.present_bytes // self.image_bytes - bar.n)
+        try:
+            yield
+        finally:
+            lock.release()
+
     def _build(self, skip_unreadable: bool, show_progress: bool) -> Survey:
         total, name = len(self.source), self.source.name
         survey = self._survey("progress.json") or Survey()
         self.pixels_file.touch()
-        with (
-            self.pixels_file.open("r+b") as file,
-            tqdm(
-                total=total, initial=survey.tried, desc=f"Decoding {name}", unit="img", disable=not show_progress
-            ) as bar,
-        ):
+        with self.pixels_file.open("r+b") as file, self._bar(survey.tried, show_progress) as bar:
             file.truncate(self._expected_bytes(survey))
             file.seek(0, os.SEEK_END)
             recorded = survey.tried
@@ -121,6 +131,10 @@ class ImageCache:
             self._record(survey, file, "cache.json")
         (self.folder / "progress.json").unlink(missing_ok=True)
         return survey
+
+    def _bar(self, done: int, show_progress: bool, **options: Any) -> tqdm:
+        total, label = len(self.source), f"Decoding {self.source.name}"
+        return tqdm(total=total, initial=done, desc=label, unit="img", disable=not show_progress, **options)
 
     def _requests(self, first: int) -> Iterator[range]:
         size = min(256, max(1, REQUEST // self.image_bytes))
@@ -149,21 +163,6 @@ class ImageCache:
 
     def _expected_bytes(self, survey: Survey) -> int:
         return len(survey.readable) * self.image_bytes if self.keep_pixels else 0
-
-
-@contextmanager
-def _locked(file: Path, show_progress: bool) -> Iterator[None]:
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if show_progress:
-            tqdm.write(f"Waiting for another process, which decodes the same images to {file.parent} …")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _workers(images: int) -> int:

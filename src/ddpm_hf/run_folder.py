@@ -90,12 +90,8 @@ def clear_output_dir(output_dir: Path, start: int, logging_dir: str) -> None:
     for step in checkpoint_steps(output_dir):
         remove_checkpoint(output_dir / f"checkpoint-{step}")
     logs = output_dir / logging_dir
-    for file in [
-        *(output_dir / name for name in RUN_FILES),
-        logs / "train.jsonl",
-        logs / "tracker_run",
-        *logs.glob("test_samples*.png"),
-    ]:
+    mine = [output_dir / name for name in RUN_FILES] + [logs / name for name in ("train.jsonl", "tracker_run")]
+    for file in [*mine, *logs.glob("test_samples*.png")]:
         file.unlink(missing_ok=True)
     for name in RUN_FOLDERS:
         shutil.rmtree(output_dir / name, ignore_errors=True)

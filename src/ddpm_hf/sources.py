@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,15 +66,12 @@ class Stream:
         epoch, to_skip, position = 0, first, first
         while True:
             length = 0
-            for row in self._epoch(epoch, seed):
-                length += 1
-                if length > to_skip:
-                    yield StreamRow(
-                        position, row[self.image_column], row[self.label_column] if self.label_column else None
-                    )
-                    position += 1
-            if length == 0:
-                raise ValueError(f"{self.name} holds no images.")
+            with _clear_errors(self.name):
+                for row in self._epoch(epoch, seed):
+                    length += 1
+                    if length > to_skip:
+                        yield StreamRow(position, row[self.image_column], self._label(row))
+                        position += 1
             to_skip = max(0, to_skip - length)
             epoch, to_skip = epoch + 1 + to_skip // length, to_skip % length
 
@@ -81,6 +79,14 @@ class Stream:
         shuffled = self.dataset.shuffle(seed=seed, buffer_size=self.buffer_size)
         shuffled.set_epoch(epoch)
         return shuffled
+
+    def _label(self, row: dict[str, Any]) -> int | None:
+        if self.label_column is None:
+            return None
+        label = row[self.label_column]
+        if label is None or label < 0:
+            raise ValueError(f"`label_column` is {self.label_column!r}, but a row has no label")
+        return label
 
 
 def open_source(config: TrainConfig) -> Source:
@@ -117,25 +123,38 @@ def open_stream(config: TrainConfig) -> Stream:
     import datasets
 
     dataset = _load(config)
-    if isinstance(dataset, datasets.Dataset):
-        dataset = dataset.to_iterable_dataset()
     label_names = None
     if config.label_column is not None:
         feature = _feature(dataset, config.label_column)
         if not isinstance(feature, datasets.ClassLabel):
             raise ValueError(
-                f"`label_column` is {config.label_column!r}, which is {feature}: their number is unknown before "
-                "the end of the stream. Store it as ClassLabel, or leave out --streaming."
+                f"`label_column` is {config.label_column!r}, which is {feature}: how many labels there are is unknown "
+                "before the end of the stream. Store it as ClassLabel, or leave out --streaming."
             )
         label_names = list(feature.names)
-    column = _image_column(dataset, config)
-    return Stream(
-        _name(config), _undecoded(dataset, column), column, config.label_column, label_names, config.shuffle_buffer_size
-    )
+    column, name = _image_column(dataset, config), _name(config)
+    dataset = _undecoded(dataset, column)
+    with _clear_errors(name):
+        if not list(dataset.take(1)):
+            raise ValueError("there are no rows")
+    return Stream(name, dataset, column, config.label_column, label_names, config.shuffle_buffer_size)
 
 
 def _name(config: TrainConfig) -> str:
     return str(config.dataset_name or config.train_data_dir)
+
+
+@contextmanager
+def _clear_errors(name: str) -> Iterator[None]:
+    """Whatever the Hub's client, the network or a file format raises → one line that names the source."""
+    import datasets
+
+    try:
+        yield
+    except Exception as error:
+        hidden = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
+        text = " ".join(str(hidden or error).split()) or type(error).__name__
+        raise ValueError(f"no images can be read from {name!r}: {text}") from error
 
 
 def _load(config: TrainConfig) -> Any:
@@ -145,25 +164,22 @@ def _load(config: TrainConfig) -> Any:
     folder = config.train_data_dir
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"`train_data_dir` is {folder!r}, but there is no such folder.")
-    name = str(config.dataset_name)
     options: dict[str, Any] = {"cache_dir": config.cache_dir, "split": "train", "streaming": config.streaming}
-    try:
+    with _clear_errors(_name(config)):
         if folder is not None:
             # All files are the training set, also those that `datasets` would take for a test set by their names.
             files = {"train": str(Path(folder) / "**")}
             drop_labels = True if config.label_column is None else None
             return datasets.load_dataset("imagefolder", data_files=files, drop_labels=drop_labels, **options)
-        if Path(name).suffix in FILE_BUILDERS:
-            return datasets.load_dataset(FILE_BUILDERS[Path(name).suffix], data_files=name, **options)
-        if (Path(name) / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(str(Path(name) / "train"))
-        if (Path(name) / "dataset_info.json").is_file():
-            return datasets.load_from_disk(name)
-        return datasets.load_dataset(name, config.dataset_config_name, **options)
-    except Exception as error:  # whatever the Hub's client, the network or a file format raises
-        cause = error.__cause__ or error
-        text = " ".join(str(cause).split()) or type(cause).__name__
-        raise ValueError(f"no images can be read from {folder or name!r}: {text}") from error
+        path = Path(str(config.dataset_name))
+        if path.suffix in FILE_BUILDERS:
+            return datasets.load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), **options)
+        if (path / "dataset_dict.json").is_file():
+            path /= "train"
+        if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+            saved = datasets.load_from_disk(str(path))
+            return saved.to_iterable_dataset() if config.streaming else saved
+        return datasets.load_dataset(config.dataset_name, config.dataset_config_name, **options)
 
 
 def _feature(dataset: Any, column: str) -> Any:

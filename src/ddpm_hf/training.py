@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import save_checkpoint
 from .config import TrainConfig
-from .data import Batch, load_images, random_flip, to_unit_range
+from .data import Batch, load_images, random_flip, to_uint8, to_unit_range
 from .ddpm_process import DDPMProcess
 from .interruption import Agreement, Interrupted, Interruption
 from .network import build_ema, build_unet
@@ -156,7 +156,7 @@ def train(config: TrainConfig) -> Path:
 
     # 4. Samples beside real images, and the loss curve
     if is_main:
-        real = image_grid(to_pil(images.sample(config.eval_batch_size, config.seed)))
+        real = image_grid(to_pil(to_uint8(to_unit_range(images.sample(config.eval_batch_size, config.seed)))))
         grids["test_samples"].save(output_dir / "samples.png")
         real.save(output_dir / "real.png")
         save_side_by_side(grids["test_samples"], real, output_dir / "samples_and_real.png")
