@@ -27,7 +27,7 @@ from ddpm_hf.plan import Plan
 from ddpm_hf.run_folder import clear_output_dir
 from ddpm_hf.run_state import Run, restore
 from ddpm_hf.scheduling_ddpm_custom import DDPMSchedulerCustom
-from ddpm_hf.training import seed_part, train, training_losses
+from ddpm_hf.training import seed_part, skip_unless_finite, train, training_losses
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +204,93 @@ def test_ema_weights_are_swapped_back_whatever_happens(make_unet):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert all(torch.equal(a, b) for a, b in zip(before, unet.parameters(), strict=True))
+
+
+TRAINABLE = {
+    "hybrid, learned range, classes": {
+        "objective": "hybrid", "variance_type": "learned_range", "label_column": "label", "prediction_type": "epsilon",
+    },
+    "the bound alone": {"objective": "vlb", "variance_type": "fixed_large"},
+    "the bound with learned range": {"objective": "vlb", "variance_type": "learned_range"},
+    "P2": {"loss_weighting": "p2", "prediction_type": "v_prediction"},
+    "min-SNR": {"snr_gamma": 5.0, "prediction_type": "v_prediction", "mixed_precision": "bf16"},
+    "SNR weights of x_0, without EMA": {"prediction_type": "sample", "use_ema": False},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_every_objective_trains(name, tmp_path):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision, this one has several
+    options = {
+        "dataset_name": "digits", "resolution": 8, "channels": 1, "center_crop": True, "train_batch_size": 16,
+        "unet": {**TINY_UNET, "dropout": 0.0}, "max_train_steps": 60, "learning_rate": 3e-3, "lr_warmup_steps": 5,
+        "use_ema": True, "ddpm_num_inference_steps": 3, "eval_batch_size": 4, "save_images_steps": 0,
+        "report_to": ["none"], "output_dir": str(tmp_path),
+    }  # fmt: skip
+    train(TrainConfig(**{**options, **TRAINABLE[name]}))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "logs" / "train.jsonl").read_text().splitlines()]
+    assert len(losses) == 6
+    assert sum(losses[3:]) < 0.9 * sum(losses[:3])
+    pipeline = DDPMPipelineCustom.from_pretrained(tmp_path)
+    assert all(p.isfinite().all() for p in pipeline.unet.parameters())
+    classes = {"class_labels": [3], "guidance_scale": 2.0} if "label_column" in TRAINABLE[name] else {}
+    image = pipeline(1, torch.Generator().manual_seed(0), 3, "pt", **classes).images
+    assert image.isfinite().all()
+    assert pipeline.scheduler.config.variance_type == TRAINABLE[name].get("variance_type", "fixed_small")
+
+
+def test_an_update_without_a_finite_gradient_changes_nothing():
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = accelerator.prepare(torch.optim.AdamW([weight], lr=0.1, fused=True))
+
+    def update(gradient):
+        weight.grad = torch.full((3,), gradient)
+        is_finite = skip_unless_finite(optimizer, weight.grad.norm(), accelerator)
+        optimizer.step()
+        return bool(is_finite)
+
+    assert update(1.0)
+    before = [weight.clone(), *(value.clone() for value in optimizer.state[weight].values())]
+    for gradient in (math.nan, math.inf):
+        assert not update(gradient)
+        assert all(torch.equal(a, b) for a, b in zip(before, [weight, *optimizer.state[weight].values()], strict=True))
+    assert update(1.0)
+    assert not torch.equal(weight, before[0])
+
+
+@pytest.mark.slow
+def test_a_run_that_has_diverged_ends_after_the_limit_and_says_what_to_do(tmp_path):
+    done = run(
+        train_command(tmp_path, "--learning_rate", "1e30", "--max_skipped_steps", "5", "--max_train_steps", "99")
+    )
+    assert done.returncode == 1
+    assert "gradients were not finite, and --max_skipped_steps is 5: the run ends at update 10" in done.stderr
+    assert "Traceback" not in done.stderr
+    entry = json.loads((tmp_path / "logs" / "train.jsonl").read_text().splitlines()[0])
+    assert entry["skipped"] >= 5
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(tmp_path):
+    """The real thing: the kernel refuses to let a file grow. The optimizer's state is the largest one."""
+    sizes = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, 250_000)); "
+    script = (
+        f"import sys; {sizes}import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = run(train_command(tmp_path, launcher=(sys.executable, "-c", script)))
+    assert done.returncode == 1
+    assert "checkpoint can't be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not any(tmp_path.glob("checkpoint-*[0-9]"))
+    again = run(train_command(tmp_path, "--resume_from_checkpoint", "latest"))  # with space again, it goes through
+    assert again.returncode == 0, again.stderr
+    assert not any(tmp_path.glob("*.partial"))
 
 
 def test_randomness_is_a_function_of_progress():

@@ -133,12 +133,14 @@ class TrainingLog:
         """
         sums = [math.fsum(column) for column in zip(*self.unlogged(), strict=True)]  # exact, so in any order
         self._rows, self._carried = [], []
-        self._check_skipped(step)
         seconds = time.perf_counter() - self._since
         speed = {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
         self._images, self._waited, self._since = 0, 0.0, time.perf_counter()
-        if not self.accelerator.is_main_process:
-            return
+        if self.accelerator.is_main_process:
+            self._write(bar, step, sums, values, speed)
+        self._check_skipped(step)
+
+    def _write(self, bar: tqdm, step: int, sums: list[float], values: dict[str, Any], speed: dict[str, float]) -> None:
         values = {k: float(v) for k, v in values.items()}
         entry = {"step": step, **_means(sums), **{k: v for k, v in values.items() if math.isfinite(v)}}
         if sums[-1]:
