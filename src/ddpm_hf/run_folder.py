@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # What a run leaves in its folder, beside checkpoints and the logs: all that --overwrite_output_dir may remove.
 RUN_FILES = ("model_index.json", *CODE_FILES, "samples.png", "real.png", "samples_and_real.png", "loss.png")
 RUN_FOLDERS = ("unet", "scheduler")
+LOG_FILES = ("train.jsonl", "tracker_run", "skipped_images.json")
 
 
 def prepare_output_dir(output_dir: Path, config: TrainConfig) -> tuple[Path | None, list[str]]:
@@ -90,7 +91,7 @@ def clear_output_dir(output_dir: Path, start: int, logging_dir: str) -> None:
     for step in checkpoint_steps(output_dir):
         remove_checkpoint(output_dir / f"checkpoint-{step}")
     logs = output_dir / logging_dir
-    mine = [output_dir / name for name in RUN_FILES] + [logs / name for name in ("train.jsonl", "tracker_run")]
+    mine = [output_dir / name for name in RUN_FILES] + [logs / name for name in LOG_FILES]
     for file in [*mine, *logs.glob("test_samples*.png")]:
         file.unlink(missing_ok=True)
     for name in RUN_FOLDERS:

@@ -98,7 +98,7 @@ def train(config: TrainConfig) -> Path:
     if is_main and (run.step or config.overwrite_output_dir):  # nobody's files are removed unasked
         clear_output_dir(output_dir, run.step, config.logging_dir)
     log = TrainingLog(accelerator, config)
-    log.begin(run.step, run.unlogged)
+    log.begin(run.step, run.unlogged, images.skipped)
 
     # 3. Train: each rank takes every num_processes-th part of the stream of images
     size, rank = config.train_batch_size, accelerator.process_index

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,20 @@ class TrainingLog:
         self._waited = 0.0
         self._since = time.perf_counter()
 
-    def begin(self, start: int, unlogged: list[list[float]]) -> None:
-        """Take up the log at update `start`: what a later part of the run has written is forgotten."""
+    def begin(self, start: int, unlogged: list[list[float]], skipped_images: Sequence[Any] = ()) -> None:
+        """Take up the log at update `start`: what a later part of the run has written is forgotten.
+
+        Images that can't be read and are skipped, as dataclasses, go to `skipped_images.json`.
+        """
         self._carried = unlogged
         if not self.accelerator.is_main_process:
             return
         self.entries = [e for e in self._read() if e["step"] <= start]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         (self.file.parent / "config.json").write_text(json.dumps(self.config.public(), indent=2) + "\n", "utf-8")
+        if skipped_images:
+            report = json.dumps([asdict(image) for image in skipped_images], indent=2)
+            (self.file.parent / "skipped_images.json").write_text(report + "\n", "utf-8")
         rewritten = self.file.with_suffix(".partial")
         rewritten.write_text("".join(json.dumps(e) + "\n" for e in self.entries), "utf-8")
         rewritten.replace(self.file)
