@@ -132,3 +132,12 @@ def test_two_processes_are_one_that_accumulates_twice_as_often(tmp_path):
     assert alone.returncode == 0, alone.stderr
     assert "Changed: 1 processes, 2 before; 8 images per update, 16 before." in alone.stdout
     assert load_checkpoint(tmp_path / "alone" / "checkpoint-8").progress["images_seen"] == 3 * 16 + 5 * 8
+
+
+@pytest.mark.slow
+def test_state_is_whole_where_processes_share_the_weights(tmp_path):
+    script = str(Path(__file__).parent / "sharded_run.py")
+    done = run([*TWO_PROCESSES, script, str(tmp_path)], env=TWO_PROCESSES_ENV)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sharded and restored") == 2
+    assert load_checkpoint(tmp_path / "checkpoint-3").weights["conv_in.weight"].shape == (8, 1, 3, 3)

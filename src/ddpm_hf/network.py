@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .config import IMAGE_MODES, TrainConfig
 
@@ -97,7 +98,7 @@ def build_ema(config: TrainConfig, unet: torch.nn.Module) -> EMAModel | None:
         use_ema_warmup=True,
         inv_gamma=config.ema_inv_gamma,
         power=config.ema_power,
-        foreach=True,
+        foreach=not any(isinstance(p, DTensor) for p in unet.parameters()),  # of FSDP, which has no such kernels
     )
 
 

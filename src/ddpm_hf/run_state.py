@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,22 +113,21 @@ def restore(run: Run, folder: Path) -> list[str]:
     state = load_checkpoint(folder)
     progress = state.progress
     notes = compare(folder, progress, run.config, run.plan)
-    try:
-        set_model_state_dict(run.unet, {**state.weights}, options=WHOLE)
-    except RuntimeError as error:
-        raise ValueError(f"the weights of {folder} do not fit the network: resume with the same options.") from error
-    optimizer: dict[str, Any] = get_optimizer_state_dict(run.unet, run.optimizer.optimizer)
+    spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=run.plan.num_processes > 1)
+    moments: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, value in state.optimizer.items():
-        optimizer["state"][name.rpartition("/")[0]][name.rpartition("/")[2]] = value
-    set_optimizer_state_dict(run.unet, run.optimizer.optimizer, optimizer, options=WHOLE)
+        parameter, _, key = name.rpartition("/")
+        moments[parameter][key] = value
+    options_of_now = get_optimizer_state_dict(run.unet, run.optimizer.optimizer)["param_groups"]
+    optimizer: dict[str, Any] = {"state": dict(moments), "param_groups": options_of_now}
+    set_optimizer_state_dict(run.unet, run.optimizer.optimizer, optimizer, options=spread)
     if run.ema is not None and state.ema is not None:
+        set_model_state_dict(run.unet, {**state.ema}, options=spread)
         with torch.no_grad():
-            run.ema.store(run.unet.parameters())
-            set_model_state_dict(run.unet, {**state.ema}, options=WHOLE)
             for shadow, weight in zip(run.ema.shadow_params, run.unet.parameters(), strict=True):
                 shadow.copy_(weight)
-            run.ema.restore(run.unet.parameters())
         run.ema.optimization_step = state.step
+    set_model_state_dict(run.unet, {**state.weights}, options=spread)
     if run.accelerator.scaler is not None and progress["grad_scaler"] is not None:
         run.accelerator.scaler.load_state_dict(progress["grad_scaler"])
     run.step = run.saved_step = state.step

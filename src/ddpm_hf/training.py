@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -299,7 +299,7 @@ def make_accelerator(config: TrainConfig, trackers: list[str]) -> Accelerator:
     """Accelerate's engine, as `accelerate launch` or torchrun has set it up.
 
     Raises:
-        ValueError: for fp16 without a GPU.
+        ValueError: for fp16 without a GPU, and for DeepSpeed.
     """
     folder = Path(config.output_dir)
     try:
@@ -314,6 +314,8 @@ def make_accelerator(config: TrainConfig, trackers: list[str]) -> Accelerator:
         if "fp16" not in str(error):
             raise
         raise ValueError("`mixed_precision` is 'fp16', which needs a GPU: use bf16 or no.") from error
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed is not supported: use FSDP, which shares weights and optimizer as ZeRO does.")
     use_all_cores(accelerator)
     return accelerator
 
