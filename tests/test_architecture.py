@@ -24,11 +24,15 @@ ARROWS = {
         "checkpoint", "config", "data", "ddpm_process", "objectives", "pictures", "pipeline", "run_folder", "sampling",
         "scheduling_ddpm_custom",
     },
-    "cli": {"config", "pictures", "run_folder", "sampling"},
-    "__init__": {"ddpm_process", "pipeline", "scheduling_ddpm_custom"},
+    "card_merge": set(),
+    "card": {"card_merge", "ddpm_process"},
+    "hub": set(),
+    "sharing": {"card", "card_merge", "hub", "pipeline", "sampling"},
+    "cli": {"card", "config", "convert", "hub", "pictures", "run_folder", "sampling", "sharing"},
+    "__init__": {"card", "ddpm_process", "pipeline", "scheduling_ddpm_custom"},
 }  # fmt: skip
 COPIED = {"ddpm_process": {"numpy", "torch"}, "scheduling_ddpm_custom": {"numpy", "torch", "diffusers"}}
-COPIED["pipeline"] = {*COPIED["scheduling_ddpm_custom"], "PIL"}
+COPIED["pipeline"] = {*COPIED["scheduling_ddpm_custom"], "PIL", "huggingface_hub"}
 
 
 def imports(module):

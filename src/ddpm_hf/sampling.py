@@ -35,7 +35,9 @@ def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = 
             weights = [name for name, p in pipeline.unet.named_parameters() if p.is_meta]
             if weights:
                 raise OSError(f"its weights have no {weights[0]}")
-        except (OSError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        except (OSError, TypeError, KeyError, AttributeError, RuntimeError, ValueError) as error:
+            if isinstance(error, ValueError) and "expected shape" not in str(error):
+                raise
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"the model in {model!r} is damaged ({reason}): save or download it again.") from error
         return pipeline
