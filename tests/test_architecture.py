@@ -28,6 +28,13 @@ ARROWS = {
     "card": {"card_merge", "ddpm_process"},
     "hub": set(),
     "sharing": {"card", "card_merge", "hub", "pipeline", "sampling"},
+    "source_network": set(),
+    "source_ho": {"source_network"},
+    "source_improved": {"source_network"},
+    "convert": {
+        "card", "config", "pipeline", "run_folder", "sampling", "scheduling_ddpm_custom", "source_ho",
+        "source_improved", "source_network",
+    },
     "cli": {"card", "config", "convert", "hub", "pictures", "run_folder", "sampling", "sharing"},
     "__init__": {"card", "ddpm_process", "pipeline", "scheduling_ddpm_custom"},
 }  # fmt: skip

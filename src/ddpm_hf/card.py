@@ -137,7 +137,7 @@ def render_card(folder: Path, facts: CardFacts) -> str:
         pictures=[name for name in PICTURES if (folder / name).is_file()],
         example_steps=min(EXAMPLE_STEPS, model["T"]),
         labels=", class_labels=0" if model["classes"] else "",
-        costs=[(k, _three_digits(k * model["flop"] / 1e9)) for k in steps],
+        costs=[(k, _three_digits(k * model["flop"] / 1e9)) for k in steps] if model["flop"] else [],
         training=_training_rows(facts),
         options=[(name, _cell(f"`{value}`")) for name, value in (facts.options or {}).items()],
         results=facts.results,
@@ -151,31 +151,35 @@ def describe_model(folder: Path) -> dict[str, Any]:
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
     with torch.device("meta"):  # shapes without numbers: nothing is computed
         unet = UNet2DModel.from_config(unet_config)
-    size = unet.config.sample_size or 2 ** (len(unet.config.block_out_channels) - 1)
-    height, width = (size, size) if isinstance(size, int) else size
-    classes = unet.config.num_class_embeds
-    label = torch.zeros(1, dtype=torch.long, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(
-            torch.empty(1, unet.config.in_channels, height, width, device="meta"),
-            label,
-            class_labels=label if classes else None,
-        )
-    variance_type = scheduler.get("variance_type", "fixed_small")
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, (int, type(None))) else size
+    variance_type = scheduler.get("variance_type")
     return {
         "height": height,
         "width": width,
         "channels": unet.config.in_channels,
-        "classes": classes,
+        "classes": unet.config.num_class_embeds,
         "parameters": unet.num_parameters(),
-        "flop": counter.get_total_flops(),
-        "T": scheduler.get("num_train_timesteps", 1000),
-        "beta_schedule": scheduler.get("beta_schedule", "linear"),
-        "prediction_type": scheduler.get("prediction_type", "epsilon"),
+        "flop": _flop(unet, height, width),
+        "T": scheduler.get("num_train_timesteps") or 1000,
+        "beta_schedule": scheduler.get("beta_schedule"),
+        "prediction_type": scheduler.get("prediction_type"),
         "variance_type": variance_type,
         "learned_variance": variance_type in LEARNED_VARIANCE_TYPES,
         "calibrated": bool(scheduler.get("_calibration")),
     }
+
+
+def _flop(unet: UNet2DModel, height: int | None, width: int | None) -> int | None:
+    """Floating point operations of one pass for one image; None for a network that can't be run on its own."""
+    label = torch.zeros(1, dtype=torch.long, device="meta")
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            x = torch.empty(1, unet.config.in_channels, height, width, device="meta")  # type: ignore[arg-type]
+            unet(x, label, class_labels=label if unet.config.num_class_embeds else None)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+        return None
+    return counter.get_total_flops()
 
 
 def _template() -> str:

@@ -384,8 +384,11 @@ class DDPMPipelineCustom(DiffusionPipeline):
         for weights in folder.glob("unet/*.safetensors"):
             weights.chmod(index_file.stat().st_mode)
         write_card = type(self).write_card
-        if write_card is not None:
-            write_card(folder)
+        if write_card is not None and self.unet is not None and self.scheduler is not None:
+            try:
+                write_card(folder)
+            except ValueError as error:  # a card edited by hand that can't be read is no reason to end a training
+                warnings.warn(f"the model is saved, but not its card: {error}", stacklevel=2)
 
     def _upload_folder(
         self,

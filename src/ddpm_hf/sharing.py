@@ -18,18 +18,16 @@ from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
 
-import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from .card import CardFacts, combine_facts, known_facts, weights_digest, write_card
 from .card_merge import merge_cards, parse_card
 from .hub import WAITS, HubTarget, PushError, Say, check_push_access, explain, readable_errors, retry
 from .pipeline import SHARED_FILES
-from .sampling import load_pipeline
+from .sampling import load_pipeline, stored_dtype
 
 EXTRAS = ("README.md", "samples.png", "real.png", "samples_and_real.png", "loss.png", "metrics.json")
 STAGE = ".ddpm-hf-push-"
@@ -93,7 +91,7 @@ def export_model(folder: Path, destination: Path) -> None:
     """
     if not folder.is_dir():
         raise ValueError(f"`model` is {str(folder)!r}, but there is no such folder.")
-    pipeline = load_pipeline(str(folder), dtype=_stored_dtype(folder))
+    pipeline = load_pipeline(str(folder), dtype=stored_dtype(folder))
     for name in EXTRAS:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, destination / name)
@@ -311,17 +309,6 @@ def _link_files(folder: Path) -> Path:
 
 def _is_shared(name: str) -> bool:
     return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in SHARED_FILES)
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The precision of the weights in a folder; float32 where none can be read, which loading will complain about."""
-    for file in sorted(folder.rglob("diffusion_pytorch_model*.safetensors")):
-        try:
-            with safe_open(file, "pt") as weights:
-                return weights.get_tensor(next(iter(weights.keys()))).dtype
-        except (SafetensorError, OSError, StopIteration):
-            continue
-    return torch.float32
 
 
 def _failure(error: Exception, folder: Path, target: HubTarget) -> str:
