@@ -62,7 +62,7 @@ def parse_card(content: str) -> Card:
         metadata = (yaml.safe_load(block[2]) if block else None) or {}
     except yaml.YAMLError as error:
         raise ValueError(
-            f"the metadata of README.md is no valid YAML ({error}): mend it, or remove the file."
+            f"the metadata of README.md is no YAML ({' '.join(str(error).split())}): mend it, or remove the file."
         ) from error
     if not isinstance(metadata, dict):
         raise ValueError("the metadata of README.md is no mapping: mend it, or remove the file.")
