@@ -266,6 +266,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "createdAt": "2026-01-01T00:00:00.000Z", "repo": {"name": name, "type": "model"}, "isPullRequest": True,
             }
             for i, p in enumerate(self._repo(name).pulls)
+            if p["author"] in self.query.get("author", [p["author"]])
         ]  # fmt: skip
         raise _Answer(200, {"discussions": pulls, "count": len(pulls), "start": 0})
 

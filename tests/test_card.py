@@ -152,6 +152,7 @@ def test_values_do_not_break_the_page(make_model):
     facts = CardFacts(dataset="a | b\n\n# <script>", options={"x": "a|b\n--> <b>"}, hardware="}} {% raw %} {{ 7*7 }}")
     card = write_card(make_model(), facts).read_text("utf-8")
     assert "| Data | a \\| b # &lt;script> |" in card
+    assert "trained on a | b # &lt;script>." in card
     assert "| `x` | `a\\|b --> &lt;b>` |" in card
     assert "{{ 7*7 }}" in card
     assert card.count("<!--") == card.count("-->") - 1  # that of the option

@@ -102,7 +102,7 @@ def test_save_pretrained_into_a_training_folder_pushes_the_model_alone(hub, make
     pipe.push_to_hub("me/two")
     for name in ("me/one", "me/two"):
         assert set(hub.repos[name].files()) == MODEL_FILES | {".gitattributes"}
-        assert "## Use" in hub.repos[name].files()["README.md"].decode()
+        assert f'DDPMPipelineCustom.from_pretrained("{name}")' in hub.repos[name].files()["README.md"].decode()
 
 
 def test_weights_of_another_model_do_not_stay(hub, make_model):
@@ -186,6 +186,12 @@ def test_a_token_without_the_right_for_this_repository_is_found(hub):
         check_push_access(HubTarget("me/model", TOKEN), waits=NO_WAIT)
 
 
+def test_a_client_that_is_told_to_stay_offline_says_so(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PushError, match="HF_HUB_OFFLINE is set"):
+        check_push_access(HubTarget("me/model", TOKEN))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -259,10 +265,10 @@ def test_passing_faults_at_every_stage_are_survived(hub, make_model, what, monke
 
 
 def test_a_lost_answer_makes_no_second_pull_request(hub, make_model):
-    hub.add_repo("me/model")
+    hub.add_repo("me/model").pulls.append({"title": "Typo", "author": "somebody"})
     hub.fail(r"POST .*/commit/main", "lose")
-    assert push(make_model(), create_pr=True).endswith("/me/model/discussions/1")
-    assert len(hub.repos["me/model"].pulls) == 1
+    assert push(make_model(), create_pr=True).endswith("/me/model/discussions/2")
+    assert len(hub.repos["me/model"].pulls) == 2
 
 
 @pytest.mark.parametrize("what", [503, "drop"])
@@ -324,6 +330,24 @@ def test_what_was_edited_on_the_hub_stays(hub, make_model):
     assert "a fast one" in card
 
 
+def test_push_to_hub_keeps_what_was_edited_on_the_hub(hub, make_model, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    pipe = DDPMPipelineCustom.from_pretrained(make_model())
+    pipe.push_to_hub("me/model")
+    repo = hub.repos["me/model"]
+    card = repo.files()["README.md"].replace(b"## Use", b"## My use")
+    repo.commit("main", "edited in the browser", {**repo.files(), "README.md": card}, "x")
+    pipe.push_to_hub("me/model")
+    assert b"## My use" in repo.files()["README.md"]
+
+
+def test_a_card_on_the_hub_that_can_not_be_read_is_not_replaced(hub, make_model):
+    hub.add_repo("me/model", {"README.md": b"---\na: [\n---\nMine."})
+    with pytest.raises(ValueError, match="card of 'me/model' on the Hub can't be read.*mend it"):
+        push(make_model())
+    assert len(hub.repos["me/model"].commits) == 1
+
+
 def test_what_was_edited_here_goes_up(hub, make_model):
     folder = make_model()
     push(folder)
@@ -341,6 +365,7 @@ def test_what_was_edited_here_goes_up(hub, make_model):
 def test_training_goes_on_while_checkpoints_are_pushed_and_the_latest_wins(hub, make_model, tmp_path):
     hub.add_repo("me/model")
     hold, entered = threading.Event(), threading.Event()
+    (tmp_path / "run/.ddpm-hf-push-of-a-killed-run").mkdir(parents=True)
     hub.before_commit = lambda: (entered.set(), hold.wait(30))
     with BackgroundPusher(HubTarget("me/model", TOKEN), say=pytest.fail, waits=NO_WAIT) as pusher:
         for step in (1, 2, 3):

@@ -61,7 +61,7 @@ class CardFacts:
     results: Sequence[EvalResult] = ()
 
 
-def write_card(folder: Path, facts: CardFacts | None = None) -> Path:
+def write_card(folder: Path, facts: CardFacts | Mapping[str, Any] | None = None) -> Path:
     """Write the README.md of a saved pipeline, or bring the one that is there up to date.
 
     Sections and metadata that a person has changed, added or removed stay as they are. What an earlier call knew of the
@@ -75,7 +75,7 @@ def write_card(folder: Path, facts: CardFacts | None = None) -> Path:
     """
     file = folder / "README.md"
     existing = file.read_text("utf-8-sig") if file.is_file() else None
-    text = update_card(existing, folder, facts or CardFacts())
+    text = update_card(existing, folder, facts if isinstance(facts, CardFacts) else CardFacts(**(facts or {})))
     partial = file.with_name("README.md.partial")
     partial.write_text(text, "utf-8")
     partial.replace(file)
@@ -140,7 +140,11 @@ def render_card(folder: Path, facts: CardFacts) -> str:
         costs=[(k, _three_digits(k * model["flop"] / 1e9)) for k in steps] if model["flop"] else [],
         training=_training_rows(facts),
         options=[(name, _cell(f"`{value}`")) for name, value in (facts.options or {}).items()],
-        results=facts.results,
+        dataset=_line(facts.dataset or ""),
+        results=[
+            (_cell(r.dataset_name), _cell(r.metric_name or r.metric_type), _cell(str(r.metric_value)))
+            for r in facts.results
+        ],
     )
     return str(card)
 
@@ -207,9 +211,14 @@ def _public_options(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {k: v for k, v in shown.items() if not PRIVATE_VALUE.search(str(v))}
 
 
+def _line(value: str) -> str:
+    """Text that stays in its line and starts no HTML."""
+    return " ".join(value.replace("<", "&lt;").split())
+
+
 def _cell(value: str) -> str:
     """Text that stays inside its cell of a Markdown table."""
-    return " ".join(value.replace("|", "\\|").replace("<", "&lt;").split())
+    return _line(value).replace("|", "\\|")
 
 
 def _three_digits(x: float) -> str:

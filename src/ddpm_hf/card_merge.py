@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 
-SECTION = re.compile(r"<!-- ddpm-hf:(?P<name>\w+) -->\n(?P<text>.*?)\n?<!-- /ddpm-hf:(?P=name) -->", re.DOTALL)
+SECTION = re.compile(r"<!-- ddpm-hf:(?P<name>\w+) -->\s*(?P<text>.*?)\s*<!-- /ddpm-hf:(?P=name) -->", re.DOTALL)
 RECORD = re.compile(r"\n*<!-- ddpm-hf generated the sections above: (\{.*\}) -->\n*")
 AUTOMATIC = "This model card has been automatically generated"  # of diffusers' push_to_hub: nobody wrote that card
 
@@ -61,9 +61,8 @@ def parse_card(content: str) -> Card:
     try:
         metadata = (yaml.safe_load(block[2]) if block else None) or {}
     except yaml.YAMLError as error:
-        raise ValueError(
-            f"the metadata of README.md is no YAML ({' '.join(str(error).split())}): mend it, or remove the file."
-        ) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the metadata of README.md is no YAML ({reason}): mend it, or remove the file.") from error
     if not isinstance(metadata, dict):
         raise ValueError("the metadata of README.md is no mapping: mend it, or remove the file.")
     text = content[block.end() :] if block else content
@@ -106,7 +105,7 @@ def merge_cards(existing: str, new: str) -> str:
         if name not in texts or _hash(match["text"]) != known.get(name):
             return match[0]
         sections[name] = fresh.record.get("sections", {}).get(name, "")
-        return f"<!-- ddpm-hf:{name} -->\n{texts[name]}\n<!-- /ddpm-hf:{name} -->"
+        return f"<!-- ddpm-hf:{name} -->\n\n{texts[name]}\n\n<!-- /ddpm-hf:{name} -->"
 
     text = SECTION.sub(newer, old.text)
     metadata = merge_metadata(old.record.get("metadata", {}), old.metadata, fresh.metadata)

@@ -228,7 +228,9 @@ def _check_write(api: HfApi, repo_id: str) -> None:
         return
     try:
         api.auth_check(repo_id, write=True)
-    except RepositoryNotFoundError:
+    except HfHubHTTPError as error:
+        if _status(error) not in (404, 405):
+            raise
         api.model_info(repo_id)  # there after all: a Hub that can't be asked
 
 

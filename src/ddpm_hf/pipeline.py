@@ -383,12 +383,16 @@ class DDPMPipelineCustom(DiffusionPipeline):
         # safetensors keeps weights to their owner, whatever the umask: give them the mode of other new files
         for weights in folder.glob("unet/*.safetensors"):
             weights.chmod(index_file.stat().st_mode)
+        self._update_card(folder)
+
+    def _update_card(self, folder: Path, **facts: str) -> None:
         write_card = type(self).write_card
-        if write_card is not None and self.unet is not None and self.scheduler is not None:
-            try:
-                write_card(folder)
-            except ValueError as error:  # a card edited by hand that can't be read is no reason to end a training
-                warnings.warn(f"the model is saved, but not its card: {error}", stacklevel=2)
+        if write_card is None or self.unet is None or self.scheduler is None:
+            return
+        try:
+            write_card(folder, facts)
+        except ValueError as error:  # a card edited by hand that can't be read is no reason to end a training
+            warnings.warn(f"the model is saved, but not its card: {error}", stacklevel=3)
 
     def _upload_folder(
         self,
@@ -399,7 +403,11 @@ class DDPMPipelineCustom(DiffusionPipeline):
         create_pr: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """What `push_to_hub` ends in: diffusers would upload all that lies in the folder, a training state included."""
+        """What `push_to_hub` ends in: diffusers would upload all that lies in the folder, a training state included.
+
+        By now, diffusers has put the card of the Hub into the folder, or one that says nothing.
+        """
+        self._update_card(Path(working_dir), repo_id=repo_id)
         return upload_folder(
             repo_id=repo_id,
             folder_path=os.fspath(working_dir),

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 
@@ -117,6 +117,7 @@ class BackgroundPusher:
         self._target, self._say, self._waits = target, say, waits
         self._changed = threading.Condition()
         self._waiting: tuple[Path, Path] | None = None  # the copy to push, and the checkpoint that it is of
+        self._cleared: set[Path] = set()
         self._closing = threading.Event()
         self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._run, name="push-to-hub", daemon=True)
@@ -125,6 +126,7 @@ class BackgroundPusher:
     def submit(self, checkpoint: Path) -> None:
         """Push a checkpoint, or any saved pipeline, which may be removed as soon as this returns."""
         try:
+            self._remove_leftovers(checkpoint.parent)
             copy = _link_files(checkpoint)
         except OSError as error:
             self._say(f"{checkpoint} was not pushed: {error}")
@@ -134,6 +136,13 @@ class BackgroundPusher:
                 shutil.rmtree(self._waiting[0], ignore_errors=True)
             self._waiting = copy, checkpoint
             self._changed.notify()
+
+    def _remove_leftovers(self, run: Path) -> None:
+        """Remove, once, the copies that a run which was killed has left."""
+        if run not in self._cleared:
+            self._cleared.add(run)
+            for leftover in run.glob(f"{STAGE}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def close(self) -> None:
         """Wait until what was submitted is on the Hub, or can't be."""
@@ -241,22 +250,30 @@ def _update_card(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, h
     with tempfile.TemporaryDirectory() as folder:
         try:
             file = api.hf_hub_download(target.repo_id, "README.md", revision=head, local_dir=folder)
-        except RemoteEntryNotFoundError:
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # not reached
+                raise
             write_card(stage, facts)
             return
         remote = Path(file).read_text("utf-8-sig")
+    try:
+        edited = parse_card(remote).is_edited()
+    except ValueError as error:
+        raise ValueError(f"the card of {target.repo_id!r} on the Hub can't be read: {error}") from error
     local = stage / "README.md"
     weights = weights_digest(stage)
     here = known_facts(local.read_text("utf-8-sig"), weights) if local.is_file() else CardFacts()
     write_card(stage, combine_facts(combine_facts(known_facts(remote, weights), here), facts))
-    if parse_card(remote).is_edited():
+    if edited:
         local.write_text(merge_cards(remote, local.read_text("utf-8")), "utf-8")
 
 
 def _open_pull(api: HfApi, repo_id: str, title: str) -> int | None:
-    """The number of the open pull request of this name, if an earlier try has made it."""
+    """The number of our open pull request of this name, if an earlier try has made it."""
     try:
-        pulls = api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")
+        pulls = api.get_repo_discussions(
+            repo_id, author=api.whoami()["name"], discussion_type="pull_request", discussion_status="open"
+        )
         return next((pull.num for pull in pulls if pull.title == title), None)
     except HfHubHTTPError as error:
         if error.response.status_code == 404:
