@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -150,40 +151,47 @@ def render_card(folder: Path, facts: CardFacts) -> str:
 
 
 def describe_model(folder: Path) -> dict[str, Any]:
-    """What the configurations of a saved pipeline say, and the cost of one pass of its network for one image."""
-    unet_config = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
+    """What the configurations of a saved pipeline say, and what its network costs."""
+    unet = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
-    with torch.device("meta"):  # shapes without numbers: nothing is computed
-        unet = UNet2DModel.from_config(unet_config)
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, (int, type(None))) else size
-    variance_type = scheduler.get("variance_type")
+    size = unet.get("sample_size")
+    height, width = size if isinstance(size, list) else (size, size)
+    parameters, flop = network_cost(json.dumps(unet))
     return {
         "height": height,
         "width": width,
-        "channels": unet.config.in_channels,
-        "classes": unet.config.num_class_embeds,
-        "parameters": unet.num_parameters(),
-        "flop": _flop(unet, height, width),
+        "channels": unet["in_channels"],
+        "classes": unet.get("num_class_embeds"),
+        "parameters": parameters,
+        "flop": flop,
         "T": scheduler.get("num_train_timesteps") or 1000,
         "beta_schedule": scheduler.get("beta_schedule"),
         "prediction_type": scheduler.get("prediction_type"),
-        "variance_type": variance_type,
-        "learned_variance": variance_type in LEARNED_VARIANCE_TYPES,
+        "variance_type": scheduler.get("variance_type"),
+        "learned_variance": scheduler.get("variance_type") in LEARNED_VARIANCE_TYPES,
         "calibrated": bool(scheduler.get("_calibration")),
     }
 
 
-def _flop(unet: UNet2DModel, height: int | None, width: int | None) -> int | None:
-    """Floating point operations of one pass for one image; None for a network that can't be run on its own."""
+@lru_cache(maxsize=4)  # a run saves the same network at every checkpoint
+def network_cost(unet_config: str) -> tuple[int, int | None]:
+    """Parameters, and floating point operations of one pass for one image, of the network of a JSON configuration.
+
+    The operations are None for a network that does not say for what images it is.
+    """
+    with torch.device("meta"):  # shapes without numbers: nothing is computed
+        unet = UNet2DModel.from_config(json.loads(unet_config))
+    size = unet.config.sample_size
+    if size is None:
+        return unet.num_parameters(), None
+    x = torch.empty(1, unet.config.in_channels, *([size] * 2 if isinstance(size, int) else size), device="meta")
     label = torch.zeros(1, dtype=torch.long, device="meta")
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            x = torch.empty(1, unet.config.in_channels, height, width, device="meta")  # type: ignore[arg-type]
             unet(x, label, class_labels=label if unet.config.num_class_embeds else None)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError):
-        return None
-    return counter.get_total_flops()
+    except (RuntimeError, ValueError):  # sizes that the network can't halve
+        return unet.num_parameters(), None
+    return unet.num_parameters(), counter.get_total_flops()
 
 
 def _template() -> str:
