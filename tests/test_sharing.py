@@ -1,5 +1,6 @@
 """Pushing, with the real client against a Hub on this machine that breaks in every way that the real one does."""
 
+import contextlib
 import logging
 import re
 import shutil
@@ -9,7 +10,7 @@ import traceback
 import pytest
 import torch
 from hub_server import serve_hub
-from huggingface_hub import constants, hf_api
+from huggingface_hub import EvalResult, constants, hf_api
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
@@ -264,6 +265,27 @@ def test_passing_faults_at_every_stage_are_survived(hub, make_model, what, monke
     assert sum(f.times for f in hub.faults) == 0
 
 
+@pytest.mark.parametrize("what", [503, "drop"])
+def test_a_fault_that_outlasts_the_client_is_survived(hub, make_model, what, monkeypatch):
+    """The client tries an upload six times itself; then it raises an error of its own kind."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.fail("PUT /lfs/", what, times=8)
+    push(make_model())
+    assert set(hub.repos["me/model"].files()) == MODEL_FILES | {".gitattributes"}
+
+
+@pytest.mark.parametrize("what", [503, 404, "drop"])
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_a_card_that_can_not_be_fetched_is_not_taken_for_absent(hub, make_model, what, method, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    own = b"---\nlicense: mit\n---\n# All my own words\n"
+    hub.add_repo("me/model", {"README.md": own})
+    hub.fail(f"{method} .*/resolve/", what, times=2)
+    with pytest.raises(ValueError, match="404") if what == 404 else contextlib.nullcontext():
+        push(make_model())
+    assert b"# All my own words" in hub.repos["me/model"].files()["README.md"]
+
+
 def test_a_lost_answer_makes_no_second_pull_request(hub, make_model):
     hub.add_repo("me/model").pulls.append({"title": "Typo", "author": "somebody"})
     hub.fail(r"POST .*/commit/main", "lose")
@@ -328,6 +350,20 @@ def test_what_was_edited_on_the_hub_stays(hub, make_model):
     assert "- mine" in card
     assert "Words of mine.\n\n## Steps" in card
     assert "a fast one" in card
+
+
+def test_what_the_hub_knows_of_the_same_weights_stays(hub, make_model):
+    """Measured and pushed on another machine."""
+    fid = EvalResult("unconditional-image-generation", "cifar10", "CIFAR-10", "fid", 3.17)
+    push(make_model("there"), facts=CardFacts(results=[fid], license="mit"))
+    push(make_model("here"), facts=CardFacts(hardware="a fast one"))
+    card = hub.repos["me/model"].files()["README.md"].decode()
+    assert "| CIFAR-10 | fid | 3.17 |" in card
+    assert "value: 3.17" in card
+    assert "license: mit" in card
+    assert "a fast one" in card
+    push(make_model("other", bias=1.0))
+    assert "3.17" not in hub.repos["me/model"].files()["README.md"].decode()
 
 
 def test_push_to_hub_keeps_what_was_edited_on_the_hub(hub, make_model, monkeypatch):

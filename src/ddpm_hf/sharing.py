@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 
@@ -248,13 +248,7 @@ def _update_card(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, h
         write_card(stage, facts)
         return
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            file = api.hf_hub_download(target.repo_id, "README.md", revision=head, local_dir=folder)
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):  # not reached
-                raise
-            write_card(stage, facts)
-            return
+        file = api.hf_hub_download(target.repo_id, "README.md", revision=head, local_dir=folder)
         remote = Path(file).read_text("utf-8-sig")
     try:
         edited = parse_card(remote).is_edited()
