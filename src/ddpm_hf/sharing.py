@@ -20,7 +20,7 @@ from types import TracebackType
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 
 from .card import CardFacts, combine_facts, known_facts, weights_digest, write_card
@@ -116,14 +116,14 @@ class BackgroundPusher:
             raise ValueError(f"`repo_id` is {target.repo_id!r}, but must be the full name, owner/name.")
         self._target, self._say, self._waits = target, say, waits
         self._changed = threading.Condition()
-        self._waiting: tuple[Path, Path] | None = None  # the copy to push, and the checkpoint that it is of
+        self._waiting: tuple[Path, Path, CardFacts | None] | None = None  # the copy to push, what it is of, its facts
         self._cleared: set[Path] = set()
         self._closing = threading.Event()
         self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._run, name="push-to-hub", daemon=True)
         self._thread.start()
 
-    def submit(self, checkpoint: Path) -> None:
+    def submit(self, checkpoint: Path, facts: CardFacts | None = None) -> None:
         """Push a checkpoint, or any saved pipeline, which may be removed as soon as this returns."""
         try:
             self._remove_leftovers(checkpoint.parent)
@@ -134,7 +134,7 @@ class BackgroundPusher:
         with self._changed:
             if self._waiting is not None:
                 shutil.rmtree(self._waiting[0], ignore_errors=True)
-            self._waiting = copy, checkpoint
+            self._waiting = copy, checkpoint, facts
             self._changed.notify()
 
     def _remove_leftovers(self, run: Path) -> None:
@@ -166,19 +166,21 @@ class BackgroundPusher:
                     self._changed.wait()
                 if self._waiting is None:
                     return
-                (copy, checkpoint), self._waiting = self._waiting, None
-            self._push(copy, checkpoint)
+                (copy, checkpoint, facts), self._waiting = self._waiting, None
+            self._push(copy, checkpoint, facts)
 
-    def _push(self, copy: Path, checkpoint: Path) -> None:
+    def _push(self, copy: Path, checkpoint: Path, facts: CardFacts | None) -> None:
+        shows_bars = not are_progress_bars_disabled()
         disable_progress_bars()  # they would tear the bar of the training apart
         message = f"Upload DDPM, {checkpoint.name}"
         waits = () if self._hurry.is_set() else self._waits
         try:
-            _push_export(copy, self._target, None, message, self._say, waits, self._pause)
+            _push_export(copy, self._target, facts, message, self._say, waits, self._pause)
         except Exception as error:
             self._say(_failure(error, checkpoint.parent, self._target))
         finally:
-            enable_progress_bars()
+            if shows_bars:
+                enable_progress_bars()
             shutil.rmtree(copy, ignore_errors=True)
 
     def _pause(self, seconds: float) -> None:
