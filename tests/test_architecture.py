@@ -34,11 +34,22 @@ ARROWS = {
         "checkpoint", "config", "data", "ddpm_process", "interruption", "network", "objectives", "pictures", "pipeline",
         "plan", "previews", "run_folder", "run_state", "scheduling_ddpm_custom", "sources", "training_log",
     },
-    "cli": {"config", "pictures", "run_folder", "sampling"},
-    "__init__": {"ddpm_process", "pipeline", "scheduling_ddpm_custom"},
+    "card_merge": set(),
+    "card": {"card_merge", "ddpm_process"},
+    "hub": set(),
+    "sharing": {"card", "card_merge", "hub", "pipeline", "sampling"},
+    "source_network": set(),
+    "source_ho": {"source_network"},
+    "source_improved": {"source_network"},
+    "convert": {
+        "card", "config", "pipeline", "run_folder", "sampling", "scheduling_ddpm_custom", "source_ho",
+        "source_improved", "source_network",
+    },
+    "cli": {"card", "config", "convert", "hub", "pictures", "run_folder", "sampling", "sharing"},
+    "__init__": {"card", "ddpm_process", "pipeline", "scheduling_ddpm_custom"},
 }  # fmt: skip
 COPIED = {"ddpm_process": {"numpy", "torch"}, "scheduling_ddpm_custom": {"numpy", "torch", "diffusers"}}
-COPIED["pipeline"] = {*COPIED["scheduling_ddpm_custom"], "PIL"}
+COPIED["pipeline"] = {*COPIED["scheduling_ddpm_custom"], "PIL", "huggingface_hub"}
 
 
 def imports(module):

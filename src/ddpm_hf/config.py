@@ -418,6 +418,46 @@ class SampleConfig:
             raise ValueError(f"`guidance_scale` is {self.guidance_scale}, but must be at least 0 (1 is no guidance).")
 
 
+@dataclass
+class PushConfig:
+    """Options of `ddpm-hf push`."""
+
+    private: bool = _option(False, "Make the repository private.")
+    revision: str | None = _option(None, "The branch to push to, made if it does not exist; default: main.")
+    tag: str | None = _option(None, "Tag what was pushed.")
+    create_pr: bool = _option(False, "Open a pull request, in a repository of anybody.")
+    license: str | None = _option(None, "The license for the card, as the Hub names it: apache-2.0, mit, cc-by-4.0, …")
+    hub_token: str | None = _option(
+        None, "The token to push with. Default: that of HF_TOKEN or `hf auth login`, which other users can't see."
+    )
+
+    def __post_init__(self) -> None:
+        _choices(self)
+
+
+@dataclass
+class ConvertConfig:
+    """Options of `ddpm-hf convert`. All but the first are for weight files, which don't say it themselves."""
+
+    revision: str | None = _option(None, "Branch, tag or commit of a Hub model.")
+    resolution: int | None = _option(None, "Height and width of the images that the network was trained on.")
+    num_heads: int | None = _option(None, "Attention heads of an improved-diffusion network (its scripts say 4).")
+    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = _option(
+        "linear", "The β schedule of the training; squaredcos_cap_v2 is improved-diffusion's `cosine`."
+    )
+    prediction_type: Literal["epsilon", "sample"] = _option(
+        "epsilon", "What the network predicts; sample is `predict_xstart`."
+    )
+    variance_type: Literal["fixed_small", "fixed_large"] = _option(
+        "fixed_large", "The reverse variance where the network does not learn it."
+    )
+    ddpm_num_steps: int = _option(1000, "T, the number of diffusion steps of the training.")
+
+    def __post_init__(self) -> None:
+        _choices(self)
+        _positive(self, "resolution", "num_heads", "ddpm_num_steps")
+
+
 def parse_train_config(argv: Sequence[str], default_preset: Path) -> TrainConfig:
     """Flags over YAML over defaults. Without a source of images, `default_preset` is the YAML file.
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -25,6 +25,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import upload_folder
 from torch import Tensor
 
 # Both names are needed here: diffusers copies only the files that pipeline.py itself imports from.
@@ -33,6 +34,22 @@ from .scheduling_ddpm_custom import DDPMSchedulerCustom, check_custom_timesteps,
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CODE_FILES = ("pipeline.py", "scheduling_ddpm_custom.py", "ddpm_process.py")
+
+# All that is ever uploaded of a folder: no training state, no logs, whatever else lies there.
+SHARED_FILES = (
+    "model_index.json",
+    *CODE_FILES,
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model*.safetensors",
+    "unet/diffusion_pytorch_model*.safetensors.index.json",
+    "README.md",
+    "samples.png",
+    "real.png",
+    "samples_and_real.png",
+    "loss.png",
+    "metrics.json",
+)
 
 
 @dataclass
@@ -65,6 +82,8 @@ class DDPMPipelineCustom(DiffusionPipeline):
         ValueError: where the network's channels and the scheduler's `variance_type` contradict each other.
     """
 
+    # The package writes a model card where it saves; remote code has no template to write one from.
+    write_card: ClassVar[Callable[..., object] | None] = None
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents", "pred_original_sample"]
 
@@ -361,6 +380,43 @@ class DDPMPipelineCustom(DiffusionPipeline):
         for name in CODE_FILES:
             if (here / name).resolve() != (folder / name).resolve():
                 shutil.copyfile(here / name, folder / name)
+        # safetensors keeps weights to their owner, whatever the umask: give them the mode of other new files
+        for weights in folder.glob("unet/*.safetensors"):
+            weights.chmod(index_file.stat().st_mode)
+        self._update_card(folder)
+
+    def _update_card(self, folder: Path, **facts: str) -> None:
+        write_card = type(self).write_card
+        if write_card is None or self.unet is None or self.scheduler is None:
+            return
+        try:
+            write_card(folder, facts)
+        except ValueError as error:  # a card edited by hand that can't be read is no reason to end a training
+            warnings.warn(f"the model is saved, but not its card: {error}", stacklevel=3)
+
+    def _upload_folder(
+        self,
+        working_dir: str | os.PathLike,
+        repo_id: str,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """What `push_to_hub` ends in: diffusers would upload all that lies in the folder, a training state included.
+
+        By now, diffusers has put the card of the Hub into the folder, or one that says nothing.
+        """
+        self._update_card(Path(working_dir), repo_id=repo_id)
+        return upload_folder(
+            repo_id=repo_id,
+            folder_path=os.fspath(working_dir),
+            path_in_repo=kwargs.get("subfolder"),
+            token=token,
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+            create_pr=create_pr,
+            allow_patterns=list(SHARED_FILES),
+        )
 
 
 def _write_json(file: Path, config: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from .checkpoint import MANIFEST, check_whole, checkpoint_steps, latest_checkpoint
@@ -35,7 +36,9 @@ def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = 
             weights = [name for name, p in pipeline.unet.named_parameters() if p.is_meta]
             if weights:
                 raise OSError(f"its weights have no {weights[0]}")
-        except (OSError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        except (OSError, TypeError, KeyError, AttributeError, RuntimeError, ValueError) as error:
+            if isinstance(error, ValueError) and "expected shape" not in str(error):
+                raise
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"the model in {model!r} is damaged ({reason}): save or download it again.") from error
         return pipeline
@@ -82,6 +85,17 @@ def _stock_checkpoint(folder: Path, unet: str, dtype: torch.dtype) -> DDPMPipeli
         f"{str(folder)!r} is a checkpoint of train_unconditional.py, which does not store its scheduler. Copy the "
         f"`scheduler` folder of the finished pipeline into {str(folder.parent)!r}."
     )
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The precision of the weights in a folder; float32 where none can be read, which loading will complain about."""
+    for file in sorted(folder.rglob("diffusion_pytorch_model*.safetensors")):
+        try:
+            with safe_open(file, "pt") as weights:
+                return weights.get_tensor(next(iter(weights.keys()))).dtype
+        except (SafetensorError, OSError, StopIteration):
+            continue
+    return torch.float32
 
 
 def sample_images(

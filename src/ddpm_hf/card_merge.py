@@ -1,0 +1,163 @@
+"""Two versions of a model card made one: what a person has changed in the older one stays.
+
+A card ends with a comment that records what was generated: a hash of every section, the metadata, a hash of the whole,
+and the facts that it was made from. What differs from the record is a person's work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import yaml_dump
+
+SECTION = re.compile(r"<!-- ddpm-hf:(?P<name>\w+) -->\s*(?P<text>.*?)\s*<!-- /ddpm-hf:(?P=name) -->", re.DOTALL)
+RECORD = re.compile(r"\n*<!-- ddpm-hf generated the sections above: (\{.*\}) -->\n*")
+AUTOMATIC = "This model card has been automatically generated"  # of diffusers' push_to_hub: nobody wrote that card
+
+
+@dataclass
+class Card:
+    """A card, taken apart.
+
+    Args:
+        metadata: the YAML block.
+        text: the Markdown without the record, its line ends made those of Unix.
+        record: what was generated: "sections" (hashes by name), "metadata", "whole" (hash), and what the caller added.
+        front: the YAML block as it was written, with its comments.
+    """
+
+    metadata: dict[str, Any]
+    text: str
+    record: dict[str, Any]
+    front: str = ""
+
+    def sections(self) -> dict[str, str]:
+        """The text of each generated section, by name."""
+        return {m["name"]: m["text"] for m in SECTION.finditer(self.text)}
+
+    def fingerprint(self) -> str:
+        """A hash of all that a person can edit."""
+        return _hash(json.dumps(self.metadata, sort_keys=True, default=str) + self.text.strip())
+
+    def is_edited(self) -> bool:
+        """Whether anybody has changed the card since this module wrote it."""
+        return self.record.get("whole") != self.fingerprint() and AUTOMATIC not in self.text
+
+
+def parse_card(content: str) -> Card:
+    """Take a card apart.
+
+    Raises:
+        ValueError: where its metadata is no YAML mapping.
+    """
+    content = content.replace("\r\n", "\n").removeprefix("\ufeff")
+    block = REGEX_YAML_BLOCK.search(content)
+    try:
+        metadata = (yaml.safe_load(block[2]) if block else None) or {}
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the metadata of README.md is no YAML ({reason}): mend it, or remove the file.") from error
+    if not isinstance(metadata, dict):
+        raise ValueError("the metadata of README.md is no mapping: mend it, or remove the file.")
+    text = content[block.end() :] if block else content
+    found = RECORD.search(text)
+    try:
+        record = json.loads(found[1]) if found else {}
+    except ValueError:
+        record = {}
+    return Card(metadata, RECORD.sub("\n\n", text), record, block[2] if block else "")
+
+
+def format_card(card: Card) -> str:
+    """The card as a file, with the record of what was generated and of the whole."""
+    text = card.text.strip() + "\n"
+    written = Card(card.metadata, text, card.record)
+    record = json.dumps({**card.record, "whole": written.fingerprint()}, default=str).replace(">", "\\u003e")
+    unchanged = card.front and yaml.safe_load(card.front) == card.metadata
+    front = card.front if unchanged else yaml_dump(card.metadata, sort_keys=False).strip()
+    return f"---\n{front}\n---\n\n{text}\n<!-- ddpm-hf generated the sections above: {record} -->\n"
+
+
+def stamp(content: str, record: dict[str, Any]) -> str:
+    """A card that was just generated, with the record of it, to which `record` adds."""
+    card = parse_card(content)
+    sections = {name: _hash(text) for name, text in card.sections().items()}
+    card.record = {**record, "sections": sections, "metadata": card.metadata}
+    return format_card(card)
+
+
+def merge_cards(existing: str, new: str) -> str:
+    """The existing card, with all that was generated and nobody has edited replaced by that of the new one."""
+    old, fresh = parse_card(existing), parse_card(new)
+    if AUTOMATIC in old.text:
+        old.text, old.record = fresh.text, fresh.record
+    known, texts = old.record.get("sections", {}), fresh.sections()
+    sections = dict(known)
+
+    def newer(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in texts or _hash(match["text"]) != known.get(name):
+            return match[0]
+        sections[name] = fresh.record.get("sections", {}).get(name, "")
+        return f"<!-- ddpm-hf:{name} -->\n\n{texts[name]}\n\n<!-- /ddpm-hf:{name} -->"
+
+    text = SECTION.sub(newer, old.text)
+    metadata = merge_metadata(old.record.get("metadata", {}), old.metadata, fresh.metadata)
+    return format_card(Card(metadata, text, {**fresh.record, "sections": sections}, old.front))
+
+
+def merge_metadata(generated: dict[str, Any], existing: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Three-way merge: keys and list entries that a person has changed, added or removed stay so."""
+    merged = {k: v for k, v in existing.items() if k in new or v != generated.get(k)}
+    for key, value in new.items():
+        before, now = generated.get(key), existing.get(key)
+        if key == "model-index":
+            merged[key] = _merge_results(before or [], now or [], value)
+        elif isinstance(value, list):
+            before, now = _as_list(before), _as_list(now)
+            removed = [v for v in before if v not in now]
+            added = [v for v in now if v not in before]
+            merged[key] = [v for v in value if v not in removed and v not in added] + added
+        elif now == before or (key not in existing and key not in generated):
+            merged[key] = value
+    return {key: value for key, value in merged.items() if value not in (None, [])}
+
+
+def _merge_results(generated: list[dict], existing: list[dict], new: list[dict]) -> list[dict]:
+    """The results of a `model-index`: a new figure replaces the same metric on the same data if nobody changed it."""
+
+    def by_metric(index: list[dict]) -> dict[str, dict]:
+        return {
+            json.dumps([result.get("task"), result.get("dataset"), metric.get("type"), metric.get("name")]): {
+                **result,
+                "metrics": [metric],
+            }
+            for model in index
+            for result in model.get("results") or []
+            for metric in result.get("metrics") or []
+        }
+
+    before, now, fresh = by_metric(generated), by_metric(existing), by_metric(new)
+    unchanged = {k: v for k, v in fresh.items() if k not in now or now[k] == before.get(k)}
+    together: dict[str, dict] = {}
+    for result in {**now, **unchanged}.values():
+        key = json.dumps([result.get("task"), result.get("dataset")])
+        if key in together:
+            together[key]["metrics"] += result["metrics"]
+        else:
+            together[key] = {**result, "metrics": list(result["metrics"])}
+    return [{**(existing or new)[0], "results": list(together.values())}]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]

@@ -1,0 +1,329 @@
+"""Pushing a model to the Hub: a complete export first, then one commit, which is there or not.
+
+The real client does the talking. What it does not do itself is done here: another try where a failure may pass, no
+second commit or pull request where only an answer was lost, and a card that keeps what was edited on the Hub.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from types import TracebackType
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from tqdm.auto import tqdm
+
+from .card import CardFacts, combine_facts, known_facts, weights_digest, write_card
+from .card_merge import merge_cards, parse_card
+from .hub import WAITS, HubTarget, PushError, Say, check_push_access, explain, readable_errors, retry
+from .pipeline import SHARED_FILES
+from .sampling import load_pipeline, stored_dtype
+
+EXTRAS = ("README.md", "samples.png", "real.png", "samples_and_real.png", "loss.png", "metrics.json")
+STAGE = ".ddpm-hf-push-"
+
+
+def push_folder(
+    folder: Path,
+    target: HubTarget,
+    facts: CardFacts | None = None,
+    *,
+    message: str = "Upload DDPM",
+    say: Say = print,
+    waits: tuple[float, ...] = WAITS,
+    pause: Callable[[float], object] = time.sleep,
+) -> str:
+    """Push the model of a folder: a pipeline, a training folder, or a checkpoint of ours or of diffusers' script.
+
+    The model is loaded and exported once more, so that what goes up is whole, in safetensors, with its code and card,
+    and without training state, logs or paths.
+
+    Returns:
+        The address of the commit or of the pull request.
+
+    Raises:
+        ValueError: for a damaged model, a bad token or name. Nothing is on the Hub then.
+        PushError: where the Hub can't be reached or refuses.
+    """
+    with tempfile.TemporaryDirectory(prefix=STAGE) as stage:
+        export_model(folder, Path(stage))
+        write_card(Path(stage), facts)
+        with readable_errors(target):  # before a repository is made for a card that the Hub does not take
+            retry(ModelCard.load(Path(stage) / "README.md").validate, "Checking the card", say=say, waits=waits)
+        target = replace(target, repo_id=check_push_access(target, say=say, waits=waits))
+        return _push_export(Path(stage), target, facts, message, say, waits, pause)
+
+
+def try_push(folder: Path, target: HubTarget, facts: CardFacts | None = None, *, say: Say = print) -> bool:
+    """`push_folder` for the end of a training run: a failure is said, with the command that makes up for it."""
+    try:
+        url = push_folder(folder, target, facts, say=say)
+    except Exception as error:
+        say(_failure(error, folder, target))
+        return False
+    say(f"Pushed to {url}")
+    return True
+
+
+def resume_command(folder: Path, target: HubTarget) -> str:
+    """The command that pushes a folder. The token is not in it."""
+    options = ["--private"] * target.private + ["--create_pr"] * target.create_pr
+    for name in ("revision", "tag"):
+        options += [f"--{name}", getattr(target, name)] if getattr(target, name) else []
+    return shlex.join(["ddpm-hf", "push", str(folder), target.repo_id, *options])
+
+
+def export_model(folder: Path, destination: Path) -> None:
+    """Write the model of `folder` as a new pipeline, with its card and pictures, in the precision of its weights.
+
+    Raises:
+        ValueError: where there is no model, or a damaged one.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"`model` is {str(folder)!r}, but there is no such folder.")
+    pipeline = load_pipeline(str(folder), dtype=stored_dtype(folder))
+    for name in EXTRAS:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, destination / name)
+    pipeline.save_pretrained(destination)
+
+
+class BackgroundPusher:
+    """Pushes checkpoints while training goes on: `submit` returns at once, and only the latest one waiting goes up.
+
+    Use it in a `with` block, around the training loop. Its end waits for the push under way; where an exception ends
+    the loop, it does not wait for a Hub that can't be reached. No failure of a push leaves this class.
+
+    Args:
+        target: with the full name of a repository, as `check_push_access` returns it.
+
+    Raises:
+        ValueError: for a name without its owner.
+    """
+
+    def __init__(self, target: HubTarget, *, say: Say = tqdm.write, waits: tuple[float, ...] = WAITS) -> None:
+        if "/" not in target.repo_id:
+            raise ValueError(f"`repo_id` is {target.repo_id!r}, but must be the full name, owner/name.")
+        self._target, self._say, self._waits = target, say, waits
+        self._changed = threading.Condition()
+        self._waiting: tuple[Path, Path, CardFacts | None] | None = None  # the copy to push, what it is of, its facts
+        self._cleared: set[Path] = set()
+        self._closing = threading.Event()
+        self._hurry = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="push-to-hub", daemon=True)
+        self._thread.start()
+
+    def submit(self, checkpoint: Path, facts: CardFacts | None = None) -> None:
+        """Push a checkpoint, or any saved pipeline, which may be removed as soon as this returns."""
+        try:
+            self._remove_leftovers(checkpoint.parent)
+            copy = _link_files(checkpoint)
+        except OSError as error:
+            self._say(f"{checkpoint} was not pushed: {error}")
+            return
+        with self._changed:
+            if self._waiting is not None:
+                shutil.rmtree(self._waiting[0], ignore_errors=True)
+            self._waiting = copy, checkpoint, facts
+            self._changed.notify()
+
+    def _remove_leftovers(self, run: Path) -> None:
+        """Remove, once, the copies that a run which was killed has left."""
+        if run not in self._cleared:
+            self._cleared.add(run)
+            for leftover in run.glob(f"{STAGE}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def close(self) -> None:
+        """Wait until what was submitted is on the Hub, or can't be."""
+        self._closing.set()
+        with self._changed:
+            self._changed.notify()
+        self._thread.join()
+
+    def __enter__(self) -> BackgroundPusher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is not None:
+            self._hurry.set()
+        self.close()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while self._waiting is None and not self._closing.is_set():
+                    self._changed.wait()
+                if self._waiting is None:
+                    return
+                (copy, checkpoint, facts), self._waiting = self._waiting, None
+            self._push(copy, checkpoint, facts)
+
+    def _push(self, copy: Path, checkpoint: Path, facts: CardFacts | None) -> None:
+        shows_bars = not are_progress_bars_disabled()
+        disable_progress_bars()  # they would tear the bar of the training apart
+        message = f"Upload DDPM, {checkpoint.name}"
+        waits = () if self._hurry.is_set() else self._waits
+        try:
+            _push_export(copy, self._target, facts, message, self._say, waits, self._pause)
+        except Exception as error:
+            self._say(_failure(error, checkpoint.parent, self._target))
+        finally:
+            if shows_bars:
+                enable_progress_bars()
+            shutil.rmtree(copy, ignore_errors=True)
+
+    def _pause(self, seconds: float) -> None:
+        if self._hurry.wait(seconds):
+            raise PushError("training has ended before the Hub could be reached.")
+
+
+def _push_export(
+    stage: Path,
+    target: HubTarget,
+    facts: CardFacts | None,
+    message: str,
+    say: Say,
+    waits: tuple[float, ...],
+    pause: Callable[[float], object],
+) -> str:
+    """Push a folder that holds a whole export and belongs to this call, into a repository that exists."""
+    facts = combine_facts(facts or CardFacts(), CardFacts(repo_id=target.repo_id))
+    api = target.api()
+
+    def attempt(call: Callable[[], str], what: str) -> str:
+        return retry(call, what, say=say, waits=waits, pause=pause)
+
+    with readable_errors(target):
+        if target.revision and not target.revision.startswith("refs/"):
+            attempt(lambda: _make_branch(api, target), "Creating the branch")
+        if target.tag:
+            attempt(lambda: _check_tag(api, target), "Looking up the tags")
+        url = attempt(lambda: _commit(api, stage, target, facts, message), "Pushing")
+        if target.tag:
+            attempt(lambda: _tag(api, target, url.rsplit("/", 1)[-1]), "Tagging")
+    return url
+
+
+def _commit(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, message: str) -> str:
+    """One try: look at what is there, and commit what differs. Doing it twice makes no second commit."""
+    repo_id, revision = target.repo_id, target.revision
+    pull = None
+    if target.create_pr:
+        message = f"{message}, weights {weights_digest(stage)}"
+        pull = _open_pull(api, repo_id, message)
+        revision = f"refs/pr/{pull}" if pull else None
+    head = api.model_info(repo_id, revision=revision)
+    remote = {sibling.rfilename for sibling in head.siblings or []}
+    _update_card(api, stage, target, facts, head.sha if "README.md" in remote else None)
+
+    files = sorted(p for p in stage.rglob("*") if p.is_file() and _is_shared(p.relative_to(stage).as_posix()))
+    names = {p.relative_to(stage).as_posix(): p for p in files}
+    stale = {n for n in remote - set(names) if fnmatch(n, "unet/diffusion_pytorch_model*")}  # of another model
+    commit = api.create_commit(
+        repo_id,
+        [CommitOperationAdd(name, str(file)) for name, file in names.items()]
+        + [CommitOperationDelete(name) for name in sorted(stale)],
+        commit_message=message,
+        revision=revision,
+        create_pr=target.create_pr and pull is None,
+        parent_commit=head.sha,
+    )
+    if pull is not None:
+        return f"{api.endpoint}/{repo_id}/discussions/{pull}"
+    return commit.pr_url or str(commit.commit_url)
+
+
+def _update_card(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, head: str | None) -> None:
+    """The card of the export, with what is known on the Hub of the same weights and what was edited there."""
+    if head is None:
+        write_card(stage, facts)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = api.hf_hub_download(target.repo_id, "README.md", revision=head, local_dir=folder)
+        remote = Path(file).read_text("utf-8-sig")
+    try:
+        edited = parse_card(remote).is_edited()
+    except ValueError as error:
+        raise ValueError(f"the card of {target.repo_id!r} on the Hub can't be read: {error}") from error
+    local = stage / "README.md"
+    weights = weights_digest(stage)
+    here = known_facts(local.read_text("utf-8-sig"), weights) if local.is_file() else CardFacts()
+    write_card(stage, combine_facts(combine_facts(known_facts(remote, weights), here), facts))
+    if edited:
+        local.write_text(merge_cards(remote, local.read_text("utf-8")), "utf-8")
+
+
+def _open_pull(api: HfApi, repo_id: str, title: str) -> int | None:
+    """The number of our open pull request of this name, if an earlier try has made it."""
+    try:
+        pulls = api.get_repo_discussions(
+            repo_id, author=api.whoami()["name"], discussion_type="pull_request", discussion_status="open"
+        )
+        return next((pull.num for pull in pulls if pull.title == title), None)
+    except HfHubHTTPError as error:
+        if error.response.status_code == 404:
+            return None
+        raise
+
+
+def _make_branch(api: HfApi, target: HubTarget) -> str:
+    api.create_branch(target.repo_id, branch=str(target.revision), exist_ok=True)
+    return str(target.revision)
+
+
+def _check_tag(api: HfApi, target: HubTarget) -> str:
+    """Refuse a tag that another commit has, before anything is uploaded."""
+    tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(target.repo_id).tags}
+    head = api.model_info(target.repo_id, revision=target.revision).sha
+    if tags.get(str(target.tag), head) != head:
+        raise ValueError(f"`tag` is {target.tag!r}, but {target.repo_id!r} has that tag already: choose another one.")
+    return str(head)
+
+
+def _tag(api: HfApi, target: HubTarget, commit: str) -> str:
+    api.create_tag(target.repo_id, tag=str(target.tag), revision=commit, exist_ok=True)
+    tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(target.repo_id).tags}
+    if tags.get(str(target.tag)) != commit:
+        raise ValueError(f"the model is pushed, but `tag` {target.tag!r} is another commit's: choose another one.")
+    return commit
+
+
+def _link_files(folder: Path) -> Path:
+    """A copy of what a saved pipeline shares, beside it: hard links where the disk has them."""
+    copy = Path(tempfile.mkdtemp(prefix=STAGE, dir=folder.parent))
+    try:
+        for file in folder.rglob("*"):
+            name = file.relative_to(folder)
+            if not file.is_file() or not _is_shared(name.as_posix()):
+                continue
+            (copy / name).parent.mkdir(exist_ok=True)
+            try:
+                if name.suffix != ".safetensors":  # what is small may be written to here
+                    raise OSError
+                os.link(file, copy / name)
+            except OSError:
+                shutil.copyfile(file, copy / name)
+    except OSError:
+        shutil.rmtree(copy, ignore_errors=True)
+        raise
+    return copy
+
+
+def _is_shared(name: str) -> bool:
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in SHARED_FILES)
+
+
+def _failure(error: Exception, folder: Path, target: HubTarget) -> str:
+    text = str(error) if isinstance(error, (ValueError, PushError)) else explain(error, target)
+    return f"Not pushed: {text}\nThe model is safe in {folder}. Push it with:\n  {resume_command(folder, target)}"
