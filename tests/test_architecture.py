@@ -30,9 +30,11 @@ ARROWS = {
     "run_state": {"checkpoint", "config", "interruption", "network", "plan", "scheduling_ddpm_custom"},
     "training_log": {"config"},
     "previews": {"network", "pictures", "pipeline", "run_state", "scheduling_ddpm_custom"},
+    "publishing": {"card", "config", "hub", "run_state", "sharing"},
     "training": {
         "checkpoint", "config", "data", "ddpm_process", "interruption", "network", "objectives", "pictures", "pipeline",
-        "plan", "previews", "run_folder", "run_state", "scheduling_ddpm_custom", "sources", "training_log",
+        "plan", "previews", "publishing", "run_folder", "run_state", "scheduling_ddpm_custom", "sources",
+        "training_log",
     },
     "card_merge": set(),
     "card": {"card_merge", "ddpm_process"},

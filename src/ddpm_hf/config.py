@@ -432,7 +432,7 @@ class PushConfig:
     )
 
     def __post_init__(self) -> None:
-        _choices(self)
+        _check_types(self)
 
 
 @dataclass
@@ -454,8 +454,8 @@ class ConvertConfig:
     ddpm_num_steps: int = _option(1000, "T, the number of diffusion steps of the training.")
 
     def __post_init__(self) -> None:
-        _choices(self)
-        _positive(self, "resolution", "num_heads", "ddpm_num_steps")
+        _check_types(self)
+        _at_least(1, self, "resolution", "num_heads", "ddpm_num_steps")
 
 
 def parse_train_config(argv: Sequence[str], default_preset: Path) -> TrainConfig:

@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -39,10 +41,19 @@ class Agreement:
         dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.group)
         return int(shared)
 
-    def raise_together(self, error: Exception | None) -> None:
-        """Raise in every process if there is an error in any. All of them must call it."""
-        if self.largest(int(error is not None)):
-            raise error or RuntimeError("another process failed; its message says why.")
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A foreseen error (ValueError, OSError) of one process within this context is raised in all of them at its end.
+
+        All of them must enter it, and wait for no other within.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            failure = error
+        if self.largest(int(failure is not None)):
+            raise failure or RuntimeError("another process failed; its message says why.")
 
 
 class Interruption:

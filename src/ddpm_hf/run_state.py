@@ -58,6 +58,7 @@ class Run:
     step: int = 0  # updates done
     saved_step: int = 0  # those of the last checkpoint
     images_seen: int = 0
+    seconds: float = 0.0  # of training, in all parts of the run
     unlogged: list[list[float]] = field(default_factory=list)  # losses since the last line of the log
 
     @property
@@ -90,6 +91,7 @@ def capture(run: Run) -> tuple[TrainingState, UNet2DModel | None]:
     progress = {
         "step": run.step,
         "images_seen": run.images_seen,
+        "seconds": run.seconds,
         "num_images": run.plan.num_images,
         "num_processes": run.plan.num_processes,
         "unlogged": run.unlogged,
@@ -131,7 +133,7 @@ def restore(run: Run, folder: Path) -> list[str]:
     if run.accelerator.scaler is not None and progress["grad_scaler"] is not None:
         run.accelerator.scaler.load_state_dict(progress["grad_scaler"])
     run.step = run.saved_step = state.step
-    run.images_seen = progress["images_seen"]
+    run.images_seen, run.seconds = progress["images_seen"], progress["seconds"]
     run.unlogged = progress["unlogged"]
     return notes
 

@@ -32,6 +32,7 @@ from .pictures import check_plotting, image_grid, save_loss_curve, save_side_by_
 from .pipeline import DDPMPipelineCustom
 from .plan import Plan
 from .previews import sample_grids
+from .publishing import card_facts, check_target, publish, pushing
 from .run_folder import check_space, clear_output_dir, prepare_output_dir, replace_pipeline
 from .run_state import CHECKPOINT_BYTES, Run, capture, exported_network, restore
 from .scheduling_ddpm_custom import DDPMSchedulerCustom
@@ -69,6 +70,8 @@ def train(config: TrainConfig) -> Path:
     if config.dry_run:
         say(dry_run(config, accelerator.num_processes))
         return output_dir
+    with agreement.together():
+        target = check_target(config) if is_main else None
     images = load_images(config, show_progress=is_main)
     torch.manual_seed(config.seed)
     unet = build_unet(config, images.num_classes)
@@ -106,9 +109,10 @@ def train(config: TrainConfig) -> Path:
     bar = tqdm(
         range(run.step, plan.max_steps), "Training", plan.max_steps, initial=run.step, unit="step", disable=not is_main
     )
-    with Interruption(agreement) as interruption:
+    with Interruption(agreement) as interruption, pushing(target) as pusher:
         try:
             for step in bar:
+                began = time.perf_counter()
                 interruption.check()
                 for group in optimizer.param_groups:
                     group["lr"] = plan.learning_rate(step)
@@ -133,6 +137,7 @@ def train(config: TrainConfig) -> Path:
                 if run.ema is not None:
                     run.ema.step(unet.parameters())
                 run.step, run.images_seen = step + 1, run.images_seen + plan.global_batch
+                run.seconds += time.perf_counter() - began
 
                 # log, keep, show
                 if run.step % LOG_EVERY == 0 or run.step == plan.max_steps:
@@ -141,6 +146,8 @@ def train(config: TrainConfig) -> Path:
                 with log.pause():
                     if plan.checkpoint_due(run.step) or plan.export_due(run.step):
                         save(run, log)
+                        if pusher is not None and run.step < plan.max_steps:
+                            pusher.submit(output_dir / f"checkpoint-{run.step}", card_facts(run, images.source))
                     if plan.export_due(run.step):
                         export(run)
                     if plan.preview_due(run.step):
@@ -161,11 +168,13 @@ def train(config: TrainConfig) -> Path:
         real.save(output_dir / "real.png")
         save_side_by_side(grids["test_samples"], real, output_dir / "samples_and_real.png")
         save_loss_curve(*log.curve(), output_dir / "loss.png")
+        publish(run, images.source, target)
     accelerator.end_training()
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     say(
         f"\nDone: {plan.max_steps:,} updates, {minutes} min {seconds:02d} s in all.\n"
         f"  pipeline  {output_dir}{os.sep}\n"
+        f"  card      {output_dir / 'README.md'}\n"
         f"  samples   {output_dir / 'samples_and_real.png'}\n"
         f"  loss      {output_dir / 'loss.png'}\n"
         f"Sample more with:\n  ddpm-hf sample {shlex.quote(str(output_dir))} --num_images 64 --seed 1 --output_dir out/"
@@ -250,27 +259,19 @@ def save(run: Run, log: TrainingLog) -> None:
         return
     run.unlogged = log.unlogged()
     state, unet = capture(run)
-    error = None
-    if unet is not None:
-        try:
+    with run.agreement.together():
+        if unet is not None:
             pipeline = DDPMPipelineCustom(unet, run.scheduler)
             save_checkpoint(Path(run.config.output_dir), pipeline, state, run.config.checkpoints_total_limit)
-        except OSError as failure:
-            error = failure
-    run.agreement.raise_together(error)
     run.saved_step = run.step
 
 
 def export(run: Run) -> None:
     """Write the pipeline into the output folder. All processes must call it, and all raise if it fails."""
     unet = exported_network(run)
-    error = None
-    if unet is not None:
-        try:
+    with run.agreement.together():
+        if unet is not None:
             replace_pipeline(DDPMPipelineCustom(unet, run.scheduler), Path(run.config.output_dir))
-        except OSError as failure:
-            error = failure
-    run.agreement.raise_together(error)
 
 
 def dry_run(config: TrainConfig, num_processes: int) -> str:

@@ -1,0 +1,69 @@
+"""What a training run shares: the card of its model, and pushes to the Hub that never slow or end it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from .card import CardFacts, write_card
+from .config import TrainConfig
+from .hub import HubTarget, check_push_access
+from .run_state import Run
+from .sharing import BackgroundPusher, try_push
+
+
+def check_target(config: TrainConfig) -> HubTarget | None:
+    """Where a run pushes to, if it does, with the full name of a repository that takes our pushes.
+
+    Raises:
+        ValueError: for a name or a token that the Hub does not take.
+        OSError: where the Hub can't be reached.
+    """
+    if not config.push_to_hub:
+        return None
+    name = config.hub_model_id or Path(config.output_dir).absolute().name
+    target = HubTarget(name, token=config.hub_token, private=config.hub_private_repo)
+    return HubTarget(check_push_access(target), token=config.hub_token, private=config.hub_private_repo)
+
+
+def pushing(target: HubTarget | None) -> AbstractContextManager[BackgroundPusher | None]:
+    """A pusher of checkpoints for the time of the training loop, if there is where to push."""
+    return BackgroundPusher(target) if target is not None else nullcontext()
+
+
+def card_facts(run: Run, source: str) -> CardFacts:
+    """What a run knows of its model, for the card.
+
+    Args:
+        source: the name of the data, as `Images.source` gives it. Of paths it tells the last part only.
+    """
+    name = run.config.dataset_name
+    is_local = name is None or name == "digits" or Path(name).exists() or Path(name).suffix != "" or "*" in name
+    count = f", {run.plan.num_images:,} images" if run.plan.num_images else ""
+    return CardFacts(
+        dataset=f"{Path(source).name if is_local else source}{count}",
+        dataset_ids=() if is_local else (str(name),),
+        options=run.config.public(),
+        updates=run.step,
+        images_seen=run.images_seen,
+        seconds=run.seconds,
+        hardware=f"{run.plan.num_processes} × {_device_name(run.accelerator.device)}",
+    )
+
+
+def publish(run: Run, source: str, target: HubTarget | None) -> None:
+    """Write the card of the finished pipeline, and push it if there is where to. A failed push is said, not raised."""
+    folder, facts = Path(run.config.output_dir), card_facts(run, source)
+    write_card(folder, facts)
+    if target is not None:
+        try_push(folder, target, facts, say=run.accelerator.print)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type.upper()} ({platform.machine()}, {os.cpu_count()} cores)"
