@@ -242,6 +242,41 @@ def test_every_objective_trains(name, tmp_path):
     assert pipeline.scheduler.config.variance_type == TRAINABLE[name].get("variance_type", "fixed_small")
 
 
+@pytest.mark.slow
+def test_a_command_line_of_the_stock_script_does_what_it_does_there(tmp_path):
+    """A folder of images, the network from a file, epochs, tensorboard; the results where they are there."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    images, network, output_dir = tmp_path / "images", tmp_path / "network", tmp_path / "ddpm-ema-noise-16"
+    images.mkdir()
+    network.mkdir()
+    for i in range(20):
+        Image.effect_noise((24, 20), 60).convert("RGB").save(images / f"{i}.png")
+    stock = {"_class_name": "UNet2DModel", "sample_size": 16, "in_channels": 3, "out_channels": 3, **TINY_UNET}
+    (network / "config.json").write_text(json.dumps(stock))
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "training/train.py",
+        f"--train_data_dir={images}", f"--model_config_name_or_path={network}", f"--output_dir={output_dir}",
+        "--resolution=16", "--center_crop", "--random_flip", "--train_batch_size=4", "--num_epochs=3",
+        "--gradient_accumulation_steps=1", "--use_ema", "--learning_rate=1e-4", "--lr_warmup_steps=5",
+        "--mixed_precision=no", "--save_images_epochs=2", "--save_model_epochs=1", "--eval_batch_size=4",
+        "--ddpm_num_steps=100", "--ddpm_num_inference_steps=3", "--checkpointing_steps=10", "--logger=tensorboard",
+        "--checkpoints_total_limit=2", "--dataloader_num_workers=0", "--overwrite_output_dir",
+        "--resume_from_checkpoint=latest", f"--cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint_steps(output_dir) == [10, 15]
+    assert DDPMPipeline.from_pretrained(output_dir).scheduler.config.num_train_timesteps == 100
+    events = EventAccumulator(str(output_dir / "logs" / "train_ddpm"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"loss", "loss_quarter_1", "lr", "grad_norm", "ema_decay", "step", "images_per_second"} <= set(
+        tags["scalars"]
+    )
+    assert {"test_samples", "test_samples_raw"} <= set(tags["images"])
+
+
 def test_an_update_without_a_finite_gradient_changes_nothing():
     from accelerate import Accelerator
 

@@ -43,7 +43,7 @@ class Agreement:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A foreseen error (ValueError, OSError) of one process within this context is raised in all of them at its end.
+        """A foreseen error (ValueError, OSError) of one process within this context is raised in all at its end.
 
         All of them must enter it, and wait for no other within.
         """
