@@ -71,11 +71,14 @@ def start(output_dir, *options, launcher=(), env=None):
 
 
 @pytest.mark.slow
-def test_ctrl_c_during_a_preview_saves_and_says_so(tmp_path):
+def test_ctrl_c_during_a_preview_saves_and_says_so_and_no_other_run_gets_in_between(tmp_path):
     process = start(
-        tmp_path, "--ddpm_num_inference_steps", "1000", "--save_images_steps", "10", "--eval_batch_size", "64"
+        tmp_path, "--ddpm_num_inference_steps", "1000", "--save_images_steps", "10", "--eval_batch_size", "200"
     )
     wait_for(process, b"Sampling")
+    other = run(train_command(tmp_path, "--resume_from_checkpoint", "latest"))
+    assert other.returncode == 1
+    assert "another run is writing into `output_dir`" in other.stderr
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGINT

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from .checkpoint import check_whole, checkpoint_steps, latest_checkpoint, remove_checkpoint
@@ -63,6 +64,23 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"`output_dir` {str(folder)!r} can't be written to ({error}): choose another one.") from error
+
+
+def lock_output_dir(output_dir: Path) -> FileLock:
+    """Make the folder, and keep other runs out of it until the lock is released or this process has ended.
+
+    Raises:
+        ValueError: where another run is at work there.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another run is writing into `output_dir` {str(output_dir)!r}: wait for it, or choose another one."
+        ) from None
+    return lock
 
 
 def check_space(output_dir: Path, checkpoint_bytes: int) -> None:

@@ -33,7 +33,7 @@ from .pipeline import DDPMPipelineCustom
 from .plan import Plan
 from .previews import sample_grids
 from .publishing import card_facts, check_target, publish, pushing
-from .run_folder import check_space, clear_output_dir, prepare_output_dir, replace_pipeline
+from .run_folder import check_space, clear_output_dir, lock_output_dir, prepare_output_dir, replace_pipeline
 from .run_state import CHECKPOINT_BYTES, Run, capture, exported_network, restore
 from .scheduling_ddpm_custom import DDPMSchedulerCustom
 from .sources import Stream, open_source, open_stream
@@ -93,6 +93,8 @@ def train(config: TrainConfig) -> Path:
         eps=config.adam_epsilon,
         fused=True,
     )
+    with agreement.together():
+        lock = lock_output_dir(output_dir) if is_main else None
     unet, optimizer = accelerator.prepare(unet, optimizer)
     run = Run(config, plan, scheduler, accelerator, agreement, unet, optimizer, build_ema(config, unet))
     if resume_from is not None:
@@ -170,6 +172,8 @@ def train(config: TrainConfig) -> Path:
         save_loss_curve(*log.curve(), output_dir / "loss.png")
         publish(run, images.source, target)
     accelerator.end_training()
+    if lock is not None:
+        lock.release()
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     say(
         f"\nDone: {plan.max_steps:,} updates, {minutes} min {seconds:02d} s in all.\n"
