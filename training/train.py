@@ -23,7 +23,7 @@ def main() -> None:
     except Interrupted as interrupted:
         sys.exit(128 + interrupted.signum)
     except KeyboardInterrupt:
-        print("\nInterrupted before the first update.", file=sys.stderr)
+        print("\nInterrupted. What was saved before is unharmed.", file=sys.stderr)
         sys.exit(130)
 
 

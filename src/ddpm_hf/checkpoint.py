@@ -73,7 +73,7 @@ def _save_checkpoint(
     final = output_dir / f"checkpoint-{state.step}"
     partial = output_dir / f"{final.name}.partial"
     for leftover in output_dir.glob("checkpoint-*.partial"):
-        shutil.rmtree(leftover)
+        _remove(leftover)
     pipeline.save_pretrained(partial)
     folder = partial / STATE
     folder.mkdir()
@@ -81,7 +81,7 @@ def _save_checkpoint(
     save_file(_contiguous(state.optimizer), folder / "optimizer.safetensors")
     (folder / "progress.json").write_text(json.dumps(state.progress, indent=2), "utf-8")
 
-    files = sorted(p for p in partial.rglob("*") if p.is_file())
+    files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != "README.md")  # which anybody may edit
     manifest = {p.relative_to(partial).as_posix(): _sha256(p) for p in files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
     for path in [*partial.rglob("*"), partial]:
@@ -98,8 +98,23 @@ def _save_checkpoint(
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Take its name away first, so that a kill in between leaves nothing that looks like a checkpoint."""
-    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old.partial")))
+    """Take its name away first, so that a kill in between leaves nothing that looks like a checkpoint.
+
+    What can't be removed then stays as `*.partial` until a later try: it is in nobody's way.
+    """
+    _remove(folder.rename(folder.with_name(f"{folder.name}.old.partial")))
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """The counts and options of a checkpoint that is whole."""
+    return json.loads((folder / STATE / "progress.json").read_text("utf-8"))
 
 
 def load_checkpoint(folder: Path) -> TrainingState:
@@ -110,7 +125,7 @@ def load_checkpoint(folder: Path) -> TrainingState:
     """
     check_whole(folder)
     return TrainingState(
-        progress=json.loads((folder / STATE / "progress.json").read_text("utf-8")),
+        progress=read_progress(folder),
         weights=load_file(folder / STATE / "weights.safetensors"),
         optimizer=load_file(folder / STATE / "optimizer.safetensors"),
         ema=load_file(folder / PIPELINE_WEIGHTS),

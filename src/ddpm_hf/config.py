@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -234,7 +235,9 @@ class OutputOptions:
     resume_from_checkpoint: str | None = _option(
         None, "`latest` (a new run where there is none), or the path of the checkpoint to go on from."
     )
-    save_model_epochs: int = _option(10, "Write the pipeline into the output folder every so many epochs.")
+    save_model_epochs: int = _option(
+        10, "Write the pipeline into the output folder after the first epoch, and then every so many."
+    )
     save_images_epochs: int = _option(10, "Write sample grids after the first epoch, and then every so many.")
     save_images_steps: int | None = _option(
         None,
@@ -271,6 +274,8 @@ class TrainConfig(HubOptions, OutputOptions, OptimizationOptions, LossOptions, M
     def __post_init__(self) -> None:
         if isinstance(self.report_to, str):  # `report_to: none` in a YAML file
             self.report_to = [self.report_to]
+        if self.mixed_precision is False:  # `mixed_precision: no` there
+            self.mixed_precision = "no"
         _check_types(self)
         _at_least(
             1, self, "resolution", "shuffle_buffer_size", "train_batch_size", "gradient_accumulation_steps",
@@ -333,6 +338,16 @@ class TrainConfig(HubOptions, OutputOptions, OptimizationOptions, LossOptions, M
                 f"`snr_gamma` is {self.snr_gamma}, but `loss_weighting` is {self.loss_weighting!r}: leave one of them "
                 "out, or pass --loss_weighting min_snr."
             )
+        if self.objective != "simple" and self.preserve_input_precision:
+            raise ValueError(
+                f"`objective` is {self.objective!r}, whose decoder knows the 256 levels of 8 bits only: leave out "
+                "--preserve_input_precision."
+            )
+        if self.weighting != "p2" and (self.p2_gamma, self.p2_k) != (1.0, 1.0):
+            raise ValueError(
+                f"`p2_gamma` is {self.p2_gamma} and `p2_k` is {self.p2_k}, but the weighting is {self.weighting!r}: "
+                "leave them out, or pass --loss_weighting p2."
+            )
         if self.objective == "vlb" and (self.loss_weighting or self.snr_gamma):
             raise ValueError(
                 "`objective` is 'vlb', which has its own weights: leave --loss_weighting and --snr_gamma out."
@@ -344,6 +359,8 @@ class TrainConfig(HubOptions, OutputOptions, OptimizationOptions, LossOptions, M
         logs = Path(self.logging_dir)
         if logs.is_absolute() or ".." in logs.parts or not logs.parts:
             raise ValueError(f"`logging_dir` is {self.logging_dir!r}, but must be a folder inside the output folder.")
+        if re.fullmatch(r"unet|scheduler|checkpoint-.*|.*\.partial", logs.parts[0]):
+            raise ValueError(f"`logging_dir` is {self.logging_dir!r}, but that name is taken: choose another one.")
         if self.logger is not None and self.report_to not in (None, [self.logger]):
             raise ValueError(
                 f"`logger` is {self.logger!r}, but `report_to` is {', '.join(self.report_to)}: leave --logger out."
@@ -509,7 +526,7 @@ def _read_yaml(file: Path, known: set[str]) -> dict[str, Any]:
         raise ValueError(f"`config` is {str(file)!r}, but there is no such file.")
     try:
         options = yaml.safe_load(file.read_text("utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{file} must hold `option: value` lines.")

@@ -181,10 +181,13 @@ class StreamedImages(Images):
         self.skipped += [bad for bad in unreadable if bad.path not in known]
 
 
-def load_images(config: TrainConfig, show_progress: bool = True) -> Images:
+def load_images(config: TrainConfig, source: Source | Stream | None = None, show_progress: bool = True) -> Images:
     """The training set of a configuration: mapped from a cache of decoded images, decoded on the fly, or streamed.
 
     All processes of a run may call it at the same time: one of each machine builds the cache, the others wait for it.
+
+    Args:
+        source: what `open_source` or `open_stream` has opened for this configuration already.
 
     Raises:
         ValueError: for a source that does not exist, lacks the column, or holds no images; for damaged images.
@@ -198,9 +201,10 @@ def load_images(config: TrainConfig, show_progress: bool = True) -> Images:
         None if config.center_crop else config.seed,
         config.preserve_input_precision,
     )
-    if config.streaming:
-        return StreamedImages(open_stream(config), transform, skip, workers)
-    source = open_source(config)
+    if source is None:
+        source = open_stream(config) if config.streaming else open_source(config)
+    if isinstance(source, Stream):
+        return StreamedImages(source, transform, skip, workers)
     if source.fingerprint is None:
         decoded = RowDecoder(source, transform).__getitems__(list(range(len(source))))
         return StoredImages(decoded.pixels, source.name, decoded.labels, source.label_names)

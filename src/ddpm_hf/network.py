@@ -41,19 +41,18 @@ def build_unet(config: TrainConfig, num_classes: int | None = None) -> UNet2DMod
         "num_class_embeds": num_classes + 1 if num_classes else None,
     }
     arguments = _arguments(config)
-    found = arguments.get("in_channels")
-    if config.model_config_name_or_path is not None and found not in (None, channels):
-        raise ValueError(
-            f"`channels` is {channels}, but the network of {config.model_config_name_or_path!r} takes {found}: "
-            f"pass --channels {found}."
-        )
+    for name in ("in_channels", "out_channels"):
+        found = arguments.get(name)
+        if found not in (None, channels, wanted[name]):
+            raise ValueError(
+                f"the images have {channels} channels, but {config.model_config_name_or_path or 'unet'} says {name} "
+                f"{found}: pass --channels, or change it."
+            )
     if arguments.get("num_class_embeds") and not num_classes:
-        raise ValueError(
-            "`unet` has num_class_embeds, but the run has no labels: pass --label_column, or leave it out."
-        )
+        raise ValueError("`unet` has num_class_embeds, but there are no labels: pass --label_column, or remove it.")
     try:
         unet = UNet2DModel.from_config({**arguments, **wanted})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError, KeyError) as error:
         raise ValueError(f"these options make no UNet2DModel: {error}") from error
     halvings = len(unet.config.block_out_channels) - 1
     if config.resolution % 2**halvings:
@@ -61,11 +60,24 @@ def build_unet(config: TrainConfig, num_classes: int | None = None) -> UNet2DMod
             f"`resolution` is {config.resolution}, but the network halves it {halvings} times: use a multiple of "
             f"{2**halvings}."
         )
+    _check_runs(unet)
     if config.enable_xformers_memory_efficient_attention:
         if importlib.util.find_spec("xformers") is None:
             raise ValueError("--enable_xformers_memory_efficient_attention needs xFormers: pip install xformers.")
         unet.enable_xformers_memory_efficient_attention()
     return unet
+
+
+def _check_runs(unet: UNet2DModel) -> None:
+    """One pass on shapes without numbers: some networks can be built and not run."""
+    with torch.device("meta"):
+        shadow = UNet2DModel.from_config(unet.config)
+        x = torch.empty(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        label = torch.zeros(1, dtype=torch.long)
+    try:
+        shadow(x, label, class_labels=label if unet.config.num_class_embeds else None)
+    except Exception as error:  # whatever its layers raise
+        raise ValueError(f"these options make a UNet2DModel that can't run: {error}") from error
 
 
 def _arguments(config: TrainConfig) -> dict[str, Any]:

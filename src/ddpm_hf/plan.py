@@ -20,11 +20,16 @@ IMAGES_PER_EPOCH_OF_A_STREAM = 50_000  # where the number of images is not known
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from the options, the number of images (None for an endless stream) and of processes."""
+    """What follows from the options, the number of images (None for a stream of unknown length) and of processes.
+
+    A run that goes on from a checkpoint plans what is left: its batches may have been of another size before.
+    """
 
     config: TrainConfig
     num_images: int | None
     num_processes: int
+    steps_before: int = 0
+    images_before: int = 0
 
     def __post_init__(self) -> None:
         if self.num_images is None and self.config.max_train_steps is None:
@@ -45,7 +50,19 @@ class Plan:
     @property
     def max_steps(self) -> int:
         """Updates of the whole run."""
-        return self.config.max_train_steps or math.ceil(self.config.num_epochs * self._images / self.global_batch)
+        if self.config.max_train_steps is not None:
+            return self.config.max_train_steps
+        images_left = self.config.num_epochs * self._images - self.images_before
+        return self.steps_before + math.ceil(images_left / self.global_batch)
+
+    def describe(self, source: str, num_parameters: int, device: torch.device) -> str:
+        """The run in a sentence."""
+        count = f"{self.num_images:,}" if self.num_images else "a stream of"
+        return (
+            f"{source}: {count} images at {self.config.resolution}×{self.config.resolution}. A network of "
+            f"{num_parameters:,} parameters, {self.max_steps:,} updates of {self.global_batch} images, on "
+            f"{self.num_processes} × {device.type}."
+        )
 
     @property
     def _images(self) -> int:
@@ -77,14 +94,14 @@ class Plan:
         every = self.config.save_images_steps
         if every is not None:
             return every > 0 and (done == max(1, every // 10) or done % every == 0)
-        return self._ends_epoch(done, first=1, every=self.config.save_images_epochs)
+        return self._ends_epoch(done, self.config.save_images_epochs)
 
     def export_due(self, done: int) -> bool:
         """Whether the pipeline is written into the output folder after update number `done`."""
-        every = self.config.save_model_epochs
-        return done == self.max_steps or self._ends_epoch(done, first=every, every=every)
+        return done == self.max_steps or self._ends_epoch(done, self.config.save_model_epochs)
 
-    def _ends_epoch(self, done: int, first: int, every: int) -> bool:
-        """Whether update `done` ends epoch `first`, or a multiple of `every` after that (epochs count from 1)."""
-        ended = [n * self.global_batch // self._images for n in (done - 1, done)]
-        return any(e >= first and (e - first) % every == 0 for e in range(ended[0] + 1, ended[1] + 1))
+    def _ends_epoch(self, done: int, every: int) -> bool:
+        """Whether update `done` ends the first epoch, or one that is a multiple of `every` later."""
+        images = [self.images_before + (n - self.steps_before) * self.global_batch for n in (done - 1, done)]
+        before, after = (n // self._images for n in images)
+        return any((epoch - 1) % every == 0 for epoch in range(before + 1, after + 1))

@@ -32,28 +32,37 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig) -> tuple[Path | No
         ValueError: for a folder that can't be written or holds another run, and for a checkpoint that is not there.
     """
     check_writable(output_dir)
-    if config.resume_from_checkpoint not in (None, "latest"):
-        folder = Path(config.resume_from_checkpoint)
-        if not folder.is_dir() and folder.name == config.resume_from_checkpoint:  # a bare name
-            folder = output_dir / folder
-        check_whole(folder)
-        return folder, []
-    checkpoint, skipped = latest_checkpoint(output_dir) if config.resume_from_checkpoint else (None, [])
-    if checkpoint is not None:
-        return checkpoint, skipped
-    is_resumed, has_model = config.resume_from_checkpoint is not None, (output_dir / "model_index.json").exists()
-    if is_resumed and (skipped or has_model):
+    for folder in [output_dir, output_dir / config.logging_dir, *(output_dir / name for name in RUN_FOLDERS)]:
+        if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+            raise ValueError(f"{str(folder)!r} is no folder, but the run needs one there: move it away.")
+    resume = config.resume_from_checkpoint
+    if resume is None:
+        _refuse_other_run(output_dir, config)
+        return None, []
+    if resume != "latest":
+        checkpoint = Path(resume)
+        if not checkpoint.is_dir() and len(checkpoint.parts) == 1:  # a bare name
+            checkpoint = output_dir / checkpoint
+        check_whole(checkpoint)
+        if checkpoint.resolve().parent != output_dir.resolve():
+            _refuse_other_run(output_dir, config)
+        return checkpoint, []
+    latest, skipped = latest_checkpoint(output_dir)
+    if latest is None and (skipped or (output_dir / "model_index.json").exists()):
         raise ValueError(
             f"`resume_from_checkpoint` is 'latest', but {str(output_dir)!r} has no whole checkpoint. "
             + " ".join(skipped)
         )
-    has_log = (output_dir / config.logging_dir / "train.jsonl").exists()
-    if not is_resumed and not config.overwrite_output_dir and (checkpoint_steps(output_dir) or has_model or has_log):
+    return latest, skipped
+
+
+def _refuse_other_run(output_dir: Path, config: TrainConfig) -> None:
+    traces = (output_dir / "model_index.json", output_dir / config.logging_dir / "train.jsonl")
+    if not config.overwrite_output_dir and (checkpoint_steps(output_dir) or any(t.exists() for t in traces)):
         raise ValueError(
             f"`output_dir` {str(output_dir)!r} holds another run: go on with --resume_from_checkpoint latest, "
             "replace it with --overwrite_output_dir, or choose another --output_dir."
         )
-    return None, []
 
 
 def check_writable(folder: Path) -> None:
@@ -94,18 +103,23 @@ def check_space(output_dir: Path, checkpoint_bytes: int) -> None:
         )
 
 
-def clear_output_dir(output_dir: Path, start: int, logging_dir: str) -> None:
+def clear_output_dir(output_dir: Path, start: int, logging_dir: str) -> list[str]:
     """Make way for a run that begins at update `start`.
 
     From 0 on, what an earlier run has left is removed. Else checkpoints beyond `start`, which are damaged or another
     future of this run, are set aside as `checkpoint-<step>.abandoned`, so that `latest` is always this run's.
+
+    Returns:
+        A line about each checkpoint that was set aside.
     """
+    notes = []
     if start:
         for step in [s for s in checkpoint_steps(output_dir) if s > start]:
             aside = output_dir / f"checkpoint-{step}.abandoned"
             shutil.rmtree(aside, ignore_errors=True)
             (output_dir / f"checkpoint-{step}").rename(aside)
-        return
+            notes.append(f"Set aside: {aside}, which is damaged or another future of this run. Remove it at will.\n")
+        return notes
     for step in checkpoint_steps(output_dir):
         remove_checkpoint(output_dir / f"checkpoint-{step}")
     logs = output_dir / logging_dir
@@ -114,6 +128,7 @@ def clear_output_dir(output_dir: Path, start: int, logging_dir: str) -> None:
         file.unlink(missing_ok=True)
     for name in RUN_FOLDERS:
         shutil.rmtree(output_dir / name, ignore_errors=True)
+    return notes
 
 
 def replace_pipeline(pipeline: DDPMPipelineCustom, output_dir: Path) -> None:

@@ -55,6 +55,7 @@ class Run:
     unet: torch.nn.Module  # as Accelerate prepared it
     optimizer: Any
     ema: EMAModel | None
+    label_names: list[str] | None = None
     step: int = 0  # updates done
     saved_step: int = 0  # those of the last checkpoint
     images_seen: int = 0
@@ -92,7 +93,9 @@ def capture(run: Run) -> tuple[TrainingState, UNet2DModel | None]:
         "step": run.step,
         "images_seen": run.images_seen,
         "seconds": run.seconds,
+        "max_steps": run.plan.max_steps,
         "num_images": run.plan.num_images,
+        "label_names": run.label_names,
         "num_processes": run.plan.num_processes,
         "unlogged": run.unlogged,
         "grad_scaler": scaler.state_dict() if scaler is not None else None,
@@ -102,19 +105,14 @@ def capture(run: Run) -> tuple[TrainingState, UNet2DModel | None]:
     return TrainingState(progress, whole_weights(run), optimizer), exported_network(run)
 
 
-def restore(run: Run, folder: Path) -> list[str]:
-    """Put the state of a checkpoint into a run.
-
-    Returns:
-        A line about each thing that has changed since.
+def restore(run: Run, folder: Path) -> None:
+    """Put the state of a checkpoint into a run. All processes must call it.
 
     Raises:
-        ValueError: where an option has changed that makes it another model, or where more updates are done than
-            planned.
+        ValueError: for a checkpoint that is not whole.
     """
     state = load_checkpoint(folder)
     progress = state.progress
-    notes = compare(folder, progress, run.config, run.plan)
     spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=run.plan.num_processes > 1)
     moments: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, value in state.optimizer.items():
@@ -135,10 +133,11 @@ def restore(run: Run, folder: Path) -> list[str]:
     run.step = run.saved_step = state.step
     run.images_seen, run.seconds = progress["images_seen"], progress["seconds"]
     run.unlogged = progress["unlogged"]
-    return notes
 
 
-def compare(folder: Path, progress: dict[str, Any], config: TrainConfig, plan: Plan) -> list[str]:
+def compare(
+    folder: Path, progress: dict[str, Any], config: TrainConfig, plan: Plan, label_names: list[str] | None
+) -> list[str]:
     """What differs between a checkpoint and the run that goes on from it, a line each.
 
     Raises:
@@ -150,23 +149,27 @@ def compare(folder: Path, progress: dict[str, Any], config: TrainConfig, plan: P
     if fatal:
         found = "; ".join(f"`{k}` is {now[k]!r}, but was {before[k]!r}" for k in fatal)
         raise ValueError(f"{folder} is of another model: {found}. Resume with the same options.")
+    if progress["label_names"] != label_names:
+        raise ValueError(
+            f"{folder} was trained on the labels {progress['label_names']}, but the data has {label_names}: "
+            "resume with the same data."
+        )
     if progress["step"] > plan.max_steps:
         raise ValueError(
             f"{folder} has {progress['step']} updates behind it, but the run has {plan.max_steps}: raise the number."
         )
     notes = [f"Changed: {k} is {now[k]!r}, was {before[k]!r}." for k in changed]
-    if progress["num_images"] != plan.num_images:
-        notes.append(f"Changed: there are {plan.num_images} images, there were {progress['num_images']}.")
+    if progress["max_steps"] != plan.max_steps and "max_train_steps" not in changed:
+        notes.append(
+            f"Changed: {plan.max_steps} updates, which the learning rate follows; {progress['max_steps']} before."
+        )
+    if progress["num_images"] != plan.num_images and config.on_bad_image == "raise":
+        notes.append(f"Changed: {plan.num_images} images, {progress['num_images']} before.")
     processes = progress["num_processes"]
     if processes != plan.num_processes:
         batch = before["train_batch_size"] * before["gradient_accumulation_steps"] * processes
         notes.append(
             f"Changed: {plan.num_processes} processes, {processes} before; {plan.global_batch} images per update, "
-            f"{batch} before."
-            + (
-                ""
-                if batch == plan.global_batch
-                else " --gradient_accumulation_steps or --train_batch_size can keep it."
-            )
+            f"{batch} before." + (" --gradient_accumulation_steps can keep it." if batch != plan.global_batch else "")
         )
     return notes

@@ -6,18 +6,15 @@ that has to be kept to go on is weights, optimizer, EMA and counts.
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import time
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,19 +22,17 @@ from .checkpoint import save_checkpoint
 from .config import TrainConfig
 from .data import Batch, load_images, random_flip, to_uint8, to_unit_range
 from .ddpm_process import DDPMProcess
-from .interruption import Agreement, Interrupted, Interruption
+from .interruption import Interrupted, Interruption
 from .network import build_ema, build_unet
 from .objectives import detach_mean, l_simple, loss_weight, target, vlb
-from .pictures import check_plotting, image_grid, save_loss_curve, save_side_by_side, to_pil
+from .pictures import image_grid, save_loss_curve, save_side_by_side, to_pil
 from .pipeline import DDPMPipelineCustom
-from .plan import Plan
+from .preparation import dry_run_report, prepare
 from .previews import sample_grids
-from .publishing import card_facts, check_target, publish, pushing
-from .run_folder import check_space, clear_output_dir, lock_output_dir, prepare_output_dir, replace_pipeline
-from .run_state import CHECKPOINT_BYTES, Run, capture, exported_network, restore
-from .scheduling_ddpm_custom import DDPMSchedulerCustom
-from .sources import Stream, open_source, open_stream
-from .training_log import LOG_EVERY, TrainingLog, check_trackers
+from .publishing import card_facts, publish, pushing
+from .run_folder import clear_output_dir, lock_output_dir, replace_pipeline
+from .run_state import Run, capture, exported_network, restore
+from .training_log import LOG_EVERY, TrainingLog
 
 
 def train(config: TrainConfig) -> Path:
@@ -52,39 +47,25 @@ def train(config: TrainConfig) -> Path:
         FloatingPointError: after too many updates without a finite gradient.
         Interrupted: after SIGTERM or Ctrl-C, when a checkpoint is saved.
     """
-    # 1. Set-up: what can be wrong is found here, before anything is written
+    # 1. Set-up: what can be wrong is found here, before anything is decoded or written
     started = time.monotonic()
     output_dir = Path(config.output_dir)
-    resume_from, skipped = prepare_output_dir(output_dir, config)
-    check_plotting()
-    accelerator = make_accelerator(config, check_trackers(config))
-    agreement = Agreement(accelerator.num_processes)
+    prepared = prepare(config)
+    accelerator, agreement, plan = prepared.accelerator, prepared.agreement, prepared.plan
     say, is_main = accelerator.print, accelerator.is_main_process
-    scheduler = DDPMSchedulerCustom(
-        config.ddpm_num_steps,
-        beta_schedule=config.ddpm_beta_schedule,
-        prediction_type=config.prediction_type,
-        variance_type=config.variance_type,
-        timestep_spacing=config.timestep_spacing,
-    )
+    say("\n".join([*prepared.notes, plan.describe(prepared.source.name, prepared.num_parameters, accelerator.device)]))
     if config.dry_run:
-        say(dry_run(config, accelerator.num_processes))
+        say(dry_run_report(config, prepared))
         return output_dir
     with agreement.together():
-        target = check_target(config) if is_main else None
-    images = load_images(config, show_progress=is_main)
+        lock = lock_output_dir(output_dir) if is_main else None
+    images = load_images(config, prepared.source, show_progress=is_main)
+    if images.has_length and len(images) != plan.num_images:  # some can't be read
+        plan = replace(plan, num_images=len(images))
+
+    # 2. Network, optimizer and EMA, new or from a checkpoint
     torch.manual_seed(config.seed)
     unet = build_unet(config, images.num_classes)
-    plan = Plan(config, len(images) if images.has_length else None, accelerator.num_processes)
-    check_space(output_dir, CHECKPOINT_BYTES * unet.num_parameters())
-    count = f"{plan.num_images:,}" if plan.num_images else "a stream of"
-    say(
-        f"{images.source}: {count} images at {config.resolution}×{config.resolution}. "
-        f"A network of {unet.num_parameters():,} parameters, {plan.max_steps:,} updates of {plan.global_batch} images, "
-        f"on {accelerator.num_processes} × {accelerator.device.type}."
-    )
-
-    # 2. Optimizer and EMA, from a checkpoint or new
     optimizer = torch.optim.AdamW(
         unet.parameters(),
         lr=config.learning_rate,
@@ -93,15 +74,14 @@ def train(config: TrainConfig) -> Path:
         eps=config.adam_epsilon,
         fused=True,
     )
-    with agreement.together():
-        lock = lock_output_dir(output_dir) if is_main else None
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    run = Run(config, plan, scheduler, accelerator, agreement, unet, optimizer, build_ema(config, unet))
-    if resume_from is not None:
-        notes = restore(run, resume_from)
-        say("\n".join([*skipped, *notes, f"Going on from {resume_from}."]))
+    ema = build_ema(config, unet)
+    run = Run(config, plan, prepared.scheduler, accelerator, agreement, unet, optimizer, ema, images.label_names)
+    if prepared.checkpoint is not None:
+        restore(run, prepared.checkpoint)
+        say(f"Going on from {prepared.checkpoint}.")
     if is_main and (run.step or config.overwrite_output_dir):  # nobody's files are removed unasked
-        clear_output_dir(output_dir, run.step, config.logging_dir)
+        say("".join(clear_output_dir(output_dir, run.step, config.logging_dir)), end="")
     log = TrainingLog(accelerator, config)
     log.begin(run.step, run.unlogged, images.skipped)
 
@@ -111,8 +91,22 @@ def train(config: TrainConfig) -> Path:
     bar = tqdm(
         range(run.step, plan.max_steps), "Training", plan.max_steps, initial=run.step, unit="step", disable=not is_main
     )
-    with Interruption(agreement) as interruption, pushing(target) as pusher:
+    with Interruption(agreement) as interruption, pushing(prepared.target) as pusher:
+
+        def keep_and_show() -> None:
+            """Save, push, export and preview, whatever is due after the updates that are done."""
+            if plan.checkpoint_due(run.step) or plan.export_due(run.step):
+                is_new = save(run, log)
+                if is_new and pusher is not None:
+                    pusher.submit(output_dir / f"checkpoint-{run.step}", card_facts(run, images.source))
+            if plan.export_due(run.step):
+                export(run, log)
+            if plan.preview_due(run.step):
+                log.pictures(sample_grids(run, interruption.check), run.step)
+
         try:
+            if run.step:  # a run that was killed may not have come to it
+                keep_and_show()
             for step in bar:
                 began = time.perf_counter()
                 interruption.check()
@@ -125,9 +119,9 @@ def train(config: TrainConfig) -> Path:
                     batch = next(batches)
                     waited = time.perf_counter() - waiting
                     seed_part(config.seed, step, micro_step * accelerator.num_processes + rank)
-                    x_0, labels = prepare(batch, config, images.num_classes, accelerator.device)
+                    x_0, labels = augment(batch, config, images.num_classes, accelerator.device)
                     with accelerator.accumulate(unet):
-                        losses, t = training_losses(unet, scheduler.process, x_0, labels, config)
+                        losses, t = training_losses(unet, run.scheduler.process, x_0, labels, config)
                         accelerator.backward(losses.mean())
                     log.add_losses(losses, t, waited)
 
@@ -143,17 +137,10 @@ def train(config: TrainConfig) -> Path:
 
                 # log, keep, show
                 if run.step % LOG_EVERY == 0 or run.step == plan.max_steps:
-                    decay = run.ema.cur_decay_value if run.ema is not None else 0.0
-                    log.write(bar, run.step, lr=plan.learning_rate(step), grad_norm=grad_norm, ema_decay=decay)
+                    decay = {} if run.ema is None else {"ema_decay": run.ema.cur_decay_value}
+                    log.write(bar, run.step, lr=plan.learning_rate(step), grad_norm=grad_norm, **decay)
                 with log.pause():
-                    if plan.checkpoint_due(run.step) or plan.export_due(run.step):
-                        save(run, log)
-                        if pusher is not None and run.step < plan.max_steps:
-                            pusher.submit(output_dir / f"checkpoint-{run.step}", card_facts(run, images.source))
-                    if plan.export_due(run.step):
-                        export(run)
-                    if plan.preview_due(run.step):
-                        log.pictures(sample_grids(run, interruption.check), run.step)
+                    keep_and_show()
             grids = sample_grids(run, interruption.check)
             log.pictures(grids, run.step)
         except Interrupted:
@@ -170,7 +157,7 @@ def train(config: TrainConfig) -> Path:
         real.save(output_dir / "real.png")
         save_side_by_side(grids["test_samples"], real, output_dir / "samples_and_real.png")
         save_loss_curve(*log.curve(), output_dir / "loss.png")
-        publish(run, images.source, target)
+        publish(run, images.source, prepared.target)
     accelerator.end_training()
     if lock is not None:
         lock.release()
@@ -198,7 +185,7 @@ def seed_part(seed: int, step: int, part: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0]) >> 1)
 
 
-def prepare(
+def augment(
     batch: Batch, config: TrainConfig, num_classes: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """x_0 in [-1, 1], (B, C, H, W), flipped at random if wanted, and labels, of which some are dropped, (B,)."""
@@ -257,10 +244,13 @@ def skip_unless_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor, acce
 # --- what is written ------------------------------------------------------------------------------------------------
 
 
-def save(run: Run, log: TrainingLog) -> None:
-    """Write `checkpoint-<step>`, unless it is there. All processes must call it, and all raise if it fails."""
-    if run.step == run.saved_step:
-        return
+def save(run: Run, log: TrainingLog) -> bool:
+    """Write `checkpoint-<step>`, unless it is there. All processes must call it, and all raise if it fails.
+
+    While gradients are not finite nothing is written: the weights may be spoilt already, and good checkpoints would go.
+    """
+    if run.step == run.saved_step or log.is_in_trouble():
+        return False
     run.unlogged = log.unlogged()
     state, unet = capture(run)
     with run.agreement.together():
@@ -268,69 +258,14 @@ def save(run: Run, log: TrainingLog) -> None:
             pipeline = DDPMPipelineCustom(unet, run.scheduler)
             save_checkpoint(Path(run.config.output_dir), pipeline, state, run.config.checkpoints_total_limit)
     run.saved_step = run.step
+    return True
 
 
-def export(run: Run) -> None:
+def export(run: Run, log: TrainingLog) -> None:
     """Write the pipeline into the output folder. All processes must call it, and all raise if it fails."""
+    if log.is_in_trouble():
+        return
     unet = exported_network(run)
     with run.agreement.together():
         if unet is not None:
             replace_pipeline(DDPMPipelineCustom(unet, run.scheduler), Path(run.config.output_dir))
-
-
-def dry_run(config: TrainConfig, num_processes: int) -> str:
-    """The options as they are resolved and what the run would need, without decoding or writing anything."""
-    source = open_stream(config) if config.streaming else open_source(config)
-    num_images = None if isinstance(source, Stream) else len(source)
-    plan = Plan(config, num_images, num_processes)
-    with torch.device("meta"):
-        unet = build_unet(config, len(source.label_names) if source.label_names else None)
-    pixels = (num_images or 0) * math.prod((config.channels or 3, config.resolution, config.resolution))
-    decoded = pixels * (2 if config.preserve_input_precision else 1)
-    return (
-        f"{yaml.safe_dump(config.public(), sort_keys=False, allow_unicode=True)}\n"
-        f"images       {f'{num_images:,}' if num_images else 'a stream'}, decoded {decoded / 2**20:,.0f} MiB\n"
-        f"network      {unet.num_parameters():,} parameters\n"
-        f"updates      {plan.max_steps:,} of {plan.global_batch} images\n"
-        f"checkpoint   {CHECKPOINT_BYTES * unet.num_parameters() / 2**20:,.0f} MiB of disk\n"
-        "A dry run: nothing was trained or written."
-    )
-
-
-# --- the machine ----------------------------------------------------------------------------------------------------
-
-
-def make_accelerator(config: TrainConfig, trackers: list[str]) -> Accelerator:
-    """Accelerate's engine, as `accelerate launch` or torchrun has set it up.
-
-    Raises:
-        ValueError: for fp16 without a GPU, and for DeepSpeed.
-    """
-    folder = Path(config.output_dir)
-    try:
-        accelerator = Accelerator(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            mixed_precision=config.mixed_precision,
-            log_with=trackers or None,
-            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # while process 0 reads the images
-        )
-    except ValueError as error:
-        if "fp16" not in str(error):
-            raise
-        raise ValueError("`mixed_precision` is 'fp16', which needs a GPU: use bf16 or no.") from error
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed is not supported: use FSDP, which shares weights and optimizer as ZeRO does.")
-    use_all_cores(accelerator)
-    return accelerator
-
-
-def use_all_cores(accelerator: Accelerator) -> None:
-    """On a CPU, share the cores among the processes: `accelerate launch` would leave each of them one thread.
-
-    Without the launcher, OMP_NUM_THREADS is the user's own and stays.
-    """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if accelerator.device.type == "cpu" and (launched or "OMP_NUM_THREADS" not in os.environ):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // accelerator.num_processes))

@@ -56,6 +56,7 @@ class TrainingLog:
         self._rows: list[Tensor] = []  # of this process, since the last entry
         self._carried: list[list[float]] = []  # of all processes, from before a resumption
         self._bad_in_a_row = torch.zeros((), device=accelerator.device)
+        self._worst_streak = self._bad_in_a_row.clone()
         self._images = 0
         self._waited = 0.0
         self._since = time.perf_counter()
@@ -81,6 +82,7 @@ class TrainingLog:
         if not (start and name.is_file()):
             name.write_text(uuid.uuid4().hex, "utf-8")
         flat = {k: v for k, v in self.config.public().items() if isinstance(v, (int, float, str, bool))}
+        self._since = time.perf_counter()
         self.accelerator.init_trackers(
             "train_ddpm",
             flat,
@@ -123,8 +125,13 @@ class TrainingLog:
         """Count an update that was skipped because its gradient was not finite."""
         bad = 1 - is_finite.float()
         self._bad_in_a_row = (self._bad_in_a_row + bad) * bad
+        self._worst_streak = torch.maximum(self._worst_streak, self._bad_in_a_row)
         if self.accelerator.is_main_process:
             self._rows[-1][-1] = bad
+
+    def is_in_trouble(self) -> bool:
+        """Whether the last gradient was not finite."""
+        return bool(self._bad_in_a_row)
 
     def unlogged(self) -> list[list[float]]:
         """The losses since the last entry, of all processes. All of them must call it."""
@@ -145,7 +152,7 @@ class TrainingLog:
         self._images, self._waited, self._since = 0, 0.0, time.perf_counter()
         if self.accelerator.is_main_process:
             self._write(bar, step, sums, values, speed)
-        self._check_skipped(step)
+        self._check_skipped(step, is_last=step == bar.total)
 
     def _write(self, bar: tqdm, step: int, sums: list[float], values: dict[str, Any], speed: dict[str, float]) -> None:
         values = {k: float(v) for k, v in values.items()}
@@ -160,13 +167,13 @@ class TrainingLog:
         bar.set_postfix(loss=loss, images_per_s=f"{speed['images_per_second']:.0f}", data_wait=wait, refresh=False)
         self.accelerator.log({**entry, **speed}, step=step)
 
-    def _check_skipped(self, step: int) -> None:
-        in_a_row, limit = int(self._bad_in_a_row), self.config.max_skipped_steps
-        if in_a_row >= limit:
+    def _check_skipped(self, step: int, is_last: bool) -> None:
+        in_a_row, limit = int(self._worst_streak), self.config.max_skipped_steps
+        if in_a_row >= limit or (is_last and self.is_in_trouble()):
             raise FloatingPointError(
-                f"the last {in_a_row} gradients were not finite, and --max_skipped_steps is {limit}: "
-                f"the run ends at update {step}. The weights are unharmed; resume from the last checkpoint with a "
-                "lower --learning_rate, or with --mixed_precision bf16 instead of fp16."
+                f"{in_a_row} gradients in a row were not finite (--max_skipped_steps is {limit}), so the run ends at "
+                f"update {step}. No checkpoint was written since they began: resume from the last one with a lower "
+                "--learning_rate, or with --mixed_precision bf16 instead of fp16."
             )
 
     def pictures(self, grids: dict[str, Image.Image], step: int) -> None:
