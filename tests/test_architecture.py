@@ -28,6 +28,7 @@ ARROWS = {
     "card": {"card_merge", "ddpm_process"},
     "hub": set(),
     "sharing": {"card", "card_merge", "hub", "pipeline", "sampling"},
+    "background_push": {"card", "hub", "sharing"},
     "source_network": set(),
     "source_ho": {"source_network"},
     "source_improved": {"source_network"},
