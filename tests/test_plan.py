@@ -44,11 +44,21 @@ def test_epochs_are_counted_in_images():
 def test_pipelines_and_previews_come_at_the_ends_of_epochs():
     p = plan(num_images=96, train_batch_size=24, num_epochs=25, save_model_epochs=10, save_images_epochs=10)
     ends = [done / 4 for done in range(1, p.max_steps + 1) if p.export_due(done)]
-    assert ends == [10, 20, 25]
+    assert ends == [1, 11, 21, 25]
     assert [done / 4 for done in range(1, p.max_steps + 1) if p.preview_due(done)] == [1, 11, 21]
     # Where no update ends with an epoch, they come with the update that the epoch ends in: each once.
     p = plan(num_images=100, train_batch_size=24, num_epochs=25, save_model_epochs=1)
     assert sum(p.export_due(done) for done in range(1, p.max_steps + 1)) == 25
+
+
+def test_what_is_left_of_the_epochs_is_counted_in_images_whatever_the_batch_was():
+    """25 updates of 4 images are done of 10 epochs of 100; the rest goes on with 8 at a time."""
+    p = Plan(TrainConfig(dataset_name="digits", num_epochs=10, train_batch_size=8), 100, 1, 25, 100)
+    assert p.max_steps == 25 + math.ceil(900 / 8)
+    p = Plan(
+        TrainConfig(dataset_name="digits", num_epochs=10, train_batch_size=8, save_model_epochs=1), 100, 1, 25, 100
+    )
+    assert [n for n in range(26, 52) if p.export_due(n)] == [25 + 13, 25 + 25]  # 104 and 200 images later
 
 
 def test_previews_in_steps_come_early_then_regularly_or_never():

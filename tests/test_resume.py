@@ -107,7 +107,8 @@ def test_two_processes_are_one_that_accumulates_twice_as_often(tmp_path):
     options = ["--max_train_steps", "8", "--checkpointing_steps", "8", "--save_images_steps", "0"]
     one = run(train_command(tmp_path / "one", *options, "--gradient_accumulation_steps", "4"))
     assert one.returncode == 0, one.stderr
-    two = run(train_command(tmp_path / "two", *options, launcher=TWO_PROCESSES), env=TWO_PROCESSES_ENV)
+    wrong_default = {**TWO_PROCESSES_ENV, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}  # the flag is the law
+    two = run(train_command(tmp_path / "two", *options, launcher=TWO_PROCESSES), env=wrong_default)
     assert two.returncode == 0, two.stderr
     assert "updates of 16 images, on 2 × cpu" in two.stdout
     assert_same_end(tmp_path / "one", tmp_path / "two", 8, exactly=False)

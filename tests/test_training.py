@@ -10,22 +10,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline
 from PIL import Image
-from runs import TINY_UNET, run, train_command
+from runs import DIGITS, TINY_UNET, run, train_command
 from safetensors.torch import load_file
 from scipy.stats import kstest
 
 from ddpm_hf import DDPMPipelineCustom, DDPMProcess
 from ddpm_hf.checkpoint import checkpoint_steps, latest_checkpoint, load_checkpoint
-from ddpm_hf.config import TrainConfig
+from ddpm_hf.config import TrainConfig, parse_train_config
 from ddpm_hf.data import load_images, to_unit_range
 from ddpm_hf.ddpm_process import make_betas
 from ddpm_hf.interruption import Agreement
 from ddpm_hf.network import build_ema, build_unet, ema_weights
 from ddpm_hf.plan import Plan
-from ddpm_hf.run_folder import clear_output_dir
-from ddpm_hf.run_state import Run, restore
+from ddpm_hf.run_folder import clear_output_dir, prepare_output_dir
+from ddpm_hf.run_state import Run, compare, restore
 from ddpm_hf.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ddpm_hf.training import seed_part, skip_unless_finite, train, training_losses
 
@@ -145,12 +146,14 @@ def test_a_resumed_optimizer_has_its_moments_and_the_options_of_now(finished_run
     unet = build_unet(config)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1.0, weight_decay=config.adam_weight_decay)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    plan = Plan(config, 1797, 1)
-    run = Run(config, plan, DDPMSchedulerCustom(), accelerator, Agreement(1), unet, optimizer, build_ema(config, unet))
-    notes = restore(run, checkpoint)
-    assert notes == [
+    plan, ema = Plan(config, 1797, 1, 12, 96), build_ema(config, unet)
+    run = Run(config, plan, DDPMSchedulerCustom(), accelerator, Agreement(1), unet, optimizer, ema)
+    assert compare(checkpoint, state.progress, config, plan, None) == [
         "Changed: gradient_accumulation_steps is 1, was 2.", "Changed: adam_weight_decay is 0.5, was 0.0001."
     ]  # fmt: skip
+    with pytest.raises(ValueError, match="labels None, but the data has"):
+        compare(checkpoint, state.progress, config, plan, ["cat", "dog"])
+    restore(run, checkpoint)
     assert (run.step, run.images_seen) == (12, 12 * 8)
     assert optimizer.param_groups[0]["weight_decay"] == 0.5
     assert optimizer.param_groups[0]["lr"] == 1.0
@@ -161,13 +164,110 @@ def test_a_resumed_optimizer_has_its_moments_and_the_options_of_now(finished_run
             assert torch.equal(value, state.optimizer[f"{name}/{key}"])
 
 
+@pytest.mark.slow
+def test_what_a_kill_left_undone_after_a_checkpoint_is_made_up_for(finished_run, tmp_path):
+    """Killed between the last checkpoint and the export; and before that, a preview was due and not made."""
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished_run[0], output_dir)
+    reference = (output_dir / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    for name in ("unet", "scheduler"):
+        shutil.rmtree(output_dir / name)
+    (output_dir / "model_index.json").unlink()
+    moved = tmp_path / "bigger disk"  # and its owner has moved a checkpoint away, which goes when its time comes
+    (output_dir / "checkpoint-8").rename(moved)
+    (output_dir / "checkpoint-8").symlink_to(moved)
+    done = run(train_command(output_dir, "--resume_from_checkpoint", "latest"))
+    assert done.returncode == 0, done.stderr
+    assert (output_dir / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == reference
+    longer = ["--resume_from_checkpoint", "latest", "--max_train_steps", "16"]
+    done = run(train_command(output_dir, *longer))
+    assert done.returncode == 0, done.stderr
+    assert checkpoint_steps(output_dir) == [12, 16]
+
+
+@pytest.mark.slow
+def test_another_runs_folder_is_not_gone_on_in(finished_run, tmp_path):
+    theirs = tmp_path / "theirs"
+    shutil.copytree(finished_run[0], theirs)
+    before = {p: p.stat().st_mtime_ns for p in theirs.rglob("*") if p.is_file()}
+    checkpoint = str(finished_run[0] / "checkpoint-8")
+    done = run(train_command(theirs, "--resume_from_checkpoint", checkpoint))
+    assert done.returncode == 1
+    assert "holds another run" in done.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in theirs.rglob("*") if p.is_file()}
+    done = run(train_command(tmp_path / "new", "--resume_from_checkpoint", checkpoint))  # a fork into a new folder
+    assert done.returncode == 0, done.stderr
+    ours, reference = (load_checkpoint(f / "checkpoint-12") for f in (tmp_path / "new", finished_run[0]))
+    for name, weight in reference.weights.items():  # by another number of threads, perhaps
+        torch.testing.assert_close(ours.weights[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def refused(tmp_path, *options):
+    """The error of a run on a folder of images, which has not decoded or written anything."""
+    images = tmp_path / "images"
+    images.mkdir(exist_ok=True)
+    for i in range(6):
+        Image.effect_noise((16, 16), 60).save(images / f"{i}.png")
+    config = parse_train_config(
+        [
+            f"--train_data_dir={images}", f"--cache_dir={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'out'}",
+            "--channels=1", "--resolution=16", "--train_batch_size=2", *options,
+        ],
+        DIGITS,
+    )  # fmt: skip
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the caller looks at it)
+        train(config)
+    assert not list(tmp_path.rglob("decoded_images"))
+    assert not (tmp_path / "out").exists()
+    return str(error.value)
+
+
+def test_what_can_not_work_is_found_before_anything_is_decoded(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    unet = "--unet=" + json.dumps(TINY_UNET)
+    assert "multiple of" in refused(tmp_path, unet, "--resolution=17")
+    assert "only 6 images" in refused(tmp_path, unet, "--train_batch_size=7")
+    assert "can't run" in refused(tmp_path, "--unet=" + json.dumps({**TINY_UNET, "layers_per_block": 0}))
+    for wrong in ({"in_channels": 3}, {"out_channels": 7}):
+        assert "1 channels" in refused(tmp_path, "--unet=" + json.dumps({**TINY_UNET, **wrong}))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert "`mixed_precision` is 'fp16'" in refused(tmp_path, unet, "--mixed_precision=fp16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_output_folders_with_something_in_the_way_are_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "unet").write_text("a file")
+    config = TrainConfig(dataset_name="digits", output_dir=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="unet' is no folder"):
+        prepare_output_dir(tmp_path / "out", config)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="link' is no folder"):
+        prepare_output_dir(tmp_path / "link", config)
+
+
+def test_a_dry_run_says_what_a_run_would_and_trains_nothing(finished_run, tmp_path):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished_run[0], output_dir)
+    before = {p: p.stat().st_mtime_ns for p in output_dir.rglob("*") if p.is_file()}
+    options = ["--resume_from_checkpoint", "latest", "--dry_run"]
+    done = run(train_command(output_dir, *options))
+    assert done.returncode == 0, done.stderr
+    assert "updates      12 of 8 images" in done.stdout
+    assert "prediction_type: v_prediction" in done.stdout
+    done = run(train_command(output_dir, *options, "--prediction_type", "sample"))
+    assert done.returncode == 1
+    assert "is of another model" in done.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in output_dir.rglob("*") if p.is_file()}
+
+
 def test_clearing_removes_what_a_run_leaves_and_nothing_else(finished_run, tmp_path):
     output_dir = tmp_path / "run"
     shutil.copytree(finished_run[0], output_dir)
     (output_dir / "notes.txt").write_text("mine")
     clear_output_dir(output_dir, 0, "logs")
     left = sorted(p.relative_to(output_dir).as_posix() for p in output_dir.rglob("*") if p.is_file())
-    assert left == ["logs/config.json", "notes.txt"]
+    assert left == [".lock", "README.md", "logs/config.json", "notes.txt"]  # a card may hold a person's words
 
 
 def test_damaged_checkpoints_are_skipped_and_named(finished_run, tmp_path):
@@ -221,8 +321,6 @@ TRAINABLE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_every_objective_trains(name, tmp_path):
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision, this one has several
     options = {
         "dataset_name": "digits", "resolution": 8, "channels": 1, "center_crop": True, "train_batch_size": 16,
@@ -300,15 +398,19 @@ def test_an_update_without_a_finite_gradient_changes_nothing():
 
 
 @pytest.mark.slow
-def test_a_run_that_has_diverged_ends_after_the_limit_and_says_what_to_do(tmp_path):
-    done = run(
-        train_command(tmp_path, "--learning_rate", "1e30", "--max_skipped_steps", "5", "--max_train_steps", "99")
-    )
+def test_a_run_that_has_diverged_ends_with_its_last_good_checkpoint_and_can_go_on(finished_run, tmp_path):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished_run[0], output_dir)
+    resume = ["--resume_from_checkpoint", "latest", "--checkpoints_total_limit", "1", "--max_train_steps", "40"]
+    done = run(train_command(output_dir, *resume, "--learning_rate", "1e30", "--max_skipped_steps", "5"))
     assert done.returncode == 1
-    assert "gradients were not finite, and --max_skipped_steps is 5: the run ends at update 10" in done.stderr
+    assert "gradients in a row were not finite (--max_skipped_steps is 5), so the run ends at update 20" in done.stderr
     assert "Traceback" not in done.stderr
-    entry = json.loads((tmp_path / "logs" / "train.jsonl").read_text().splitlines()[0])
-    assert entry["skipped"] >= 5
+    assert json.loads((output_dir / "logs" / "train.jsonl").read_text().splitlines()[-1])["skipped"] >= 5
+    assert checkpoint_steps(output_dir) == [8, 12]
+    again = run(train_command(output_dir, *resume))
+    assert again.returncode == 0, again.stderr
+    assert checkpoint_steps(output_dir) == [40]
 
 
 @pytest.mark.slow

@@ -72,10 +72,13 @@ def write_card(folder: Path, facts: CardFacts | Mapping[str, Any] | None = None)
         The card's path.
 
     Raises:
-        ValueError: where the card that is there has metadata that is no YAML mapping. It is not touched.
+        ValueError: where the card that is there is no UTF-8, or its metadata no YAML mapping. It is not touched.
     """
     file = folder / "README.md"
-    existing = file.read_text("utf-8-sig") if file.is_file() else None
+    try:
+        existing = file.read_text("utf-8-sig") if file.is_file() else None
+    except UnicodeDecodeError as error:
+        raise ValueError("README.md is no text in UTF-8: mend it, or remove the file.") from error
     text = update_card(existing, folder, facts if isinstance(facts, CardFacts) else CardFacts(**(facts or {})))
     partial = file.with_name("README.md.partial")
     partial.write_text(text, "utf-8")

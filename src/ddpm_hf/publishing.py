@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from .background_push import BackgroundPusher
 from .card import CardFacts, write_card
 from .config import TrainConfig
 from .hub import HubTarget, check_push_access
 from .run_state import Run
-from .sharing import BackgroundPusher, try_push
+from .sharing import try_push
 
 
 def check_target(config: TrainConfig) -> HubTarget | None:

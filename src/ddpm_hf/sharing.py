@@ -6,22 +6,17 @@ second commit or pull request where only an answer was lost, and a card that kee
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from types import TracebackType
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from tqdm.auto import tqdm
 
 from .card import CardFacts, combine_facts, known_facts, weights_digest, write_card
 from .card_merge import merge_cards, parse_card
@@ -61,7 +56,7 @@ def push_folder(
         with readable_errors(target):  # before a repository is made for a card that the Hub does not take
             retry(ModelCard.load(Path(stage) / "README.md").validate, "Checking the card", say=say, waits=waits)
         target = replace(target, repo_id=check_push_access(target, say=say, waits=waits))
-        return _push_export(Path(stage), target, facts, message, say, waits, pause)
+        return push_export(Path(stage), target, facts, message, say, waits, pause)
 
 
 def try_push(folder: Path, target: HubTarget, facts: CardFacts | None = None, *, say: Say = print) -> bool:
@@ -69,7 +64,7 @@ def try_push(folder: Path, target: HubTarget, facts: CardFacts | None = None, *,
     try:
         url = push_folder(folder, target, facts, say=say)
     except Exception as error:
-        say(_failure(error, folder, target))
+        say(failure_text(error, folder, target))
         return False
     say(f"Pushed to {url}")
     return True
@@ -98,97 +93,7 @@ def export_model(folder: Path, destination: Path) -> None:
     pipeline.save_pretrained(destination)
 
 
-class BackgroundPusher:
-    """Pushes checkpoints while training goes on: `submit` returns at once, and only the latest one waiting goes up.
-
-    Use it in a `with` block, around the training loop. Its end waits for the push under way; where an exception ends
-    the loop, it does not wait for a Hub that can't be reached. No failure of a push leaves this class.
-
-    Args:
-        target: with the full name of a repository, as `check_push_access` returns it.
-
-    Raises:
-        ValueError: for a name without its owner.
-    """
-
-    def __init__(self, target: HubTarget, *, say: Say = tqdm.write, waits: tuple[float, ...] = WAITS) -> None:
-        if "/" not in target.repo_id:
-            raise ValueError(f"`repo_id` is {target.repo_id!r}, but must be the full name, owner/name.")
-        self._target, self._say, self._waits = target, say, waits
-        self._changed = threading.Condition()
-        self._waiting: tuple[Path, Path, CardFacts | None] | None = None  # the copy to push, what it is of, its facts
-        self._cleared: set[Path] = set()
-        self._closing = threading.Event()
-        self._hurry = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="push-to-hub", daemon=True)
-        self._thread.start()
-
-    def submit(self, checkpoint: Path, facts: CardFacts | None = None) -> None:
-        """Push a checkpoint, or any saved pipeline, which may be removed as soon as this returns."""
-        try:
-            self._remove_leftovers(checkpoint.parent)
-            copy = _link_files(checkpoint)
-        except OSError as error:
-            self._say(f"{checkpoint} was not pushed: {error}")
-            return
-        with self._changed:
-            if self._waiting is not None:
-                shutil.rmtree(self._waiting[0], ignore_errors=True)
-            self._waiting = copy, checkpoint, facts
-            self._changed.notify()
-
-    def _remove_leftovers(self, run: Path) -> None:
-        """Remove, once, the copies that a run which was killed has left."""
-        if run not in self._cleared:
-            self._cleared.add(run)
-            for leftover in run.glob(f"{STAGE}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-
-    def close(self) -> None:
-        """Wait until what was submitted is on the Hub, or can't be."""
-        self._closing.set()
-        with self._changed:
-            self._changed.notify()
-        self._thread.join()
-
-    def __enter__(self) -> BackgroundPusher:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if error is not None:
-            self._hurry.set()
-        self.close()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while self._waiting is None and not self._closing.is_set():
-                    self._changed.wait()
-                if self._waiting is None:
-                    return
-                (copy, checkpoint, facts), self._waiting = self._waiting, None
-            self._push(copy, checkpoint, facts)
-
-    def _push(self, copy: Path, checkpoint: Path, facts: CardFacts | None) -> None:
-        shows_bars = not are_progress_bars_disabled()
-        disable_progress_bars()  # they would tear the bar of the training apart
-        message = f"Upload DDPM, {checkpoint.name}"
-        waits = () if self._hurry.is_set() else self._waits
-        try:
-            _push_export(copy, self._target, facts, message, self._say, waits, self._pause)
-        except Exception as error:
-            self._say(_failure(error, checkpoint.parent, self._target))
-        finally:
-            if shows_bars:
-                enable_progress_bars()
-            shutil.rmtree(copy, ignore_errors=True)
-
-    def _pause(self, seconds: float) -> None:
-        if self._hurry.wait(seconds):
-            raise PushError("training has ended before the Hub could be reached.")
-
-
-def _push_export(
+def push_export(
     stage: Path,
     target: HubTarget,
     facts: CardFacts | None,
@@ -227,7 +132,7 @@ def _commit(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, messag
     remote = {sibling.rfilename for sibling in head.siblings or []}
     _update_card(api, stage, target, facts, head.sha if "README.md" in remote else None)
 
-    files = sorted(p for p in stage.rglob("*") if p.is_file() and _is_shared(p.relative_to(stage).as_posix()))
+    files = sorted(p for p in stage.rglob("*") if p.is_file() and is_shared(p.relative_to(stage).as_posix()))
     names = {p.relative_to(stage).as_posix(): p for p in files}
     stale = {n for n in remote - set(names) if fnmatch(n, "unet/diffusion_pytorch_model*")}  # of another model
     commit = api.create_commit(
@@ -251,8 +156,9 @@ def _update_card(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, h
         return
     with tempfile.TemporaryDirectory() as folder:
         file = api.hf_hub_download(target.repo_id, "README.md", revision=head, local_dir=folder)
-        remote = Path(file).read_text("utf-8-sig")
+        content = Path(file).read_bytes()
     try:
+        remote = content.decode("utf-8-sig")
         edited = parse_card(remote).is_edited()
     except ValueError as error:
         raise ValueError(f"the card of {target.repo_id!r} on the Hub can't be read: {error}") from error
@@ -299,31 +205,12 @@ def _tag(api: HfApi, target: HubTarget, commit: str) -> str:
     return commit
 
 
-def _link_files(folder: Path) -> Path:
-    """A copy of what a saved pipeline shares, beside it: hard links where the disk has them."""
-    copy = Path(tempfile.mkdtemp(prefix=STAGE, dir=folder.parent))
-    try:
-        for file in folder.rglob("*"):
-            name = file.relative_to(folder)
-            if not file.is_file() or not _is_shared(name.as_posix()):
-                continue
-            (copy / name).parent.mkdir(exist_ok=True)
-            try:
-                if name.suffix != ".safetensors":  # what is small may be written to here
-                    raise OSError
-                os.link(file, copy / name)
-            except OSError:
-                shutil.copyfile(file, copy / name)
-    except OSError:
-        shutil.rmtree(copy, ignore_errors=True)
-        raise
-    return copy
-
-
-def _is_shared(name: str) -> bool:
+def is_shared(name: str) -> bool:
+    """Whether a file of this name, relative to a saved pipeline, goes to the Hub."""
     return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in SHARED_FILES)
 
 
-def _failure(error: Exception, folder: Path, target: HubTarget) -> str:
+def failure_text(error: Exception, folder: Path, target: HubTarget) -> str:
+    """Why a push failed, and the command that makes up for it."""
     text = str(error) if isinstance(error, (ValueError, PushError)) else explain(error, target)
     return f"Not pushed: {text}\nThe model is safe in {folder}. Push it with:\n  {resume_command(folder, target)}"
