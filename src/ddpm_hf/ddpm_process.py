@@ -12,6 +12,7 @@ the result comes back in the dtype of the first image argument.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -201,6 +202,18 @@ class DDPMProcess:
         # log β̃ of the chain's second step, which stands in for log 0 at its last step (as in the paper's own code).
         self._log_variance_at_data = float(self._beta_tilde(1, 0).log() if len(self.betas) > 1 else self.betas[0].log())
 
+    def on_trajectory(self, timesteps: Tensor) -> DDPMProcess:
+        """This process for a reverse chain that visits only some timesteps, descending.
+
+        The same at every t, but for log σ² of `fixed_small` at the chain's last step, where β̃ is 0: it is log β̃ of the
+        step before, of that chain.
+        """
+        chain = copy.copy(self)
+        ends = timesteps.tolist()[-2:]
+        log_variance = chain._beta_tilde(*ends).log() if len(ends) == 2 else chain.beta(ends[0], -1).log()
+        chain._log_variance_at_data = float(log_variance)
+        return chain
+
     @property
     def num_train_timesteps(self) -> int:
         """T."""
@@ -278,6 +291,24 @@ class DDPMProcess:
             return torch.exp(log_s / 2) * torch.expm1(log_t - log_s) / torch.expm1(log_t), scale, variance
         scale = torch.sqrt((-torch.expm1(log_s) - variance) / -torch.expm1(log_t))
         return torch.exp(log_s / 2) - scale * torch.exp(log_t / 2), scale, variance
+
+    def optimal_variance(
+        self, x_0_error: Tensor | float, t: Timestep, s: Timestep | None = None, eta: float = 1.0
+    ) -> Tensor:
+        """σ*² = eta² β̃ + c_0² e_t, which maximises the likelihood of p(x_s | x_t) = N(·, σ² I) (arXiv 2201.06503).
+
+        That is Theorem 1 there, in terms of x̂_0, so that it holds for a network's own mean, clipped or not: x_s is
+        uncertain by the posterior's variance, and by what x̂_0 leaves unknown of x_0. For the best ε̂,
+        e_t = (1 - ᾱ_t)/ᾱ_t (1 - Γ_t). It is not 0 for `eta` = 0 (DDIM).
+
+        Args:
+            x_0_error: e_t = E‖x_0 - x̂_0‖²/d, float64 of the shape of t.
+
+        Returns:
+            float64 of the shape of t. At s = -1 it is e_t.
+        """
+        c_0, _, variance = self.posterior_coefficients(t, s, eta)
+        return variance + c_0.square() * x_0_error
 
     def x_0_coefficients(self, t: Timestep, prediction_type: PredictionType = "epsilon") -> tuple[Tensor, Tensor]:
         """a, b of x̂_0 = a x_t + b · output (Eq. 15 for `epsilon`; arXiv 2202.00512, Appendix D, for `v_prediction`)."""
@@ -454,9 +485,13 @@ class DDPMProcess:
 
     # --- the bound (Eq. 5), in bits/dim: nats / ln 2, averaged over everything but the batch ------------------------
 
-    def L_T(self, x_0: Tensor) -> Tensor:
-        """KL(q(x_T|x_0) ‖ N(0, I)) (Eq. 5), bits/dim of shape (B,), float32 at least."""
-        alpha_bar = self.alphas_cumprod[-1].item()
+    def L_T(self, x_0: Tensor, t: int | None = None) -> Tensor:
+        """KL(q(x_T|x_0) ‖ N(0, I)) (Eq. 5), bits/dim of shape (B,), float32 at least.
+
+        Args:
+            t: where the reverse chain starts; by default T - 1.
+        """
+        alpha_bar = float(self.alpha_bar(len(self.betas) - 1 if t is None else t))
         second_moment = x_0.to(_exact_dtype(x_0)).square().flatten(1).mean(1)
         # Only a float64 constant can hold the difference of the nearly equal terms -ᾱ and log(1 - ᾱ).
         nats = 0.5 * (-alpha_bar - math.log1p(-alpha_bar) + alpha_bar * second_moment)

@@ -1,6 +1,6 @@
 """`DDPMPipelineCustom`: sampling with a trained `UNet2DModel` (Algorithm 2 of arXiv 2006.11239), saving and sharing.
 
-`pipeline.py`, `scheduling_ddpm_custom.py` and `ddpm_process.py` are copied into every saved repository, next to a
+`pipeline.py`, `scheduling_ddpm_custom.py`, `ddpm_few_steps.py` and `ddpm_process.py` are copied into every saved repository, next to a
 `model_index.json` that names stock diffusers classes. So a saved repository loads with this package, with none of ours
 (as remote code), and with stock diffusers.
 """
@@ -27,12 +27,13 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-# Both names are needed here: diffusers copies only the files that pipeline.py itself imports from.
+# All three names are needed here: diffusers copies only the files that pipeline.py itself imports from.
+from .ddpm_few_steps import Calibration  # noqa: F401
 from .ddpm_process import LEARNED_VARIANCE_TYPES, check_choice, check_integer, check_number
 from .scheduling_ddpm_custom import DDPMSchedulerCustom, check_custom_timesteps, check_eta
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-CODE_FILES = ("pipeline.py", "scheduling_ddpm_custom.py", "ddpm_process.py")
+CODE_FILES = ("pipeline.py", "scheduling_ddpm_custom.py", "ddpm_few_steps.py", "ddpm_process.py")
 
 
 @dataclass
@@ -91,7 +92,8 @@ class DDPMPipelineCustom(DiffusionPipeline):
                 f"the network has {channels} input channels and {outputs} output channels, but a DDPM needs "
                 f"out_channels={channels}, or {2 * channels} where it learns the variance."
             )
-        if isinstance(scheduler, DDPMSchedulerCustom) and (outputs != channels) != (
+        # The optimal variance goes with any network: a variance that it learned is left aside.
+        if isinstance(scheduler, DDPMSchedulerCustom) and variance_type != "optimal" and (outputs != channels) != (
             variance_type in LEARNED_VARIANCE_TYPES
         ):
             raise ValueError(
@@ -109,7 +111,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
-        timesteps: Sequence[int] | Tensor | None = None,
+        timesteps: Sequence[int] | Tensor | str | None = None,
         eta: float | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
         guidance_scale: float = 1.0,
@@ -128,7 +130,8 @@ class DDPMPipelineCustom(DiffusionPipeline):
             num_inference_steps: K, 1 ≤ K ≤ T; by default T. The trajectory is spread by the scheduler's
                 `timestep_spacing`.
             output_type: "pil", "np" (B, H, W, C), "pt" (B, C, H, W), or "latent": x_0 as it is, (B, C, H, W).
-            timesteps: the trajectory itself, strictly descending, instead of `num_inference_steps`.
+            timesteps: the trajectory itself, strictly descending, instead of `num_inference_steps`; or the name of a
+                spacing for them: "optimal", "linspace", "trailing" or "leading".
             eta: in [0, 1], from DDIM (0) to ancestral DDPM (1); by default the scheduler's own: 1 for ours, 0 for DDIM.
             class_labels: for a class-conditional network: one label for all, or B of them, each in
                 [0, num_class_embeds - 1]. The last one is the null label of guidance.
@@ -298,13 +301,21 @@ class DDPMPipelineCustom(DiffusionPipeline):
             raise ValueError(f"`class_labels` has {wrong}, but every label must lie between 0 and {num_classes - 1}.")
         return labels.to(self._execution_device, torch.long)
 
-    def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | None) -> None:
+    def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | str | None) -> None:
         """Set the scheduler's trajectory. Timesteps stay on the CPU: reading one never waits for a GPU."""
         T = self.scheduler.config.num_train_timesteps
-        if timesteps is None:
+        if timesteps is None or isinstance(timesteps, str):
             steps = T if num_inference_steps is None else num_inference_steps
             check_integer("num_inference_steps", steps, 1, T)
-            self.scheduler.set_timesteps(steps)
+            if timesteps is None:
+                self.scheduler.set_timesteps(steps)
+            elif isinstance(self.scheduler, DDPMSchedulerCustom):
+                self.scheduler.set_timesteps(steps, spacing=timesteps)
+            else:
+                raise ValueError(
+                    f"`timesteps` is {timesteps!r}, but {type(self.scheduler).__name__} takes no spacing by name: pass "
+                    "the timesteps themselves, or use DDPMSchedulerCustom."
+                )
             return
         if num_inference_steps is not None:
             raise ValueError("pass one of `num_inference_steps` and `timesteps`; both were given.")
