@@ -6,15 +6,22 @@ from them is in `ddpm_few_steps.py`. Nothing is trained: N images cost N · T ne
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .checkpoint import MANIFEST
 from .ddpm_few_steps import Calibration, fingerprint
-from .ddpm_process import LEARNED_VARIANCE_TYPES
+from .ddpm_process import check_choice
 from .pipeline import DDPMPipelineCustom
 from .probing import Probe, sum_over_processes
+from .run_folder import check_writable
+from .scheduling_ddpm_custom import DDPMSchedulerCustom
 
 MIN_IMAGES = 16  # below it the standard error itself is a guess
 
@@ -55,7 +62,7 @@ def calibrate(
     T, n = len(scheduler), len(probe.indices)
     # Σ and Σ² over the images of ‖x_0 - x̂_0‖²/d and ‖ε̂‖²/d, for every t
     sums = torch.zeros(2, 2, T, dtype=torch.float64)
-    for p in probe.predictions(torch.arange(T), "Calibrating", show_progress):
+    for p in probe.predictions(torch.arange(T), same_noise=True, title="Calibrating", show_progress=show_progress):
         output = p.output[:, : p.x_t.shape[1]]
         pred_x_0 = scheduler.predict_x_0(output, p.x_t, p.t)
         pred_eps = scheduler.process.predict_eps(output, p.x_t, p.t, scheduler.config.prediction_type)
@@ -66,7 +73,88 @@ def calibrate(
     sums = sum_over_processes(sums)
     mean = sums[0] / n
     standard_error = ((sums[1] / n - mean.square()).clamp(min=0) / (n - 1)).sqrt()
-    print_mark = fingerprint(scheduler.process, scheduler.config)
-    calibration = Calibration(mean[0], standard_error[0], mean[1], standard_error[1], n, print_mark)
+    measured_with = fingerprint(scheduler.process, scheduler.config)
+    calibration = Calibration(mean[0], standard_error[0], mean[1], standard_error[1], n, measured_with)
     scheduler.set_calibration(calibration)
     return calibration
+
+
+def expected_rate(scheduler: DDPMSchedulerCustom, timesteps: Sequence[int], variance_type: str = "optimal") -> float:
+    """What the steps of a trajectory cost in the variational bound, Σ L_{t-1} without L_T and L_0, in bits/dim.
+
+    From the calibration alone: with errors of x̂_0 of mean square e_t, the expected KL of a step is
+    ½ (ln(σ²/β̃) + (β̃ + c_0² e_t)/σ² - 1) nats/dim, for any σ² that no network predicts.
+
+    Args:
+        timesteps: strictly descending.
+        variance_type: `fixed_small`, `fixed_large` or `optimal`.
+    """
+    check_choice("variance_type", variance_type, ("fixed_small", "fixed_large", "optimal"))
+    if len(timesteps) < 2:
+        return 0.0
+    t, s = torch.tensor(timesteps[:-1]), torch.tensor(timesteps[1:])
+    process, x_0_error = scheduler.process, scheduler.calibration.x_0_error[t]
+    beta_tilde = process.posterior_coefficients(t, s)[2]
+    needed = process.optimal_variance(x_0_error, t, s)
+    variance = {"fixed_small": beta_tilde, "fixed_large": process.beta(t, s), "optimal": needed}[variance_type]
+    nats = 0.5 * ((variance / beta_tilde).log() + needed / variance - 1)
+    return float(nats.sum()) / math.log(2)
+
+
+def recommended_steps(scheduler: DDPMSchedulerCustom) -> int:
+    """The fewest steps that model the data no worse than the whole chain of T steps with σ² = β̃, in bits/dim.
+
+    With the optimal variance and the best timesteps, from the calibration alone.
+    """
+    T = len(scheduler)
+    enough = expected_rate(scheduler, range(T - 1, -1, -1), "fixed_small")
+    low, high = 1, T
+    while low < high:  # the rate falls with every step more
+        K = (low + high) // 2
+        if K > 1 and expected_rate(scheduler, scheduler.optimal_timesteps(K)) <= enough:
+            high = K
+        else:
+            low = K + 1
+    return low
+
+
+def steps_table(scheduler: DDPMSchedulerCustom, steps: Sequence[int] = (10, 25, 50, 100)) -> str:
+    """What K steps cost in the variational bound, by variance and timesteps, as a Markdown table for a card."""
+    T = len(scheduler)
+    rows = ["| steps | β̃ | β | optimal | optimal, best timesteps |", "|---|---|---|---|---|"]
+    for K in [*(K for K in steps if K < T), T]:
+        even = np.linspace(T - 1, 0, K).round().astype(int).tolist()
+        rates = [expected_rate(scheduler, even, v) for v in ("fixed_small", "fixed_large", "optimal")]
+        rates.append(expected_rate(scheduler, scheduler.optimal_timesteps(K)))
+        rows.append(f"| {K} | " + " | ".join(f"{rate:.3f}" for rate in rates) + " |")
+    return "\n".join(rows)
+
+
+def check_place(model: str, output_dir: str | None) -> Path:
+    """The folder that a calibrated model goes to: its own, unless `output_dir` names another one.
+
+    Raises:
+        ValueError: for a model without a folder of its own that could be changed, and for a folder that is taken.
+    """
+    place = Path(model if output_dir is None else output_dir)
+    if output_dir is None and (not (place / "model_index.json").is_file() or (place / MANIFEST).is_file()):
+        raise ValueError(
+            f"{model!r} is no saved pipeline on this machine that a calibration could be added to (checkpoints stay as "
+            "they are): pass --output_dir FOLDER for a calibrated copy."
+        )
+    if output_dir is not None and (place / "model_index.json").exists():
+        raise ValueError(f"`output_dir` {output_dir!r} holds a model: choose another --output_dir.")
+    check_writable(place)
+    return place
+
+
+def save_calibrated(pipe: DDPMPipelineCustom, place: Path) -> None:
+    """Save a calibrated pipeline; into its own folder only the scheduler and the code, the weights are left alone."""
+    if not (place / "model_index.json").is_file():
+        pipe.save_pretrained(place)
+        return
+    pipe.save_config(place)
+    name = pipe.scheduler.config_name
+    with tempfile.TemporaryDirectory(dir=place) as folder:  # first aside, then in one move: whole or not at all
+        pipe.scheduler.save_config(folder)
+        (Path(folder) / name).replace(place / "scheduler" / name)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from transformers import HfArgumentParser
 
-from .config import HelpFormatter, SampleConfig, exit_with_error
+from .config import CalibrateConfig, HelpFormatter, SampleConfig, TrainConfig, exit_with_error
+
+if TYPE_CHECKING:
+    from .pipeline import DDPMPipelineCustom
 
 DESCRIPTION = """\
 DDPM (Ho et al. 2020) for the Hugging Face ecosystem.
@@ -20,6 +24,11 @@ Train a model with `accelerate launch training/train.py`, then look at what it m
   ddpm-hf sample ddpm-digits                                64 images of a model trained here
   ddpm-hf sample ddpm-digits/checkpoint-500                 … of a training checkpoint
   ddpm-hf sample google/ddpm-cifar10-32 --num_images 16     … of a model of the Hub, stock ones included
+
+Make it fast: measure the model once, then sample in few steps:
+
+  ddpm-hf calibrate ddpm-digits --dataset digits
+  ddpm-hf sample ddpm-digits --steps 25 --spacing optimal
 """
 
 
@@ -29,21 +38,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", title="commands", required=True, parser_class=HfArgumentParser
     )
-    sample_parser = commands.add_parser(
-        "sample",
-        dataclass_types=[SampleConfig],
-        help="make images: numbered PNGs and a grid",
-        description="Make images: numbered PNGs and a grid, the same ones whatever the batch size.",
-        usage="ddpm-hf sample MODEL [--OPTION VALUE …]",
-        allow_abbrev=False,
-        formatter_class=HelpFormatter,
-    )
-    sample_parser.add_argument("model", metavar="MODEL", help="a folder, a training checkpoint, or a model of the Hub")
+    for name, (_, config, summary, description) in COMMANDS.items():
+        command_parser = commands.add_parser(
+            name,
+            dataclass_types=[config],
+            help=summary,
+            description=description,
+            usage=f"ddpm-hf {name} MODEL [--OPTION VALUE …]",
+            allow_abbrev=False,
+            formatter_class=HelpFormatter,
+        )
+        model_help = "a folder, a training checkpoint, or a model of the Hub"
+        command_parser.add_argument("model", metavar="MODEL", help=model_help)
 
     options = vars(parser.parse_args(sys.argv[1:] if argv is None else list(argv)))
-    options.pop("command")
+    run, config, *_ = COMMANDS[options.pop("command")]
     try:
-        sample(options.pop("model"), SampleConfig(**options))
+        run(options.pop("model"), config(**options))
     except (ValueError, OSError) as error:
         exit_with_error(error)
 
@@ -66,7 +77,7 @@ def sample(model: str, config: SampleConfig) -> Path:
         )
     device = _device(config.device)
     pipeline = load_pipeline(model, config.revision, getattr(torch, config.dtype)).to(device)
-    if config.timestep_spacing != "model":
+    if config.timestep_spacing not in ("model", "optimal"):
         pipeline.scheduler = type(pipeline.scheduler).from_config(
             pipeline.scheduler.config, timestep_spacing=config.timestep_spacing
         )
@@ -81,6 +92,7 @@ def sample(model: str, config: SampleConfig) -> Path:
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         eta=config.eta,
+        timesteps="optimal" if config.timestep_spacing == "optimal" else None,
     ):
         for image in batch:
             image.save(output_dir / f"{len(images):05d}.png")
@@ -89,6 +101,46 @@ def sample(model: str, config: SampleConfig) -> Path:
     image_grid(images[:256]).save(grid)
     print(f"{len(images)} images in {output_dir}/, the first {min(256, len(images))} of them in {grid}.")
     return grid
+
+
+def calibrate(model: str, config: CalibrateConfig) -> Path:
+    """Measure a model on images, and save it with what was measured; returns its folder."""
+    from accelerate import PartialState
+
+    from .calibration import calibrate, check_place, save_calibrated, steps_table
+    from .data import load_images
+    from .sampling import load_pipeline
+
+    place = check_place(model, config.output_dir)
+    state = PartialState()
+    pipeline = load_pipeline(model, config.revision).to(_device(config.device) if config.device else state.device)
+    with state.main_process_first():  # which may fill the cache for the others
+        images = load_images(_images_of(pipeline, config), show_progress=state.is_main_process)
+    calibration = calibrate(
+        pipeline, images.pixels, num_images=config.num_images, seed=config.seed, batch_size=config.batch_size
+    )
+    if state.is_main_process:
+        save_calibrated(pipeline, place)
+        worst = float((calibration.x_0_error_standard_error / calibration.x_0_error).max())
+        print(f"{steps_table(pipeline.scheduler)}\nThe errors of x̂_0 are known to {worst:.1%} or better.")
+        print(f"The calibrated model is in {place}/: ddpm-hf sample {place} --steps 25 --spacing optimal")
+    return place
+
+
+def _images_of(pipeline: DDPMPipelineCustom, config: CalibrateConfig) -> TrainConfig:
+    """How to load images for this model."""
+    network = pipeline.unet.config
+    return TrainConfig(
+        dataset_name=config.dataset_name,
+        dataset_config_name=config.dataset_config_name,
+        train_data_dir=config.train_data_dir,
+        cache_dir=config.cache_dir,
+        image_column=config.image_column,
+        resolution=network.sample_size,
+        channels=network.in_channels,
+        center_crop=config.center_crop,
+        seed=config.seed,
+    )
 
 
 def _device(name: str | None) -> str:
@@ -103,3 +155,20 @@ def _device(name: str | None) -> str:
         reason = str(error).splitlines()[0]
         raise ValueError(f"`device` is {name!r}, but that can't be used here ({reason}): try --device cpu.") from error
     return name
+
+
+COMMANDS: dict[str, tuple[Callable[[str, Any], Path], type, str, str]] = {
+    "sample": (
+        sample,
+        SampleConfig,
+        "make images: numbered PNGs and a grid",
+        "Make images: numbered PNGs and a grid, the same ones whatever the batch size.",
+    ),
+    "calibrate": (
+        calibrate,
+        CalibrateConfig,
+        "measure a model, for good images in few steps",
+        "Measure the error of a model at every timestep, which gives the optimal variance and the best timesteps, and "
+        "keep it in the model's scheduler.",
+    ),
+}

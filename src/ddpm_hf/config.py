@@ -16,8 +16,8 @@ import yaml
 from transformers import HfArgumentParser
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, aliases: Sequence[str] = ()) -> Any:
+    return field(default=default, metadata={"help": help, "aliases": list(aliases)})
 
 
 def _positive(config: object, *names: str) -> None:
@@ -181,9 +181,9 @@ class SampleConfig:
     num_images: int = _option(64, "How many images to make.")
     seed: int = _option(0, "Image i comes from the random numbers of seed + i, whatever the batch size.")
     output_dir: str = _option("samples", "Folder for the numbered PNGs and the grid.")
-    num_inference_steps: int | None = _option(None, "K, steps per image; default: the model's T.")
-    timestep_spacing: Literal["model", "linspace", "trailing", "leading"] = _option(
-        "model", "How K steps are spread over T."
+    num_inference_steps: int | None = _option(None, "K, steps per image; default: the model's T.", ["--steps"])
+    timestep_spacing: Literal["model", "linspace", "trailing", "leading", "optimal"] = _option(
+        "model", "How K steps are spread over T; `optimal` needs a calibrated model.", ["--spacing"]
     )
     eta: float | None = _option(None, "From 0 (DDIM) to 1 (ancestral DDPM, the default).")
     class_label: list[int] | None = _option(None, "For class-conditional models: labels, used in turn.")
@@ -201,6 +201,36 @@ class SampleConfig:
             raise ValueError(f"`eta` is {self.eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM.")
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` is {self.guidance_scale}, but must be at least 0 (1 is no guidance).")
+
+
+@dataclass
+class CalibrateConfig:
+    """Options of `ddpm-hf calibrate`. The size and the channels of the images are the model's."""
+
+    dataset_name: str | None = _option(
+        None, "A dataset of the Hub, a local dataset folder, or `digits`: the scans that scikit-learn ships.", ["--dataset"]
+    )
+    dataset_config_name: str | None = _option(None, "The dataset's configuration, where it has several.")
+    train_data_dir: str | None = _option(None, "A folder of images, instead of a dataset.")
+    cache_dir: str | None = _option(None, "Where downloaded datasets are kept.")
+    image_column: str | None = _option(None, "The column that holds the images; found by its type if not given.")
+    center_crop: bool = _option(False, "Crop the centre; without this flag, a random part. As in training.")
+    num_images: int = _option(256, "How many images to measure on, drawn at random: each costs T network calls.")
+    seed: int = _option(0, "Fixes the choice of images and their noise.")
+    batch_size: int = _option(64, "Images per forward pass.")
+    output_dir: str | None = _option(None, "Where to save the calibrated model. Default: into its own folder.")
+    device: str | None = _option(None, "cpu, cuda, mps, …; default: the best one present.")
+    revision: str | None = _option(None, "Branch, tag or commit of a Hub model.")
+
+    def __post_init__(self) -> None:
+        _choices(self)
+        _positive(self, "num_images", "batch_size")
+        _seed(self.seed, self.num_images)
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise ValueError(
+                "pass one of --dataset_name NAME (a Hub dataset, or `digits`) and --train_data_dir FOLDER: the images "
+                "that the model was trained on."
+            )
 
 
 def parse_train_config(argv: Sequence[str], default_preset: Path) -> TrainConfig:

@@ -113,7 +113,8 @@ def bits_per_dim(
     # Row 0 counts the images that met a timestep; then Σ of the term, of the error of x̂_0, and of that of ε̂.
     sums = torch.zeros(4, K, dtype=torch.float64)
     totals = torch.zeros(n, dtype=torch.float64)
-    for p in probe.predictions(chain.timesteps[columns], "Likelihood", show_progress):
+    visited = chain.timesteps[columns]
+    for p in probe.predictions(visited, same_noise=False, title="Likelihood", show_progress=show_progress):
         k = columns[p.rows, p.column]
         values = torch.stack(chain.measure(p, k)).double().cpu()
         sums.index_add_(1, k, torch.cat([torch.ones(1, len(k), dtype=torch.float64), values]))

@@ -37,8 +37,7 @@ class Probe:
         pipe: its scheduler must be a `DDPMSchedulerCustom`.
         images: uint8 of shape (N, C, H, W).
         num_images: how many of them to use, drawn by `seed`; None takes all.
-        seed: fixes the choice, and the noise: image i has its own from seed + i, the same one at every timestep, so that
-            a table over t is smooth.
+        seed: fixes the choice, and the noise: that of image i comes from seed + i.
         batch_size: images per network call and process.
         class_labels: for a class-conditional network: one label for all images, or N of them.
         min_images: fewer are refused.
@@ -96,11 +95,15 @@ class Probe:
         self.indices = order[: self.num_images].sort().values
 
     @torch.no_grad()
-    def predictions(self, timesteps: Tensor, title: str, show_progress: bool) -> Iterator[Prediction]:
+    def predictions(
+        self, timesteps: Tensor, *, same_noise: bool, title: str, show_progress: bool
+    ) -> Iterator[Prediction]:
         """Call the network on this process's share of the images: every n-th one under n processes.
 
         Args:
             timesteps: shape (K,), the same for all images, or (num_images, K).
+            same_noise: an image has the same noise at all its timesteps, which makes tables over t smooth; or new noise
+                at each, which makes sums over t exact.
         """
         state = PartialState()
         rows = torch.arange(len(self.indices))[state.process_index :: state.num_processes]
@@ -109,19 +112,20 @@ class Probe:
         timesteps = timesteps.expand(len(self.indices), -1)
         with tqdm(total=len(batches) * timesteps.shape[1], desc=title, unit="call", disable=is_quiet) as bar:
             for batch in batches:
-                x_0, noise, labels = self._load(batch)
+                x_0, labels = self._load(batch)
+                generators = [torch.Generator().manual_seed(self.seed + int(i)) for i in self.indices[batch]]
                 for column, t in enumerate(timesteps[batch].unbind(1)):
+                    if column == 0 or not same_noise:
+                        noise = torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in generators]).to(x_0.device)
                     x_t = self.pipe.scheduler.process.q_sample(x_0, t, noise)
                     yield Prediction(batch, column, t, x_0, noise, x_t, self._call(x_t, t, labels))
                     bar.update()
 
-    def _load(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x_0, ε and labels of some images."""
-        indices, device = self.indices[rows], self.pipe.unet.device
-        x_0 = self.images[indices.to(self.images.device)].to(device).float() / 127.5 - 1
-        generators = [torch.Generator().manual_seed(self.seed + int(i)) for i in indices]
-        noise = torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in generators]).to(device)
-        return x_0, noise, None if self._labels is None else self._labels[indices.to(self._labels.device)]
+    def _load(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x_0 and labels of some images."""
+        indices = self.indices[rows]
+        x_0 = self.images[indices.to(self.images.device)].to(self.pipe.unet.device).float() / 127.5 - 1
+        return x_0, None if self._labels is None else self._labels[indices.to(self._labels.device)]
 
     def _call(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         unet = self.pipe.unet
