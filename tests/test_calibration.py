@@ -102,6 +102,17 @@ def test_optimal_noise_is_drawn_for_ddim_and_never_at_the_last_step():
     assert float(scheduler._get_variance(300)) == pytest.approx(float(scheduler.calibration.x_0_error[300]))
 
 
+def test_last_noise_of_clipped_images_is_that_of_the_forward_process():
+    scheduler = scheduler_for(0.3, variance_type="optimal", clip_sample=True)
+    scheduler.set_timesteps(timesteps=[900, 400, 100, 7])
+    process, error = scheduler.process, scheduler.calibration.x_0_error
+    found = [float(scheduler._get_variance(t)) for t in (900, 400, 100)]
+    unlimited = [float(process.optimal_variance(error[t], t, s)) for t, s in ((900, 400), (400, 100), (100, 7))]
+    assert found[:2] == unlimited[:2]
+    assert found[2] == pytest.approx(1 - float(process.alpha_bar(7)))
+    assert found[2] < unlimited[2]
+
+
 # --- the best timesteps --------------------------------------------------------------------------------------------
 
 
@@ -168,7 +179,9 @@ def test_more_steps_cost_less_and_the_best_ones_least():
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_calibration_of_the_oracle_is_the_closed_form(prediction_type):
     c, n = 0.05, 400
-    pipe = oracle_pipeline(c, num_train_timesteps=40, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type)
+    pipe = oracle_pipeline(
+        c, num_train_timesteps=40, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type
+    )
     calibration = calibrate(pipe, gaussian_images(c, n), batch_size=150, show_progress=False)
     process = pipe.scheduler.process
     second_moment = (1 - process.alphas_cumprod) / (c * process.alphas_cumprod + 1 - process.alphas_cumprod)
@@ -357,3 +370,60 @@ def test_other_schedulers_are_refused():
         calibrate(pipe, gaussian_images(0.1, 20))
     with pytest.raises(ValueError, match="DDIMScheduler"):
         pipe(num_inference_steps=4, timesteps="optimal")
+
+
+# --- second order --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("eta", "algorithm"), [(0.0, "dpmsolver++"), (1.0, "sde-dpmsolver++")])
+@pytest.mark.parametrize("timesteps", [[999, 900, 750, 500, 220, 80], [990, 800, 400]])
+def test_second_order_steps_are_those_of_dpm_solver(eta, algorithm, timesteps):
+    ours = DDPMSchedulerCustom(clip_sample=False)
+    stock = DPMSolverMultistepScheduler(algorithm_type=algorithm, lower_order_final=False, final_sigmas_type="zero")
+    ours.set_timesteps(timesteps=timesteps)
+    stock.set_timesteps(timesteps=timesteps)
+    x = y = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    previous = None
+    for i, t in enumerate(timesteps):
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
+        timestep = t if i % 2 else torch.tensor([t, t])  # floats, and tensors as in a compiled step
+        out = ours.step(torch.tanh(0.7 * x), timestep, x, eta=eta, variance_noise=noise, previous_x_0=previous)
+        x, previous = out.prev_sample, out.pred_original_sample
+        y = stock.step(torch.tanh(0.7 * y), t, y, variance_noise=noise).prev_sample
+    torch.testing.assert_close(x, y, rtol=1e-3, atol=2e-3)  # stock's tables are float32
+
+
+def test_second_order_costs_no_calls_and_is_closer_to_the_exact_solution():
+    """x_0 ~ N(0, c): the exact solution of the probability flow from x_T scales it to the data's variance."""
+    c, errors = 0.2, {}
+    pipe = oracle_pipeline(c)
+    timesteps = [round(999 * (1 - k / 24) ** 2) for k in range(25)]
+    for solver_order in (1, 2):
+        pipe_options = {"eta": 0.0, "solver_order": solver_order, "output_type": "latent"}
+        out = pipe(1, torch.Generator().manual_seed(0), timesteps=timesteps, **pipe_options).images
+        x_T = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        errors[solver_order] = float((out - c**0.5 * x_T).abs().max())
+    assert errors[2] < errors[1] / 5
+
+
+def test_second_order_needs_our_scheduler():
+    pipe = oracle_pipeline(0.1)
+    for order in (0, 3, 1.5):
+        with pytest.raises(ValueError, match="solver_order"):
+            pipe(num_inference_steps=3, solver_order=order)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="solver_order.*DDIMScheduler"):
+        pipe(num_inference_steps=3, solver_order=2)
+
+
+def test_a_long_step_extrapolates_by_the_last_change_at_most():
+    scheduler = DDPMSchedulerCustom(clip_sample=False)
+    scheduler.set_timesteps(timesteps=[999, 60, 50, 0])  # the last step is 20 times the one before, in log-SNR
+    x, before = torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.5)
+    noise = torch.zeros_like(x)
+    step = {"eta": 0.0, "variance_noise": noise}
+    first = scheduler.step(0.1 * x, 50, x, **step)
+    second = scheduler.step(0.1 * x, 50, x, previous_x_0=before, **step)
+    c_0 = scheduler.process.posterior_coefficients(50, 0, 0.0)[0].float()
+    change = first.pred_original_sample - before
+    torch.testing.assert_close(second.prev_sample - first.prev_sample, c_0 * change)

@@ -92,6 +92,7 @@ def sample(model: str, config: SampleConfig) -> Path:
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         eta=config.eta,
+        solver_order=config.solver_order,
         timesteps="optimal" if config.timestep_spacing == "optimal" else None,
     ):
         for image in batch:

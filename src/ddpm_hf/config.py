@@ -186,6 +186,7 @@ class SampleConfig:
         "model", "How K steps are spread over T; `optimal` needs a calibrated model.", ["--spacing"]
     )
     eta: float | None = _option(None, "From 0 (DDIM) to 1 (ancestral DDPM, the default).")
+    solver_order: Literal[1, 2] = _option(1, "2 corrects steps by the change of x̂_0: much better in few steps.")
     class_label: list[int] | None = _option(None, "For class-conditional models: labels, used in turn.")
     guidance_scale: float = _option(1.0, "Classifier-free guidance; 1 is off.")
     batch_size: int = _option(64, "Images per forward pass.")
@@ -208,7 +209,9 @@ class CalibrateConfig:
     """Options of `ddpm-hf calibrate`. The size and the channels of the images are the model's."""
 
     dataset_name: str | None = _option(
-        None, "A dataset of the Hub, a local dataset folder, or `digits`: the scans that scikit-learn ships.", ["--dataset"]
+        None,
+        "A dataset of the Hub, a local dataset folder, or `digits`: the scans that scikit-learn ships.",
+        ["--dataset"],
     )
     dataset_config_name: str | None = _option(None, "The dataset's configuration, where it has several.")
     train_data_dir: str | None = _option(None, "A folder of images, instead of a dataset.")

@@ -164,7 +164,10 @@ class _Chain:
         scheduler = copy.copy(pipe.scheduler)
         self.variance_type = variance_type or scheduler.variance_type
         check_choice("variance_type", self.variance_type, SCHEDULER_VARIANCE_TYPES)
-        if self.variance_type in LEARNED_VARIANCE_TYPES and pipe.unet.config.out_channels == pipe.unet.config.in_channels:
+        if (
+            self.variance_type in LEARNED_VARIANCE_TYPES
+            and pipe.unet.config.out_channels == pipe.unet.config.in_channels
+        ):
             raise ValueError(
                 f"`variance_type` is {self.variance_type!r}, but the network predicts no variance: choose a fixed one, "
                 "or 'optimal' after a calibration."

@@ -116,7 +116,9 @@ class Probe:
                 generators = [torch.Generator().manual_seed(self.seed + int(i)) for i in self.indices[batch]]
                 for column, t in enumerate(timesteps[batch].unbind(1)):
                     if column == 0 or not same_noise:
-                        noise = torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in generators]).to(x_0.device)
+                        noise = torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in generators]).to(
+                            x_0.device
+                        )
                     x_t = self.pipe.scheduler.process.q_sample(x_0, t, noise)
                     yield Prediction(batch, column, t, x_0, noise, x_t, self._call(x_t, t, labels))
                     bar.update()

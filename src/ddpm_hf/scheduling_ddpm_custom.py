@@ -67,6 +67,7 @@ class StepCoefficients(NamedTuple):
 
     x̂_0 = x_0_from_x_t · x_t + x_0_from_output · output      (Eq. 15)
     x_s = mean_from_x_0 · x̂_0 + mean_from_x_t · x_t + σ ε      (Eq. 7)
+    A second-order step puts x̂_0 + extrapolation · (x̂_0 - previous x̂_0) in place of x̂_0 there.
     σ is `std` for the fixed and optimal variances; for the learned ones noise_scale · exp(log_variance / 2), where the learned
     range interpolates between `log_variance_low` and `log_variance_high`.
     """
@@ -79,6 +80,7 @@ class StepCoefficients(NamedTuple):
     noise_scale: float | Tensor  # eta, or 1 for the optimal variance; 0 at the last step, which adds no noise
     log_variance_low: float | Tensor  # log β̃
     log_variance_high: float | Tensor  # log β
+    extrapolation: float | Tensor  # 0 at the first and the last step
 
 
 class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
@@ -270,6 +272,8 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         ascending = np.concatenate([[-1], grid[::-1]])
         below = np.searchsorted(ascending, np.arange(len(self)), side="left") - 1
         self._previous = torch.from_numpy(ascending[below])
+        above = np.searchsorted(ascending, np.arange(len(self)), side="right")
+        self._before = torch.from_numpy(np.append(ascending, -1)[above])  # -1 where the trajectory starts
         self._tables: dict[tuple[float, torch.device, torch.dtype], Tensor] = {}
         self._rows: dict[float, list[list[float]]] = {}
 
@@ -295,8 +299,13 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         *,
         eta: float = 1.0,
         variance_noise: Tensor | None = None,
+        previous_x_0: Tensor | None = None,
     ) -> DDPMSchedulerCustomOutput | tuple[Tensor, Tensor]:
         """x_s ~ p_θ(x_s | x_t), one step of Algorithm 2 along the trajectory.
+
+        With `previous_x_0` the step is of second order: x̂_0 changes on the way from t to s, and the mean is computed at
+        x̂_0 extrapolated to the middle of it, in log-SNR, but by no more than it changed in the step before. Apart from
+        that limit it is DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2) for eta = 0, and its SDE for eta = 1.
 
         Args:
             model_output: (B, C, *), or (B, 2C, *) for the learned variances. Any floating dtype.
@@ -306,6 +315,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
             eta: 1 is ancestral sampling, 0 is DDIM; between them σ² is eta² times the variance (arXiv 2010.02502,
                 Eq. 16). The `optimal` variance is that of each eta, and not 0 for eta = 0.
             variance_noise: ε of the shape of x_t, to be used instead of drawing it.
+            previous_x_0: the `pred_original_sample` of the step before on the trajectory, of the shape of x_t.
 
         Returns:
             x_s and x̂_0, in the dtype of x_t. The last step of the trajectory adds no noise.
@@ -325,7 +335,8 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         x_0 = self.limit_x_0(c.x_0_from_x_t * x_t + c.x_0_from_output * output.to(dtype))
 
         # 2. The mean of x_s (Eq. 7, at x̂_0).
-        x_s = c.mean_from_x_0 * x_0 + c.mean_from_x_t * x_t
+        x_0_on_the_way = x_0 if previous_x_0 is None else x_0 + c.extrapolation * (x_0 - previous_x_0.to(dtype))
+        x_s = c.mean_from_x_0 * x_0_on_the_way + c.mean_from_x_t * x_t
 
         # 3. Noise; none at the last step, and none for DDIM unless its variance is the optimal one.
         is_silent = isinstance(c.noise_scale, float) and c.noise_scale == 0
@@ -405,7 +416,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         return StepCoefficients(*(c.reshape(-1, *(1,) * (sample.ndim - 1)) if c.ndim else c for c in columns))
 
     def _table(self, eta: float) -> Tensor:
-        """Coefficients of the step from every t of 0 … T-1 to its successor on the trajectory, float64 of (T, 8)."""
+        """Coefficients of the step from every t of 0 … T-1 to its successor on the trajectory, float64 of (T, 9)."""
         t, s = torch.arange(len(self)), self._previous
         x_0_from_x_t, x_0_from_output = self.process.x_0_coefficients(t, self.config.prediction_type)
         mean_from_x_0, mean_from_x_t, _ = self.process.posterior_coefficients(t, s, eta)
@@ -414,13 +425,40 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         high = self.process.p_log_variance(t, s, "fixed_large")
         if self.variance_type == "optimal":
             noise_scale = is_not_last
-            std = noise_scale * self.process.optimal_variance(self.calibration.x_0_error, t, s, eta).sqrt()
+            std = noise_scale * self._optimal_variance(t, s, eta).sqrt()
         else:
             noise_scale = eta * is_not_last
             fixed = high if self.variance_type in ("fixed_large", "fixed_large_log") else low
             std = noise_scale * torch.exp(0.5 * fixed)
-        columns = (x_0_from_x_t, x_0_from_output, mean_from_x_0, mean_from_x_t, std, noise_scale, low, high)
+        columns = (
+            x_0_from_x_t, x_0_from_output, mean_from_x_0, mean_from_x_t, std, noise_scale, low, high,
+            self._extrapolation(t),
+        )  # fmt: skip
         return torch.stack(columns, dim=1)
+
+    def _extrapolation(self, t: Tensor) -> Tensor:
+        """(λ_s - λ_t) / 2 (λ_t - λ_r), where r → t is the step before t → s and λ is half the log-SNR; at most 1.
+
+        Without that limit, a step of many times the length of the one before, as the last ones of few are, would
+        extrapolate x̂_0 by many times what it ever changed.
+        """
+        s, r = self._previous, self._before
+        has_both = (s >= 0) & (r >= 0)
+        log_snr = self.process.log_snr(torch.arange(len(self)))
+        ratio = 0.5 * (log_snr[s] - log_snr[t]) / (log_snr[t] - log_snr[r])
+        return torch.where(has_both, ratio.clamp(max=1), 0.0)
+
+    def _optimal_variance(self, t: Tensor, s: Tensor, eta: float = 1.0) -> Tensor:
+        """σ*²; where images are clipped, the last noise that is drawn is at most the 1 - ᾱ_s of the forward process.
+
+        One prediction is left to remove it, by a network that never saw more at that s. The paper clips the same σ, by
+        hand, to 1 or 2 of 255 levels (arXiv 2201.06503, Appendix F): 1 - ᾱ_0 of the linear schedule is 1.3 of them.
+        """
+        variance = self.process.optimal_variance(self.calibration.x_0_error[t], t, s, eta)
+        if not (self.config.clip_sample or self.config.thresholding):
+            return variance
+        is_last_noise = s == self.timesteps[-1].cpu()
+        return torch.where(is_last_noise, torch.minimum(variance, 1 - self.process.alpha_bar(s)), variance)
 
     def _get_variance(
         self,
@@ -436,7 +474,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         if variance_type in ("fixed_large", "fixed_large_log"):
             return self.process.beta(t, s)
         if variance_type == "optimal":
-            return self.process.optimal_variance(self.calibration.x_0_error[as_timesteps(t).cpu()], t, s)
+            return self._optimal_variance(as_timesteps(t).cpu(), s.cpu())
         return self.process.posterior_coefficients(t, s)[2]
 
     # --- the forward process, under diffusers' names ----------------------------------------------------------------
