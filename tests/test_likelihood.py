@@ -1,5 +1,6 @@
 """Bits per dimension, term by term, against closed forms for Gaussian data and loops over the equations."""
 
+import itertools
 import math
 
 import pytest
@@ -35,7 +36,7 @@ def closed_form(process, timesteps, variance_type):
     error = exact_x_0_error(process, C)
     alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), process.alphas_cumprod])
     terms = []
-    for t, s in zip(timesteps[:-1], timesteps[1:], strict=True):
+    for t, s in itertools.pairwise(timesteps):
         a_t, a_s = alpha_bar[t + 1], alpha_bar[s + 1]
         beta = 1 - a_t / a_s
         beta_tilde = (1 - a_s) / (1 - a_t) * beta
@@ -53,7 +54,7 @@ def test_terms_of_the_oracle_are_the_closed_form(oracle, images, variance_type, 
     visited = timesteps or list(range(39, -1, -1))
     L_T, terms, x_0_error = closed_form(oracle.scheduler.process, visited, variance_type)
     assert bits.timesteps == visited
-    assert bits.L_T == pytest.approx(L_T, rel=0.03)
+    assert abs(bits.L_T / L_T - 1) < 0.03
     # 300 images of 64 pixels know a mean square to a relative standard deviation of 1 %.
     torch.testing.assert_close(bits.terms[:-1], terms, rtol=0.045, atol=1e-4)
     torch.testing.assert_close(bits.x_0_mse, x_0_error, rtol=0.045, atol=2e-5)

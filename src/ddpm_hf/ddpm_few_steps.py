@@ -78,7 +78,7 @@ class Calibration:
         wrong = [n for n, v in tables.items() if v.shape != (expected["num_train_timesteps"],) or not (v >= 0).all()]
         if wrong:
             raise ValueError(
-                f"`_calibration` of the scheduler is damaged: {wrong[0]} must hold one number of at least 0 for each of "
+                f"`_calibration` of the scheduler is damaged: {wrong[0]} must hold a number of at least 0 for each of "
                 f"{expected['num_train_timesteps']} timesteps. To repair it, {remedy}."
             )
         return calibration

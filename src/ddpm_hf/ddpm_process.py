@@ -24,7 +24,9 @@ from torch import Tensor
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
-VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
+VarianceType = Literal[
+    "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", "optimal"
+]
 Timestep = int | Tensor  # an int, or an integer tensor of shape () or (B,)
 
 BETA_SCHEDULES: tuple[str, ...] = get_args(BetaSchedule)
@@ -203,7 +205,7 @@ class DDPMProcess:
         self._log_variance_at_data = float(self._beta_tilde(1, 0).log() if len(self.betas) > 1 else self.betas[0].log())
 
     def on_trajectory(self, timesteps: Tensor) -> DDPMProcess:
-        """This process for a reverse chain that visits only some timesteps, descending.
+        """The process for a reverse chain that visits only some timesteps, descending.
 
         The same at every t, but for log σ² of `fixed_small` at the chain's last step, where β̃ is 0: it is log β̃ of the
         step before, of that chain.
@@ -416,6 +418,7 @@ class DDPMProcess:
         s: Timestep | None = None,
         variance_type: VarianceType = "fixed_small",
         raw_variance: Tensor | None = None,
+        x_0_error: Tensor | float | None = None,
     ) -> Tensor:
         """Log σ² of p_θ(x_s | x_t), in nats; always finite (see `q_posterior` for s = -1).
 
@@ -423,9 +426,11 @@ class DDPMProcess:
           The suffix `_log` is diffusers' and changes nothing: σ² is σ².
         - `learned`: the network's own log σ². `learned_range`: log σ² = w log β_{t|s} + (1 - w) log β̃_{t|s} with
           w = (raw + 1)/2 (arXiv 2102.09672, Eq. 15).
+        - `optimal`: that of `optimal_variance`.
 
         Args:
             raw_variance: the network's second half of the channels, for the learned types only.
+            x_0_error: e_t, float64 of the shape of t, for `optimal` only.
 
         Returns:
             float64 of the shape of t for the fixed types, of the shape of `raw_variance` (float32 at least) else.
@@ -435,6 +440,10 @@ class DDPMProcess:
             return self.beta(t, s).log()
         if variance_type in ("fixed_small", "fixed_small_log"):
             return self._clipped_log(self._beta_tilde(t, s))
+        if variance_type == "optimal":
+            if x_0_error is None:
+                raise ValueError("`variance_type` is 'optimal', which needs the error of x̂_0: pass `x_0_error`.")
+            return self._clipped_log(self.optimal_variance(x_0_error, t, s))
         if raw_variance is None:
             raise ValueError(
                 f"`variance_type` is {variance_type!r}, but the network predicts no variance: it needs twice as many "
@@ -456,12 +465,14 @@ class DDPMProcess:
         *,
         prediction_type: PredictionType = "epsilon",
         variance_type: VarianceType = "fixed_small",
+        x_0_error: Tensor | float | None = None,
         clip: Callable[[Tensor], Tensor] | None = None,
     ) -> PMeanVariance:
         """p_θ(x_s | x_t) = N(μ_θ, σ² I): the posterior of Eq. 7 at x̂_0 (Eq. 11 where s = t - 1 and output is ε).
 
         Args:
             model_output: (B, C, *) or, for the learned variances, (B, 2C, *) with the variance in the second half.
+            x_0_error: e_t of each image's t, for the variance `optimal`.
             clip: applied to x̂_0 before the mean is computed from it, e.g. `lambda x: x.clamp(-1, 1)`.
 
         Returns:
@@ -475,7 +486,7 @@ class DDPMProcess:
         if clip is not None:
             pred_x_0 = clip(pred_x_0)
         c_0, c_t, posterior_variance = self.posterior_coefficients(t, s)
-        log_variance = self.p_log_variance(t, s, variance_type, raw_variance)
+        log_variance = self.p_log_variance(t, s, variance_type, raw_variance, x_0_error)
         is_posterior = variance_type in ("fixed_small", "fixed_small_log")
         variance = posterior_variance if is_posterior else log_variance.exp()
         if raw_variance is None:

@@ -15,15 +15,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ddpm_process import LEARNED_VARIANCE_TYPES, DDPMProcess, PMeanVariance, check_choice, check_integer
+from .ddpm_process import (
+    LEARNED_VARIANCE_TYPES,
+    VARIANCE_TYPES,
+    DDPMProcess,
+    PMeanVariance,
+    VarianceType,
+    check_choice,
+    check_integer,
+)
 from .pipeline import DDPMPipelineCustom
 from .probing import Prediction, Probe, sum_over_processes
-from .scheduling_ddpm_custom import SCHEDULER_VARIANCE_TYPES, DDPMSchedulerCustom
+from .scheduling_ddpm_custom import DDPMSchedulerCustom
 
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """The bound on a data set. Terms are in bits/dim, errors in units of data in [-1, 1]; tables are float64 on the CPU.
+    """The bound on a data set. Terms are in bits/dim, errors of data in [-1, 1]; tables are float64, on the CPU.
 
     Args:
         total: L_T + Σ terms, averaged over the images.
@@ -76,7 +84,7 @@ def bits_per_dim(
     *,
     num_inference_steps: int | None = None,
     timesteps: Sequence[int] | Tensor | str | None = None,
-    variance_type: str | None = None,
+    variance_type: VarianceType | None = None,
     calls_per_image: int | None = None,
     num_images: int | None = None,
     seed: int = 0,
@@ -158,12 +166,12 @@ class _Chain:
         pipe: DDPMPipelineCustom,
         num_inference_steps: int | None,
         timesteps: Sequence[int] | Tensor | str | None,
-        variance_type: str | None,
+        variance_type: VarianceType | None,
     ) -> None:
         # A copy: the trajectory that the caller's scheduler has in progress stays what it is.
         scheduler = copy.copy(pipe.scheduler)
-        self.variance_type = variance_type or scheduler.variance_type
-        check_choice("variance_type", self.variance_type, SCHEDULER_VARIANCE_TYPES)
+        self.variance_type: VarianceType = variance_type or scheduler.variance_type
+        check_choice("variance_type", self.variance_type, VARIANCE_TYPES)
         if (
             self.variance_type in LEARNED_VARIANCE_TYPES
             and pipe.unet.config.out_channels == pipe.unet.config.in_channels
@@ -200,22 +208,16 @@ class _Chain:
 
     def p_mean_variance(self, p: Prediction, prediction: Tensor) -> PMeanVariance:
         """p_θ(x_s | x_t) with the variance that was asked for."""
-        learned, optimal = self.variance_type in LEARNED_VARIANCE_TYPES, self.x_0_error is not None
-        s = self.scheduler.previous_timestep(p.t)
-        reverse = self.process.p_mean_variance(
-            p.output if learned else prediction,
+        return self.process.p_mean_variance(
+            p.output if self.variance_type in LEARNED_VARIANCE_TYPES else prediction,
             p.x_t,
             p.t,
-            s,
+            self.scheduler.previous_timestep(p.t),
             prediction_type=self.scheduler.config.prediction_type,
-            variance_type="fixed_small" if optimal else self.variance_type,
+            variance_type=self.variance_type,
+            x_0_error=None if self.x_0_error is None else self.x_0_error[p.t],
             clip=self.scheduler.limit_x_0,
         )
-        if self.x_0_error is None:
-            return reverse
-        variance = self.process.optimal_variance(self.x_0_error[p.t], p.t, s).float().to(p.x_t.device)
-        variance = variance.reshape(-1, *(1,) * (p.x_t.ndim - 1))
-        return reverse._replace(variance=variance, log_variance=variance.log())
 
 
 def _mean_square(x: Tensor) -> Tensor:

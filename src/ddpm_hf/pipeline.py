@@ -1,8 +1,8 @@
 """`DDPMPipelineCustom`: sampling with a trained `UNet2DModel` (Algorithm 2 of arXiv 2006.11239), saving and sharing.
 
-`pipeline.py`, `scheduling_ddpm_custom.py`, `ddpm_few_steps.py` and `ddpm_process.py` are copied into every saved repository, next to a
-`model_index.json` that names stock diffusers classes. So a saved repository loads with this package, with none of ours
-(as remote code), and with stock diffusers.
+`pipeline.py` and the files that it imports from are copied into every saved repository, next to a `model_index.json`
+that names stock diffusers classes. So a saved repository loads with this package, with none of ours (as remote code),
+and with stock diffusers.
 """
 
 from __future__ import annotations
@@ -262,8 +262,8 @@ class DDPMPipelineCustom(DiffusionPipeline):
         check_integer("solver_order", solver_order, 1, 2)
         if solver_order == 2 and not isinstance(self.scheduler, DDPMSchedulerCustom):
             raise ValueError(
-                f"`solver_order` is 2, but {type(self.scheduler).__name__} has no such choice per call: leave it out, or "
-                "use DDPMSchedulerCustom."
+                f"`solver_order` is 2, but {type(self.scheduler).__name__} has no such choice per call: leave it out, "
+                "or use DDPMSchedulerCustom."
             )
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(f"`callback_on_step_end` is {callback_on_step_end!r}, but must be a function.")

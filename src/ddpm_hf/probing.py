@@ -71,8 +71,8 @@ class Probe:
         expected = (config.in_channels, *(size or self.images.shape[2:]))
         if tuple(self.images.shape[1:]) != expected:
             raise ValueError(
-                f"`images` have shape {tuple(self.images.shape[1:])} (C, H, W), but the network was made for {expected}: "
-                "resize them, or pass those that it was trained on."
+                f"`images` have shape {tuple(self.images.shape[1:])} (C, H, W), but the network was made for {expected}"
+                ": resize them, or pass those that it was trained on."
             )
         check_integer("batch_size", self.batch_size, 1)
         check_integer("seed", self.seed, 0, 2**63 - 1 - len(self.images))
@@ -80,8 +80,8 @@ class Probe:
             self.num_images = len(self.images)
         if self.num_images > len(self.images):
             raise ValueError(
-                f"`num_images` is {self.num_images}, but there are only {len(self.images)} images: pass more images, or "
-                "lower num_images."
+                f"`num_images` is {self.num_images}, but there are only {len(self.images)} images: pass more of them, "
+                "or lower num_images."
             )
         if self.num_images < self.min_images:
             raise ValueError(

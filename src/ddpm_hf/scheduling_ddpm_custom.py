@@ -30,6 +30,7 @@ from .ddpm_process import (
     BetaSchedule,
     DDPMProcess,
     PredictionType,
+    VarianceType,
     as_timesteps,
     check_choice,
     check_integer,
@@ -42,10 +43,6 @@ from .ddpm_process import (
 
 TimestepSpacing = Literal["linspace", "leading", "trailing"]
 TIMESTEP_SPACINGS: tuple[str, ...] = get_args(TimestepSpacing)
-SchedulerVarianceType = Literal[
-    "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", "optimal"
-]
-SCHEDULER_VARIANCE_TYPES: tuple[str, ...] = (*VARIANCE_TYPES, "optimal")
 
 ZERO_SNR_ERROR = (
     "`prediction_type` is 'epsilon', but the betas end at zero SNR (`rescale_betas_zero_snr`), where x_0 can't be "
@@ -68,8 +65,8 @@ class StepCoefficients(NamedTuple):
     x̂_0 = x_0_from_x_t · x_t + x_0_from_output · output      (Eq. 15)
     x_s = mean_from_x_0 · x̂_0 + mean_from_x_t · x_t + σ ε      (Eq. 7)
     A second-order step puts x̂_0 + extrapolation · (x̂_0 - previous x̂_0) in place of x̂_0 there.
-    σ is `std` for the fixed and optimal variances; for the learned ones noise_scale · exp(log_variance / 2), where the learned
-    range interpolates between `log_variance_low` and `log_variance_high`.
+    σ is `std` for the fixed and optimal variances; for the learned ones noise_scale · exp(log_variance / 2), where the
+    learned range interpolates between `log_variance_low` and `log_variance_high`.
     """
 
     x_0_from_x_t: float | Tensor
@@ -95,7 +92,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         trained_betas: β_1 … β_T themselves; they override the four arguments above, T included.
         variance_type: σ² of the reverse step: `fixed_small` (β̃), `fixed_large` (β), their `_log` twins, `learned`
             (the network's log σ²), `learned_range` (arXiv 2102.09672, Eq. 15), or `optimal` (arXiv 2201.06503), which
-            needs a calibration and which stock diffusers reads as `fixed_small`.
+            needs a calibration, and which stock diffusers reads as `fixed_small`.
         clip_sample: clamp x̂_0 to ±`clip_sample_range`, before the mean is computed from it.
         prediction_type: what the network predicts: `epsilon`, `sample` or `v_prediction`.
         thresholding: dynamic thresholding of x̂_0 (arXiv 2205.11487, Section 2.3) at the quantile
@@ -121,7 +118,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         beta_end: float = 0.02,
         beta_schedule: BetaSchedule = "linear",
         trained_betas: np.ndarray | Sequence[float] | None = None,
-        variance_type: SchedulerVarianceType = "fixed_small",
+        variance_type: VarianceType = "fixed_small",
         clip_sample: bool = True,
         prediction_type: PredictionType = "epsilon",
         thresholding: bool = False,
@@ -135,7 +132,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         if variance_type is None:  # DPM-Solver writes null for "not learned"
             variance_type = "fixed_small"
             self.register_to_config(variance_type=variance_type)
-        check_choice("variance_type", variance_type, SCHEDULER_VARIANCE_TYPES)
+        check_choice("variance_type", variance_type, VARIANCE_TYPES)
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
         check_integer("steps_offset", steps_offset, 0)
@@ -188,8 +185,8 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
             stored = self.config.get("_calibration")
             if stored is None:
                 raise ValueError(
-                    "the optimal variance and the optimal timesteps need a calibration, but the scheduler has none: run "
-                    "`ddpm-hf calibrate MODEL`, or ddpm_hf.calibration.calibrate(pipe, images)."
+                    "the optimal variance and the optimal timesteps need a calibration, but the scheduler has none: "
+                    "run `ddpm-hf calibrate MODEL`, or ddpm_hf.calibration.calibrate(pipe, images)."
                 )
             self._calibration = Calibration.from_config(stored, expected=fingerprint(self.process, self.config))
         return self._calibration
@@ -464,7 +461,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         self,
         t: int | Tensor,
         predicted_variance: Tensor | None = None,
-        variance_type: SchedulerVarianceType | None = None,
+        variance_type: VarianceType | None = None,
     ) -> Tensor:
         """σ² of the step from t along the trajectory, under diffusers' name. 0 for β̃ at the last step, e_t for σ*²."""
         variance_type = variance_type or self.variance_type
