@@ -11,8 +11,14 @@ SOURCE = Path(ddpm_hf.__file__).parent
 
 ARROWS = {
     "ddpm_process": set(),
-    "scheduling_ddpm_custom": {"ddpm_process"},
-    "pipeline": {"ddpm_process", "scheduling_ddpm_custom"},
+    "ddpm_few_steps": {"ddpm_process"},
+    "scheduling_ddpm_custom": {"ddpm_few_steps", "ddpm_process"},
+    "pipeline": {"ddpm_few_steps", "ddpm_process", "scheduling_ddpm_custom"},
+    "probing": {"ddpm_process", "pipeline", "scheduling_ddpm_custom"},
+    "calibration": {
+        "checkpoint", "ddpm_few_steps", "ddpm_process", "pipeline", "probing", "run_folder", "scheduling_ddpm_custom",
+    },
+    "likelihood": {"ddpm_process", "pipeline", "probing", "scheduling_ddpm_custom"},
     "objectives": {"ddpm_process"},
     "data": {"config"},
     "config": set(),
@@ -24,10 +30,11 @@ ARROWS = {
         "checkpoint", "config", "data", "ddpm_process", "objectives", "pictures", "pipeline", "run_folder", "sampling",
         "scheduling_ddpm_custom",
     },
-    "cli": {"config", "pictures", "run_folder", "sampling"},
+    "cli": {"calibration", "config", "data", "pictures", "pipeline", "run_folder", "sampling"},
     "__init__": {"ddpm_process", "pipeline", "scheduling_ddpm_custom"},
 }  # fmt: skip
 COPIED = {"ddpm_process": {"numpy", "torch"}, "scheduling_ddpm_custom": {"numpy", "torch", "diffusers"}}
+COPIED["ddpm_few_steps"] = {"torch"}
 COPIED["pipeline"] = {*COPIED["scheduling_ddpm_custom"], "PIL"}
 
 

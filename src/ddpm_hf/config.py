@@ -185,6 +185,9 @@ class SampleConfig:
     timestep_spacing: Literal["model", "linspace", "trailing", "leading", "optimal"] = _option(
         "model", "How K steps are spread over T; `optimal` needs a calibrated model.", ["--spacing"]
     )
+    variance_type: Literal["model", "fixed_small", "fixed_large", "optimal"] = _option(
+        "model", "σ² of a step; `optimal` needs a calibrated model."
+    )
     eta: float | None = _option(None, "From 0 (DDIM) to 1 (ancestral DDPM, the default).")
     solver_order: Literal[1, 2] = _option(1, "2 corrects steps by the change of x̂_0: much better in few steps.")
     class_label: list[int] | None = _option(None, "For class-conditional models: labels, used in turn.")
