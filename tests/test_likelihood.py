@@ -87,6 +87,17 @@ def test_an_estimate_is_unbiased_and_knows_its_error(oracle, images):
     assert errors[0] == pytest.approx(spread, rel=0.25)
 
 
+def test_what_an_estimate_leaves_out_is_made_up_for(oracle, images):
+    """Averaged over images that are all alike, so that chance is in the noise and the timesteps alone."""
+    alike = images[:1].expand(6000, -1, -1, -1)
+    steps = {"timesteps": [39, 16, 7, 3, 0], "variance_type": "optimal"}
+    exact = bits_per_dim(oracle, alike, **steps, **QUIET)
+    estimate = bits_per_dim(oracle, alike, calls_per_image=4, seed=5000, **steps, **QUIET)
+    error = math.hypot(estimate.standard_error, exact.standard_error)
+    assert abs(estimate.total - exact.total) < 3 * error
+    assert error < 0.005 * (exact.total - exact.L_0)
+
+
 def test_every_term_is_met_equally_often():
     from ddpm_hf.likelihood import _columns
 
@@ -149,6 +160,7 @@ def test_rate_and_distortion_follow_the_chain(oracle, images):
     assert (curve.distortion.diff()[20:] < 0).all()  # before, x_t knows nothing of x_0
     expected = exact_x_0_error(oracle.scheduler.process, C).flip(0).sqrt() * 127.5
     torch.testing.assert_close(curve.distortion, expected, rtol=0.03, atol=0.05)
+    torch.testing.assert_close((curve.distortion / 127.5) ** 2, bits.x_0_mse)  # 255 levels span [-1, 1]
     with pytest.raises(ValueError, match="timesteps were left out.*calls_per_image"):
         rate_distortion(bits_per_dim(oracle, images, num_images=2, calls_per_image=3, **QUIET))
 
