@@ -365,6 +365,35 @@ def test_bad_input_is_refused_before_the_network_runs(images, options, message, 
     assert "_calibration" not in pipe.scheduler.config
 
 
+def test_networks_in_training_and_damaged_ones(make_unet):
+    """Dropout is off while a network is measured; NaN is no calibration."""
+    scheduler = DDPMSchedulerCustom(4, beta_schedule="squaredcos_cap_v2")
+    pipe = DDPMPipelineCustom(make_unet(channels=1, dropout=0.5).train(), scheduler)
+    first, second = (calibrate(pipe, gaussian_images(0.1, 16), show_progress=False).x_0_error for _ in range(2))
+    assert torch.equal(first, second)
+    assert pipe.unet.training
+    torch.nn.init.constant_(pipe.unet.conv_out.bias, math.nan)
+    with pytest.raises(ValueError, match="t = 0 holds NaN"):
+        calibrate(pipe, gaussian_images(0.1, 16), show_progress=False)
+    pipe.scheduler = DDPMSchedulerCustom(rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match="zero SNR"):
+        calibrate(pipe, gaussian_images(0.1, 16), show_progress=False)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_second_order_steps_with_optimal_noise_compile_to_one_graph(eta):
+    scheduler = scheduler_for(0.2, variance_type="optimal")
+    scheduler.set_timesteps(timesteps=[900, 500, 300, 0])
+    x, noise, before = torch.randn(3, 2, 1, 4, 4)
+
+    def step(x, t):
+        return scheduler.step(0.3 * x, t, x, eta=eta, variance_noise=noise, previous_x_0=before).prev_sample
+
+    torch._dynamo.reset()  # or it would take eta for a variable
+    t = torch.tensor([500, 300])
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="eager")(x, t), step(x, t))
+
+
 def test_other_schedulers_are_refused():
     pipe = oracle_pipeline(0.1)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)

@@ -55,7 +55,7 @@ def calibrate(
 
     Raises:
         ValueError: before anything is computed: for images that the network can't take, for fewer than 16 of them, and
-            for a scheduler of another kind.
+            for a scheduler of another kind. After it, for predictions that are not finite.
     """
     probe = Probe(pipe, images, num_images, seed, batch_size, class_labels, min_images=MIN_IMAGES)
     scheduler = pipe.scheduler
@@ -72,6 +72,9 @@ def calibrate(
 
     sums = sum_over_processes(sums)
     mean = sums[0] / n
+    if not mean.isfinite().all():
+        t = int((~mean.isfinite()).any(0).nonzero()[0])
+        raise ValueError(f"the network's prediction at t = {t} holds NaN or infinity: it is damaged, or needs float32.")
     standard_error = ((sums[1] / n - mean.square()).clamp(min=0) / (n - 1)).sqrt()
     measured_with = fingerprint(scheduler.process, scheduler.config)
     calibration = Calibration(mean[0], standard_error[0], mean[1], standard_error[1], n, measured_with)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .ddpm_process import check_integer
 from .pipeline import DDPMPipelineCustom
-from .scheduling_ddpm_custom import DDPMSchedulerCustom
+from .scheduling_ddpm_custom import ZERO_SNR_ERROR, DDPMSchedulerCustom
 
 
 class Prediction(NamedTuple):
@@ -61,6 +61,9 @@ class Probe:
                 f"the pipeline's scheduler is a {name}, but must be a DDPMSchedulerCustom: set pipe.scheduler = "
                 "DDPMSchedulerCustom.from_config(pipe.scheduler.config)."
             )
+        scheduler = self.pipe.scheduler
+        if scheduler.process.has_zero_terminal_snr and scheduler.config.prediction_type == "epsilon":
+            raise ValueError(ZERO_SNR_ERROR)
         if not isinstance(self.images, Tensor) or self.images.dtype != torch.uint8 or self.images.ndim != 4:
             found = f"{self.images.dtype} of {tuple(self.images.shape)}" if isinstance(self.images, Tensor) else None
             raise ValueError(
@@ -78,6 +81,7 @@ class Probe:
         check_integer("seed", self.seed, 0, 2**63 - 1 - len(self.images))
         if self.num_images is None:
             self.num_images = len(self.images)
+        check_integer("num_images", self.num_images, 1)
         if self.num_images > len(self.images):
             raise ValueError(
                 f"`num_images` is {self.num_images}, but there are only {len(self.images)} images: pass more of them, "
@@ -105,7 +109,9 @@ class Probe:
             same_noise: an image has the same noise at all its timesteps, which makes tables over t smooth; or new noise
                 at each, which makes sums over t exact.
         """
-        state = PartialState()
+        state, unet, process = PartialState(), self.pipe.unet, self.pipe.scheduler.process
+        was_training = unet.training
+        unet.eval()
         rows = torch.arange(len(self.indices))[state.process_index :: state.num_processes]
         batches = rows.split(self.batch_size) if len(rows) else ()
         is_quiet = not (show_progress and state.is_main_process)
@@ -116,22 +122,19 @@ class Probe:
                 generators = [torch.Generator().manual_seed(self.seed + int(i)) for i in self.indices[batch]]
                 for column, t in enumerate(timesteps[batch].unbind(1)):
                     if column == 0 or not same_noise:
-                        noise = torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in generators]).to(
-                            x_0.device
-                        )
-                    x_t = self.pipe.scheduler.process.q_sample(x_0, t, noise)
-                    yield Prediction(batch, column, t, x_0, noise, x_t, self._call(x_t, t, labels))
+                        noise = torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in generators])
+                        noise = noise.to(x_0.device)
+                    x_t = process.q_sample(x_0, t, noise)
+                    output = unet(x_t.to(unet.dtype), t.to(x_t.device), class_labels=labels, return_dict=False)[0]
+                    yield Prediction(batch, column, t, x_0, noise, x_t, output.float())
                     bar.update()
+        unet.train(was_training)
 
     def _load(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """x_0 and labels of some images."""
         indices = self.indices[rows]
         x_0 = self.images[indices.to(self.images.device)].to(self.pipe.unet.device).float() / 127.5 - 1
         return x_0, None if self._labels is None else self._labels[indices.to(self._labels.device)]
-
-    def _call(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        unet = self.pipe.unet
-        return unet(x_t.to(unet.dtype), t.to(x_t.device), class_labels=labels, return_dict=False)[0].float()
 
 
 def sum_over_processes(table: Tensor) -> Tensor:
