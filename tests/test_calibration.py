@@ -241,6 +241,7 @@ open({out!r} + str(state.process_index), "w").write(json.dumps([state.num_proces
 """
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path):
     from pathlib import Path
 

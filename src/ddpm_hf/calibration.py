@@ -122,9 +122,9 @@ def recommended_steps(scheduler: DDPMSchedulerCustom) -> int:
 
 
 def steps_table(scheduler: DDPMSchedulerCustom, steps: Sequence[int] = (10, 25, 50, 100)) -> str:
-    """What K steps cost in the variational bound, by variance and timesteps, as a Markdown table for a card."""
+    """The `expected_rate` of K steps by variance and timesteps (even ones, or the best), as a Markdown table for a card."""
     T = len(scheduler)
-    rows = ["| steps | β̃ | β | optimal | optimal, best timesteps |", "|---|---|---|---|---|"]
+    rows = ["| bits/dim of K steps | β̃ | β | optimal | optimal, best timesteps |", "|---|---|---|---|---|"]
     for K in [*(K for K in steps if K < T), T]:
         even = np.linspace(T - 1, 0, K).round().astype(int).tolist()
         rates = [expected_rate(scheduler, even, v) for v in ("fixed_small", "fixed_large", "optimal")]

@@ -110,7 +110,8 @@ def calibrate(model: str, config: CalibrateConfig) -> Path:
     """Measure a model on images, and save it with what was measured; returns its folder."""
     from accelerate import PartialState
 
-    from .calibration import calibrate, check_place, save_calibrated, steps_table
+    from .calibration import calibrate as measure
+    from .calibration import check_place, save_calibrated, steps_table
     from .data import load_images
     from .sampling import load_pipeline
 
@@ -119,7 +120,7 @@ def calibrate(model: str, config: CalibrateConfig) -> Path:
     pipeline = load_pipeline(model, config.revision).to(_device(config.device) if config.device else state.device)
     with state.main_process_first():  # which may fill the cache for the others
         images = load_images(_images_of(pipeline, config), show_progress=state.is_main_process)
-    calibration = calibrate(
+    calibration = measure(
         pipeline, images.pixels, num_images=config.num_images, seed=config.seed, batch_size=config.batch_size
     )
     if state.is_main_process:
