@@ -122,7 +122,7 @@ def recommended_steps(scheduler: DDPMSchedulerCustom) -> int:
 
 
 def steps_table(scheduler: DDPMSchedulerCustom, steps: Sequence[int] = (10, 25, 50, 100)) -> str:
-    """The `expected_rate` of K steps by variance and timesteps (even ones, or the best), as a Markdown table for a card."""
+    """The `expected_rate` of K even steps by variance, and of the best ones: a Markdown table for a card."""
     T = len(scheduler)
     rows = ["| bits/dim of K steps | β̃ | β | optimal | optimal, best timesteps |", "|---|---|---|---|---|"]
     for K in [*(K for K in steps if K < T), T]:
