@@ -139,7 +139,7 @@ def plot(results: dict, file: Path) -> None:
     """Fréchet distance, and bits/dim, against K."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 5.6), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, table, label in ((left, "frechet", "Fréchet distance"), (right, "bits_per_dim", "bits/dim")):
         for name, values in results[table].items():
@@ -151,8 +151,8 @@ def plot(results: dict, file: Path) -> None:
         axes.grid(alpha=0.3)
     reference = results["reference"]["frechet"]
     left.axhline(reference, color="gray", linestyle="--", label=f"stock DDPM, {results['reference']['steps']} steps")
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     figure.savefig(file)
 
 
