@@ -438,7 +438,11 @@ def test_second_order_costs_no_calls_and_is_closer_to_the_exact_solution():
     assert errors[2] < errors[1] / 4
 
 
-def test_second_order_needs_our_scheduler():
+def test_second_order_needs_our_scheduler_and_the_shape_of_the_images():
+    with pytest.raises(ValueError, match=r"previous_x_0.*\(1, 1, 4, 4\).*\(2, 1, 4, 4\)"):
+        DDPMSchedulerCustom().step(
+            *torch.zeros(1, 2, 1, 4, 4), 9, torch.zeros(2, 1, 4, 4), previous_x_0=torch.zeros(1, 1, 4, 4)
+        )
     pipe = oracle_pipeline(0.1)
     for order in (0, 3, 1.5):
         with pytest.raises(ValueError, match="solver_order"):

@@ -318,11 +318,11 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
             x_s and x̂_0, in the dtype of x_t. The last step of the trajectory adds no noise.
         """
         check_eta(eta)
-        if variance_noise is not None and variance_noise.shape != sample.shape:
-            raise ValueError(
-                f"`variance_noise` has shape {tuple(variance_noise.shape)}, but must have that of the sample, "
-                f"{tuple(sample.shape)}."
-            )
+        for name, given in (("variance_noise", variance_noise), ("previous_x_0", previous_x_0)):
+            if given is not None and given.shape != sample.shape:
+                raise ValueError(
+                    f"`{name}` has shape {tuple(given.shape)}, but must have that of the sample, {tuple(sample.shape)}."
+                )
         output, raw_variance = split_model_output(model_output, sample, self.variance_type)
         c = self._coefficients(timestep, sample, eta)
 
@@ -448,8 +448,8 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
     def _optimal_variance(self, t: Tensor, s: Tensor, eta: float = 1.0) -> Tensor:
         """σ*²; where images are clipped, the last noise that is drawn is at most the 1 - ᾱ_s of the forward process.
 
-        One prediction is left to remove it, by a network that never saw more at that s. The paper clips the same σ, by
-        hand, to 1 or 2 of 255 levels (arXiv 2201.06503, Appendix F): 1 - ᾱ_0 of the linear schedule is 1.3 of them.
+        One prediction is left to remove it, by a network that never saw more at that s. The paper clips the same σ,
+        by hand, to 1 or 2 of 255 levels (arXiv 2201.06503, Appendix); here, on the linear schedule, it comes to 1.3.
         """
         variance = self.process.optimal_variance(self.calibration.x_0_error[t], t, s, eta)
         if not (self.config.clip_sample or self.config.thresholding):
