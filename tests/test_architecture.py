@@ -11,15 +11,23 @@ SOURCE = Path(ddpm_hf.__file__).parent
 
 ARROWS = {
     "ddpm_process": set(),
-    "scheduling_ddpm_custom": {"ddpm_process"},
-    "pipeline": {"ddpm_process", "scheduling_ddpm_custom"},
+    "ddpm_few_steps": {"ddpm_process"},
+    "scheduling_ddpm_custom": {"ddpm_few_steps", "ddpm_process"},
+    "pipeline": {"ddpm_few_steps", "ddpm_process", "scheduling_ddpm_custom"},
+    "probing": {"ddpm_process", "pipeline", "scheduling_ddpm_custom"},
+    "calibration": {
+        "checkpoint", "ddpm_few_steps", "ddpm_process", "pipeline", "probing", "run_folder", "scheduling_ddpm_custom",
+    },
+    "likelihood": {"ddpm_process", "pipeline", "probing", "scheduling_ddpm_custom"},
     "objectives": {"ddpm_process"},
     "images": {"config"},
     "sources": {"config"},
     "decoding": {"images", "sources"},
     "image_cache": {"decoding", "images", "sources"},
     "data": {"config", "decoding", "image_cache", "images", "sources"},
-    "config": set(),
+    "options": set(),
+    "config": {"options"},
+    "command_config": {"options"},
     "pictures": set(),
     "checkpoint": {"pipeline"},
     "run_folder": {"checkpoint", "config", "pipeline"},
@@ -48,13 +56,18 @@ ARROWS = {
     "source_ho": {"source_network"},
     "source_improved": {"source_network"},
     "convert": {
-        "card", "config", "pipeline", "run_folder", "sampling", "scheduling_ddpm_custom", "source_ho",
+        "card", "command_config", "pipeline", "run_folder", "sampling", "scheduling_ddpm_custom", "source_ho",
         "source_improved", "source_network",
     },
-    "cli": {"card", "config", "convert", "hub", "pictures", "run_folder", "sampling", "sharing"},
+    "commands": {
+        "calibration", "card", "command_config", "config", "convert", "data", "hub", "pictures", "pipeline",
+        "run_folder", "sampling", "sharing",
+    },
+    "cli": {"command_config", "commands", "options"},
     "__init__": {"card", "ddpm_process", "pipeline", "scheduling_ddpm_custom"},
 }  # fmt: skip
 COPIED = {"ddpm_process": {"numpy", "torch"}, "scheduling_ddpm_custom": {"numpy", "torch", "diffusers"}}
+COPIED["ddpm_few_steps"] = {"torch"}
 COPIED["pipeline"] = {*COPIED["scheduling_ddpm_custom"], "PIL", "huggingface_hub"}
 
 

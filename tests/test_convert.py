@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.cli import main
-from ddpm_hf.config import ConvertConfig
+from ddpm_hf.command_config import ConvertConfig
 from ddpm_hf.convert import convert_model
 from ddpm_hf.source_improved import improved_network
 

@@ -343,6 +343,7 @@ def test_saved_repository_holds_safetensors_and_no_path_of_this_machine(make_pip
         "model_index.json",
         "pipeline.py",
         "scheduling_ddpm_custom.py",
+        "ddpm_few_steps.py",
         "ddpm_process.py",
         "scheduler/scheduler_config.json",
         "unet/config.json",

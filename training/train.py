@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from ddpm_hf.config import exit_with_error, parse_train_config
+from ddpm_hf.config import parse_train_config
+from ddpm_hf.options import exit_with_error
 
 
 def main() -> None:

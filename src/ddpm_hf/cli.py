@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from transformers import HfArgumentParser
 
-from .config import ConvertConfig, HelpFormatter, PushConfig, SampleConfig, exit_with_error
+from .command_config import CalibrateConfig, ConvertConfig, PushConfig, SampleConfig
+from .commands import calibrate, convert, push, sample
+from .options import HelpFormatter, exit_with_error
 
 DESCRIPTION = """\
 DDPM (Ho et al. 2020) for the Hugging Face ecosystem.
@@ -22,6 +21,11 @@ Train a model with `accelerate launch training/train.py`, then look at what it m
   ddpm-hf sample ddpm-digits                                64 images of a model trained here
   ddpm-hf sample ddpm-digits/checkpoint-500                 … of a training checkpoint
   ddpm-hf sample google/ddpm-cifar10-32 --num_images 16     … of a model of the Hub, stock ones included
+
+Good images in few steps, and what the best ones for the likelihood need:
+
+  ddpm-hf sample ddpm-digits --steps 25 --eta 0 --solver_order 2
+  ddpm-hf calibrate ddpm-digits --dataset digits            then also --spacing optimal, --variance_type optimal
 
 Share it, or turn somebody's model into one that loads three ways:
 
@@ -39,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     _add_command(
         commands, "sample", SampleConfig, sample, "make images: numbered PNGs and a grid",
         "Make images: numbered PNGs and a grid, the same ones whatever the batch size.",
+        model="a folder, a training checkpoint, or a model of the Hub",
+    )  # fmt: skip
+    _add_command(
+        commands, "calibrate", CalibrateConfig, calibrate, "measure a model, for the optimal variance and timesteps",
+        "Measure the error of a model at every timestep, which gives the optimal variance and the best timesteps, and "
+        "keep it in the model's scheduler.",
         model="a folder, a training checkpoint, or a model of the Hub",
     )  # fmt: skip
     _add_command(
@@ -81,86 +91,3 @@ def _add_command(
     for argument, meaning in positionals.items():
         parser.add_argument(argument, metavar=argument.upper(), help=meaning)
     parser.set_defaults(run=run, config_type=config_type, positionals=list(positionals))
-
-
-def sample(model: str, config: SampleConfig) -> Path:
-    """Write `00000.png` … and `grid.png` into the output folder; returns the grid's path."""
-    import torch  # these take seconds: --help and mistakes answer at once
-
-    from .pictures import image_grid
-    from .run_folder import check_writable
-    from .sampling import load_pipeline, sample_images
-
-    output_dir = Path(config.output_dir)
-    check_writable(output_dir)
-    stale = [p for p in output_dir.glob("[0-9]*.png") if p.stem.isdigit() and int(p.stem) >= config.num_images]
-    if stale:
-        raise ValueError(
-            f"`output_dir` {str(output_dir)!r} holds {len(stale)} images of a longer run ({min(stale).name} …): remove "
-            "them, or choose another --output_dir."
-        )
-    device = _device(config.device)
-    pipeline = load_pipeline(model, config.revision, getattr(torch, config.dtype)).to(device)
-    if config.timestep_spacing != "model":
-        pipeline.scheduler = type(pipeline.scheduler).from_config(
-            pipeline.scheduler.config, timestep_spacing=config.timestep_spacing
-        )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    images: list[Image.Image] = []
-    for batch in sample_images(
-        pipeline,
-        config.num_images,
-        config.seed,
-        config.batch_size,
-        class_labels=config.class_label,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        eta=config.eta,
-    ):
-        for image in batch:
-            image.save(output_dir / f"{len(images):05d}.png")
-            images.append(image)
-    grid = output_dir / "grid.png"
-    image_grid(images[:256]).save(grid)
-    print(f"{len(images)} images in {output_dir}/, the first {min(256, len(images))} of them in {grid}.")
-    return grid
-
-
-def push(model: str, repo_id: str, config: PushConfig) -> str:
-    """Push the model of a folder; returns the address of the commit or pull request."""
-    from .card import CardFacts
-    from .hub import HubTarget
-    from .sharing import push_folder, resume_command
-
-    target = HubTarget(
-        repo_id, config.hub_token, config.private, config.revision, config.tag, create_pr=config.create_pr
-    )
-    try:
-        url = push_folder(Path(model), target, CardFacts(license=config.license))
-    except OSError as error:
-        raise OSError(f"{error}\nTry again with:\n  {resume_command(Path(model), target)}") from error
-    print(f"Pushed: {url}")
-    return url
-
-
-def convert(source: str, destination: str, config: ConvertConfig) -> Path:
-    """Write a converted model into a new folder; returns the folder."""
-    from .convert import convert_model
-
-    folder = convert_model(source, Path(destination), config)
-    print(f"{source} is now {folder}, with equal outputs.\nSee it with:\n  ddpm-hf sample {shlex.quote(str(folder))}")
-    return folder
-
-
-def _device(name: str | None) -> str:
-    """The device asked for, if it can hold a tensor; else the best one present."""
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"`device` is {name!r}, but that can't be used here ({reason}): try --device cpu.") from error
-    return name

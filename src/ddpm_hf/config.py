@@ -1,79 +1,22 @@
-"""The configuration: one dataclass field = one flag = one YAML key. Defaults and help texts live nowhere else."""
+"""The configuration of a run: one dataclass field = one flag = one YAML key. Defaults and help live nowhere else."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import re
-import shutil
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal
 
 import yaml
 from transformers import HfArgumentParser
 
+from .options import HelpFormatter, at_least, check_seed, check_types, fraction, option, positive
+
 IMAGE_MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}  # Pillow's name → channels
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SECRETS = ("hub_token",)  # options that are written down nowhere
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-def _check_types(config: object) -> None:
-    """Check types, and the options that have a fixed set of values; argparse does so for flags only, not for YAML."""
-    hints = get_type_hints(type(config))
-    for name in (f.name for f in fields(config)):  # type: ignore[arg-type]
-        value, hint = getattr(config, name), hints[name]
-        alternatives = [hint] if get_origin(hint) is Literal else list(get_args(hint) or (hint,))
-        if value is None and NoneType in alternatives:
-            continue
-        literal = next((t for t in alternatives if get_origin(t) is Literal), None)
-        if literal is not None:
-            if value not in get_args(literal):
-                allowed = ", ".join(map(repr, get_args(literal)))
-                raise ValueError(f"`{name}` is {value!r}, but must be one of {allowed}.")
-            continue
-        types = tuple(get_origin(t) or t for t in alternatives)
-        if float in types:
-            types = (*types, int)
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            wanted = " or ".join(t.__name__ for t in types if t is not NoneType)
-            raise ValueError(f"`{name}` is {value!r}, but must be of type {wanted}.")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"`{name}` is {value}, but must be finite.")
-
-
-def _at_least(minimum: int, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"`{name}` is {value}, but must be at least {minimum}.")
-
-
-def _positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"`{name}` is {value}, but must be positive.")
-
-
-def _fraction(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not 0 <= value < 1:
-            raise ValueError(f"`{name}` is {value}, but must lie in [0, 1).")
-
-
-def _seed(seed: int, images: int = 1) -> None:
-    if not 0 <= seed <= 2**63 - images:
-        raise ValueError(f"`seed` is {seed}, but must lie between 0 and 2^63 - {images}.")
 
 
 @dataclass
@@ -82,58 +25,58 @@ class DataOptions:
 
     _argument_group_name: ClassVar[str] = "data"
 
-    dataset_name: str | None = _option(
+    dataset_name: str | None = option(
         None,
         "A dataset of the Hub, a local dataset folder, files (.parquet, .arrow, .tar of WebDataset; also by * and ?), "
         "or `digits`: the scans that scikit-learn ships.",
     )
-    dataset_config_name: str | None = _option(None, "The dataset's configuration, where it has several.")
-    train_data_dir: str | None = _option(None, "A folder of images with all its sub-folders, instead of a dataset.")
-    cache_dir: str | None = _option(
+    dataset_config_name: str | None = option(None, "The dataset's configuration, where it has several.")
+    train_data_dir: str | None = option(None, "A folder of images with all its sub-folders, instead of a dataset.")
+    cache_dir: str | None = option(
         None, "Where downloaded datasets and decoded images are kept. Default: the cache of `datasets`."
     )
-    image_column: str | None = _option(None, "The column that holds the images; found by its type if not given.")
-    label_column: str | None = _option(
+    image_column: str | None = option(None, "The column that holds the images; found by its type if not given.")
+    label_column: str | None = option(
         None,
         "Train class-conditionally with this column: ClassLabel, integers or text. In a folder of images, `label` "
         "is the name of the sub-folder. Default: unconditional.",
     )
-    resolution: int = _option(64, "Height and width of the images: they are cropped to a square and resized to it.")
-    image_mode: str | None = _option(
+    resolution: int = option(64, "Height and width of the images: they are cropped to a square and resized to it.")
+    image_mode: str | None = option(
         None,
         "Mode of the images: L (grayscale), LA, RGB or RGBA. Default: by --channels. Without A, transparent "
         "parts become white.",
     )
-    channels: int | None = _option(None, "Channels of the images: 1, 2, 3 or 4. Default: by --image_mode, else 3.")
-    resize: Literal["bicubic", "lanczos"] = _option(
+    channels: int | None = option(None, "Channels of the images: 1, 2, 3 or 4. Default: by --image_mode, else 3.")
+    resize: Literal["bicubic", "lanczos"] = option(
         "bicubic",
         "Antialiased resizing: bicubic, as the field resizes for FID, or the sharper Lanczos, which rings more.",
     )
-    center_crop: bool = _option(
+    center_crop: bool = option(
         False,
         "Crop the centre; without this flag, a random part (fixed per image, by the seed and its place in the data).",
     )
-    random_flip: bool = _option(False, "Flip images horizontally with probability 1/2.")
-    preserve_input_precision: bool = _option(
+    random_flip: bool = option(False, "Flip images horizontally with probability 1/2.")
+    preserve_input_precision: bool = option(
         False, "Keep 16 bits per channel. (Pillow reads them from grayscale images; of 16-bit colour it keeps 8.)"
     )
-    on_bad_image: Literal["raise", "skip"] = _option(
+    on_bad_image: Literal["raise", "skip"] = option(
         "raise", "End with the name of the first image that can't be read, or leave such images out and list them."
     )
-    cache_limit_gb: float | None = _option(
+    cache_limit_gb: float | None = option(
         None,
         "Decoded images are kept on disk up to this size, and beyond it decoded whenever needed; 0: always decode. "
         "Default: half of the free disk space.",
     )
-    dataloader_num_workers: int = _option(
+    dataloader_num_workers: int = option(
         0, "Processes that decode images during training, where they are not kept; 0: the training process does."
     )
-    streaming: bool = _option(
+    streaming: bool = option(
         False,
         "Read the dataset while training, for what does not fit the disk; needs --max_train_steps. Every process reads "
         "all of the stream and decodes its part. Resuming reads on to its place: up to two epochs, not decoded.",
     )
-    shuffle_buffer_size: int = _option(1000, "Images among which a stream is shuffled; they are held in memory.")
+    shuffle_buffer_size: int = option(1000, "Images among which a stream is shuffled; they are held in memory.")
 
 
 @dataclass
@@ -142,27 +85,27 @@ class ModelOptions:
 
     _argument_group_name: ClassVar[str] = "network and process"
 
-    model_config_name_or_path: str | None = _option(
+    model_config_name_or_path: str | None = option(
         None,
         "A `UNet2DModel` configuration: a folder, a file or a Hub id. Default: the network of train_unconditional.py.",
     )
-    unet: dict | str | None = _option(None, "The `UNet2DModel` arguments themselves, as YAML mapping or JSON text.")
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = _option("epsilon", "What the network predicts.")
-    ddpm_num_steps: int = _option(1000, "T, the number of diffusion steps.")
-    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = _option(
+    unet: dict | str | None = option(None, "The `UNet2DModel` arguments themselves, as YAML mapping or JSON text.")
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = option("epsilon", "What the network predicts.")
+    ddpm_num_steps: int = option(1000, "T, the number of diffusion steps.")
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = option(
         "linear", "The β schedule."
     )
-    ddpm_num_inference_steps: int | None = _option(
+    ddpm_num_inference_steps: int | None = option(
         None, "K, the steps per image of the sample grids. Default: 1000, or T where that is less."
     )
-    timestep_spacing: Literal["linspace", "trailing", "leading"] = _option(
+    timestep_spacing: Literal["linspace", "trailing", "leading"] = option(
         "linspace", "How K steps are spread over T; linspace goes from T - 1 to 0."
     )
-    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = _option(
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = option(
         "fixed_small",
         "The reverse variance. learned_range doubles the output channels; it needs --objective hybrid or vlb.",
     )
-    enable_xformers_memory_efficient_attention: bool = _option(False, "Use the attention of xFormers.")
+    enable_xformers_memory_efficient_attention: bool = option(False, "Use the attention of xFormers.")
 
 
 @dataclass
@@ -171,19 +114,19 @@ class LossOptions:
 
     _argument_group_name: ClassVar[str] = "loss"
 
-    objective: Literal["simple", "hybrid", "vlb"] = _option(
+    objective: Literal["simple", "hybrid", "vlb"] = option(
         "simple", "The paper's L_simple, the variational bound (vlb), or L_simple + --vlb_weight × the bound (hybrid)."
     )
-    loss_weighting: Literal["uniform", "snr", "min_snr", "p2"] | None = _option(
+    loss_weighting: Literal["uniform", "snr", "min_snr", "p2"] | None = option(
         None,
         "Weights of L_simple over the timesteps. Default: uniform; but snr for prediction_type sample, as in "
         "train_unconditional.py, and min_snr with --snr_gamma.",
     )
-    snr_gamma: float | None = _option(None, "γ of the min-SNR weighting. Default where that is chosen: 5.")
-    p2_gamma: float = _option(1.0, "γ of the P2 weighting 1/(k + SNR)^γ.")
-    p2_k: float = _option(1.0, "k of the P2 weighting.")
-    vlb_weight: float = _option(1e-3, "λ of the hybrid objective.")
-    label_dropout: float = _option(
+    snr_gamma: float | None = option(None, "γ of the min-SNR weighting. Default where that is chosen: 5.")
+    p2_gamma: float = option(1.0, "γ of the P2 weighting 1/(k + SNR)^γ.")
+    p2_k: float = option(1.0, "k of the P2 weighting.")
+    vlb_weight: float = option(1e-3, "λ of the hybrid objective.")
+    label_dropout: float = option(
         0.1, "With --label_column: the share of labels that are dropped, so that guidance is possible."
     )
 
@@ -194,32 +137,32 @@ class OptimizationOptions:
 
     _argument_group_name: ClassVar[str] = "optimisation"
 
-    train_batch_size: int = _option(16, "Images per process and forward pass.")
-    gradient_accumulation_steps: int = _option(1, "Forward passes per optimizer update.")
-    num_epochs: int = _option(100, "Passes over the data.")
-    max_train_steps: int | None = _option(None, "Optimizer updates; overrides --num_epochs.")
-    learning_rate: float = _option(1e-4, "The peak learning rate.")
+    train_batch_size: int = option(16, "Images per process and forward pass.")
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimizer update.")
+    num_epochs: int = option(100, "Passes over the data.")
+    max_train_steps: int | None = option(None, "Optimizer updates; overrides --num_epochs.")
+    learning_rate: float = option(1e-4, "The peak learning rate.")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = _option("cosine", "The learning rate over the run, as diffusers defines them; `constant` has no warm-up.")
-    lr_warmup_steps: int = _option(500, "Updates of linear warm-up.")
-    adam_beta1: float = _option(0.95, "AdamW's β1.")
-    adam_beta2: float = _option(0.999, "AdamW's β2.")
-    adam_weight_decay: float = _option(1e-6, "AdamW's weight decay.")
-    adam_epsilon: float = _option(1e-8, "AdamW's ε.")
-    max_grad_norm: float = _option(1.0, "Clip the gradient to this norm.")
-    max_skipped_steps: int = _option(
+    ] = option("cosine", "The learning rate over the run, as diffusers defines them; `constant` has no warm-up.")
+    lr_warmup_steps: int = option(500, "Updates of linear warm-up.")
+    adam_beta1: float = option(0.95, "AdamW's β1.")
+    adam_beta2: float = option(0.999, "AdamW's β2.")
+    adam_weight_decay: float = option(1e-6, "AdamW's weight decay.")
+    adam_epsilon: float = option(1e-8, "AdamW's ε.")
+    max_grad_norm: float = option(1.0, "Clip the gradient to this norm.")
+    max_skipped_steps: int = option(
         50, "Updates without a finite gradient are skipped and counted; so many in a row end the run."
     )
-    use_ema: bool = _option(False, "Keep an exponential moving average of the weights, and export that.")
-    ema_inv_gamma: float = _option(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma)^-power.")
-    ema_power: float = _option(0.75, "EMA warm-up: see --ema_inv_gamma.")
-    ema_max_decay: float = _option(0.9999, "The largest decay of the EMA.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(
+    use_ema: bool = option(False, "Keep an exponential moving average of the weights, and export that.")
+    ema_inv_gamma: float = option(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma)^-power.")
+    ema_power: float = option(0.75, "EMA warm-up: see --ema_inv_gamma.")
+    ema_max_decay: float = option(0.9999, "The largest decay of the EMA.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "Precision of the network's forward pass. Default: what `accelerate launch` says, else no."
     )
-    seed: int = _option(0, "Fixes the weights, the order of the data, the noise and the samples.")
-    local_rank: int = _option(-1, "Accepted for old launchers, and not needed: the environment says it.")
+    seed: int = option(0, "Fixes the weights, the order of the data, the noise and the samples.")
+    local_rank: int = option(-1, "Accepted for old launchers, and not needed: the environment says it.")
 
 
 @dataclass
@@ -228,28 +171,28 @@ class OutputOptions:
 
     _argument_group_name: ClassVar[str] = "output"
 
-    output_dir: str = _option("ddpm-model-64", "Where the pipeline, checkpoints, pictures and logs go.")
-    overwrite_output_dir: bool = _option(False, "Replace what an earlier run left in the output folder.")
-    checkpointing_steps: int = _option(500, "Save a checkpoint every so many updates.")
-    checkpoints_total_limit: int | None = _option(None, "Keep only so many checkpoints, the newest.")
-    resume_from_checkpoint: str | None = _option(
+    output_dir: str = option("ddpm-model-64", "Where the pipeline, checkpoints, pictures and logs go.")
+    overwrite_output_dir: bool = option(False, "Replace what an earlier run left in the output folder.")
+    checkpointing_steps: int = option(500, "Save a checkpoint every so many updates.")
+    checkpoints_total_limit: int | None = option(None, "Keep only so many checkpoints, the newest.")
+    resume_from_checkpoint: str | None = option(
         None, "`latest` (a new run where there is none), or the path of the checkpoint to go on from."
     )
-    save_model_epochs: int = _option(
+    save_model_epochs: int = option(
         10, "Write the pipeline into the output folder after the first epoch, and then every so many."
     )
-    save_images_epochs: int = _option(10, "Write sample grids after the first epoch, and then every so many.")
-    save_images_steps: int | None = _option(
+    save_images_epochs: int = option(10, "Write sample grids after the first epoch, and then every so many.")
+    save_images_steps: int | None = option(
         None,
         "The same in updates, the first time after a tenth of the number; overrides --save_images_epochs. 0: never.",
     )
-    eval_batch_size: int = _option(16, "Images in the sample grids.")
-    report_to: list[str] | None = _option(
+    eval_batch_size: int = option(16, "Images in the sample grids.")
+    report_to: list[str] | None = option(
         None, "Trackers: tensorboard, wandb, trackio, or none. Default: tensorboard where it is installed."
     )
-    logger: Literal["tensorboard", "wandb"] | None = _option(None, "One tracker, as train_unconditional.py spells it.")
-    logging_dir: str = _option("logs", "Folder of the logs, inside the output folder.")
-    dry_run: bool = _option(False, "Print the options, the size of the network and the plan of the run, and stop.")
+    logger: Literal["tensorboard", "wandb"] | None = option(None, "One tracker, as train_unconditional.py spells it.")
+    logging_dir: str = option("logs", "Folder of the logs, inside the output folder.")
+    dry_run: bool = option(False, "Print the options, the size of the network and the plan of the run, and stop.")
 
 
 @dataclass
@@ -258,10 +201,10 @@ class HubOptions:
 
     _argument_group_name: ClassVar[str] = "the Hub"
 
-    push_to_hub: bool = _option(False, "Push the pipeline to the Hub, at checkpoints and at the end.")
-    hub_model_id: str | None = _option(None, "The repository. Default: the output folder's name, in your namespace.")
-    hub_private_repo: bool = _option(False, "Make the repository private, if it has to be created.")
-    hub_token: str | None = _option(None, "The token to push with. Default: that of `hf auth login`.")
+    push_to_hub: bool = option(False, "Push the pipeline to the Hub, at checkpoints and at the end.")
+    hub_model_id: str | None = option(None, "The repository. Default: the output folder's name, in your namespace.")
+    hub_private_repo: bool = option(False, "Make the repository private, if it has to be created.")
+    hub_token: str | None = option(None, "The token to push with. Default: that of `hf auth login`.")
 
 
 GROUPS = (DataOptions, ModelOptions, LossOptions, OptimizationOptions, OutputOptions, HubOptions)
@@ -276,22 +219,22 @@ class TrainConfig(HubOptions, OutputOptions, OptimizationOptions, LossOptions, M
             self.report_to = [self.report_to]
         if self.mixed_precision is False:  # `mixed_precision: no` there
             self.mixed_precision = "no"
-        _check_types(self)
-        _at_least(
+        check_types(self)
+        at_least(
             1, self, "resolution", "shuffle_buffer_size", "train_batch_size", "gradient_accumulation_steps",
             "num_epochs", "max_train_steps", "ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size",
             "checkpointing_steps", "checkpoints_total_limit", "save_model_epochs", "save_images_epochs",
             "max_skipped_steps",
         )  # fmt: skip
-        _at_least(
+        at_least(
             0, self, "cache_limit_gb", "dataloader_num_workers", "save_images_steps", "lr_warmup_steps",
             "adam_weight_decay", "p2_gamma", "vlb_weight",
         )  # fmt: skip
-        _positive(
+        positive(
             self, "learning_rate", "max_grad_norm", "ema_inv_gamma", "ema_power", "adam_epsilon", "snr_gamma", "p2_k"
         )
-        _fraction(self, "adam_beta1", "adam_beta2", "ema_max_decay", "label_dropout")
-        _seed(self.seed)
+        fraction(self, "adam_beta1", "adam_beta2", "ema_max_decay", "label_dropout")
+        check_seed(self.seed)
         self._check_data()
         self._check_model()
         self._check_output()
@@ -406,75 +349,6 @@ class TrainConfig(HubOptions, OutputOptions, OptimizationOptions, LossOptions, M
         self.image_mode, self.channels = mode, IMAGE_MODES[mode]
 
 
-@dataclass
-class SampleConfig:
-    """Options of `ddpm-hf sample`."""
-
-    num_images: int = _option(64, "How many images to make.")
-    seed: int = _option(0, "Image i comes from the random numbers of seed + i, whatever the batch size.")
-    output_dir: str = _option("samples", "Folder for the numbered PNGs and the grid.")
-    num_inference_steps: int | None = _option(None, "K, steps per image; default: the model's T.")
-    timestep_spacing: Literal["model", "linspace", "trailing", "leading"] = _option(
-        "model", "How K steps are spread over T."
-    )
-    eta: float | None = _option(None, "From 0 (DDIM) to 1 (ancestral DDPM, the default).")
-    class_label: list[int] | None = _option(None, "For class-conditional models: labels, used in turn.")
-    guidance_scale: float = _option(1.0, "Classifier-free guidance; 1 is off.")
-    batch_size: int = _option(64, "Images per forward pass.")
-    device: str | None = _option(None, "cpu, cuda, mps, …; default: the best one present.")
-    dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "Precision of the network.")
-    revision: str | None = _option(None, "Branch, tag or commit of a Hub model.")
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        _at_least(1, self, "num_images", "batch_size", "num_inference_steps")
-        _seed(self.seed, self.num_images)
-        if self.eta is not None and not 0 <= self.eta <= 1:
-            raise ValueError(f"`eta` is {self.eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM.")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise ValueError(f"`guidance_scale` is {self.guidance_scale}, but must be at least 0 (1 is no guidance).")
-
-
-@dataclass
-class PushConfig:
-    """Options of `ddpm-hf push`."""
-
-    private: bool = _option(False, "Make the repository private.")
-    revision: str | None = _option(None, "The branch to push to, made if it does not exist; default: main.")
-    tag: str | None = _option(None, "Tag what was pushed.")
-    create_pr: bool = _option(False, "Open a pull request, in a repository of anybody.")
-    license: str | None = _option(None, "The license for the card, as the Hub names it: apache-2.0, mit, cc-by-4.0, …")
-    hub_token: str | None = _option(
-        None, "The token to push with. Default: that of HF_TOKEN or `hf auth login`, which other users can't see."
-    )
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-
-
-@dataclass
-class ConvertConfig:
-    """Options of `ddpm-hf convert`. All but the first are for weight files, which don't say it themselves."""
-
-    revision: str | None = _option(None, "Branch, tag or commit of a Hub model.")
-    resolution: int | None = _option(None, "Height and width of the images that the network was trained on.")
-    num_heads: int | None = _option(None, "Attention heads of an improved-diffusion network (its scripts say 4).")
-    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = _option(
-        "linear", "The β schedule of the training; squaredcos_cap_v2 is improved-diffusion's `cosine`."
-    )
-    prediction_type: Literal["epsilon", "sample"] = _option(
-        "epsilon", "What the network predicts; sample is `predict_xstart`."
-    )
-    variance_type: Literal["fixed_small", "fixed_large"] = _option(
-        "fixed_large", "The reverse variance where the network does not learn it."
-    )
-    ddpm_num_steps: int = _option(1000, "T, the number of diffusion steps of the training.")
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        _at_least(1, self, "resolution", "num_heads", "ddpm_num_steps")
-
-
 def parse_train_config(argv: Sequence[str], default_preset: Path) -> TrainConfig:
     """Flags over YAML over defaults. Without a source of images, `default_preset` is the YAML file.
 
@@ -503,24 +377,6 @@ def parse_train_config(argv: Sequence[str], default_preset: Path) -> TrainConfig
     return TrainConfig(**options)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """One spelling of each option, short names for its value, and its default if it has one."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.nargs == 0 or not action.option_strings:
-            return super()._format_action_invocation(action)
-        return f"{action.option_strings[0]} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
-
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {int: "N", float: "X"}.get(action.type, "VALUE")  # type: ignore[call-overload]
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def _read_yaml(file: Path, known: set[str]) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"`config` is {str(file)!r}, but there is no such file.")
@@ -544,8 +400,3 @@ def _json_mapping(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("`unet` must be a JSON object, e.g. '{\"layers_per_block\": 1}'.")
     return value
-
-
-def exit_with_error(error: Exception) -> None:
-    """End a command with the message of a foreseen error, without a traceback."""
-    sys.exit(f"error: {error}")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .card import CardFacts, write_card
-from .config import ConvertConfig
+from .command_config import ConvertConfig
 from .pipeline import DDPMPipelineCustom
 from .run_folder import check_writable
 from .sampling import load_pipeline, stored_dtype

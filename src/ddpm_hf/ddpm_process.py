@@ -12,6 +12,7 @@ the result comes back in the dtype of the first image argument.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +24,9 @@ from torch import Tensor
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
-VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
+VarianceType = Literal[
+    "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", "optimal"
+]
 Timestep = int | Tensor  # an int, or an integer tensor of shape () or (B,)
 
 BETA_SCHEDULES: tuple[str, ...] = get_args(BetaSchedule)
@@ -201,6 +204,18 @@ class DDPMProcess:
         # log β̃ of the chain's second step, which stands in for log 0 at its last step (as in the paper's own code).
         self._log_variance_at_data = float(self._beta_tilde(1, 0).log() if len(self.betas) > 1 else self.betas[0].log())
 
+    def on_trajectory(self, timesteps: Tensor) -> DDPMProcess:
+        """The process for a reverse chain that visits only some timesteps, descending.
+
+        The same at every t, but for log σ² of `fixed_small` at the chain's last step, where β̃ is 0: it is log β̃ of the
+        step before, of that chain.
+        """
+        chain = copy.copy(self)
+        ends = timesteps.tolist()[-2:]
+        log_variance = chain._beta_tilde(*ends).log() if len(ends) == 2 else chain.beta(ends[0], -1).log()
+        chain._log_variance_at_data = float(log_variance)
+        return chain
+
     @property
     def num_train_timesteps(self) -> int:
         """T."""
@@ -278,6 +293,24 @@ class DDPMProcess:
             return torch.exp(log_s / 2) * torch.expm1(log_t - log_s) / torch.expm1(log_t), scale, variance
         scale = torch.sqrt((-torch.expm1(log_s) - variance) / -torch.expm1(log_t))
         return torch.exp(log_s / 2) - scale * torch.exp(log_t / 2), scale, variance
+
+    def optimal_variance(
+        self, x_0_error: Tensor | float, t: Timestep, s: Timestep | None = None, eta: float = 1.0
+    ) -> Tensor:
+        """σ*² = eta² β̃ + c_0² e_t, which maximises the likelihood of p(x_s | x_t) = N(·, σ² I) (arXiv 2201.06503).
+
+        That is Theorem 1 there, in terms of x̂_0, so that it holds for a network's own mean, clipped or not: x_s is
+        uncertain by the posterior's variance, and by what x̂_0 leaves unknown of x_0. For the best ε̂,
+        e_t = (1 - ᾱ_t)/ᾱ_t (1 - Γ_t). It is not 0 for `eta` = 0 (DDIM).
+
+        Args:
+            x_0_error: e_t = E‖x_0 - x̂_0‖²/d, float64 of the shape of t.
+
+        Returns:
+            float64 of the shape of t. At s = -1 it is e_t.
+        """
+        c_0, _, variance = self.posterior_coefficients(t, s, eta)
+        return variance + c_0.square() * x_0_error
 
     def x_0_coefficients(self, t: Timestep, prediction_type: PredictionType = "epsilon") -> tuple[Tensor, Tensor]:
         """a, b of x̂_0 = a x_t + b · output (Eq. 15 for `epsilon`; arXiv 2202.00512, Appendix D, for `v_prediction`)."""
@@ -385,6 +418,7 @@ class DDPMProcess:
         s: Timestep | None = None,
         variance_type: VarianceType = "fixed_small",
         raw_variance: Tensor | None = None,
+        x_0_error: Tensor | float | None = None,
     ) -> Tensor:
         """Log σ² of p_θ(x_s | x_t), in nats; always finite (see `q_posterior` for s = -1).
 
@@ -392,9 +426,11 @@ class DDPMProcess:
           The suffix `_log` is diffusers' and changes nothing: σ² is σ².
         - `learned`: the network's own log σ². `learned_range`: log σ² = w log β_{t|s} + (1 - w) log β̃_{t|s} with
           w = (raw + 1)/2 (arXiv 2102.09672, Eq. 15).
+        - `optimal`: that of `optimal_variance`.
 
         Args:
             raw_variance: the network's second half of the channels, for the learned types only.
+            x_0_error: e_t, float64 of the shape of t, for `optimal` only.
 
         Returns:
             float64 of the shape of t for the fixed types, of the shape of `raw_variance` (float32 at least) else.
@@ -404,6 +440,10 @@ class DDPMProcess:
             return self.beta(t, s).log()
         if variance_type in ("fixed_small", "fixed_small_log"):
             return self._clipped_log(self._beta_tilde(t, s))
+        if variance_type == "optimal":
+            if x_0_error is None:
+                raise ValueError("`variance_type` is 'optimal', which needs the error of x̂_0: pass `x_0_error`.")
+            return self._clipped_log(self.optimal_variance(x_0_error, t, s))
         if raw_variance is None:
             raise ValueError(
                 f"`variance_type` is {variance_type!r}, but the network predicts no variance: it needs twice as many "
@@ -425,12 +465,14 @@ class DDPMProcess:
         *,
         prediction_type: PredictionType = "epsilon",
         variance_type: VarianceType = "fixed_small",
+        x_0_error: Tensor | float | None = None,
         clip: Callable[[Tensor], Tensor] | None = None,
     ) -> PMeanVariance:
         """p_θ(x_s | x_t) = N(μ_θ, σ² I): the posterior of Eq. 7 at x̂_0 (Eq. 11 where s = t - 1 and output is ε).
 
         Args:
             model_output: (B, C, *) or, for the learned variances, (B, 2C, *) with the variance in the second half.
+            x_0_error: e_t of each image's t, for the variance `optimal`.
             clip: applied to x̂_0 before the mean is computed from it, e.g. `lambda x: x.clamp(-1, 1)`.
 
         Returns:
@@ -444,7 +486,7 @@ class DDPMProcess:
         if clip is not None:
             pred_x_0 = clip(pred_x_0)
         c_0, c_t, posterior_variance = self.posterior_coefficients(t, s)
-        log_variance = self.p_log_variance(t, s, variance_type, raw_variance)
+        log_variance = self.p_log_variance(t, s, variance_type, raw_variance, x_0_error)
         is_posterior = variance_type in ("fixed_small", "fixed_small_log")
         variance = posterior_variance if is_posterior else log_variance.exp()
         if raw_variance is None:
@@ -454,9 +496,13 @@ class DDPMProcess:
 
     # --- the bound (Eq. 5), in bits/dim: nats / ln 2, averaged over everything but the batch ------------------------
 
-    def L_T(self, x_0: Tensor) -> Tensor:
-        """KL(q(x_T|x_0) ‖ N(0, I)) (Eq. 5), bits/dim of shape (B,), float32 at least."""
-        alpha_bar = self.alphas_cumprod[-1].item()
+    def L_T(self, x_0: Tensor, t: int | None = None) -> Tensor:
+        """KL(q(x_T|x_0) ‖ N(0, I)) (Eq. 5), bits/dim of shape (B,), float32 at least.
+
+        Args:
+            t: where the reverse chain starts; by default T - 1.
+        """
+        alpha_bar = float(self.alpha_bar(len(self.betas) - 1 if t is None else t))
         second_moment = x_0.to(_exact_dtype(x_0)).square().flatten(1).mean(1)
         # Only a float64 constant can hold the difference of the nearly equal terms -ᾱ and log(1 - ᾱ).
         nats = 0.5 * (-alpha_bar - math.log1p(-alpha_bar) + alpha_bar * second_moment)

@@ -1,8 +1,8 @@
 """`DDPMPipelineCustom`: sampling with a trained `UNet2DModel` (Algorithm 2 of arXiv 2006.11239), saving and sharing.
 
-`pipeline.py`, `scheduling_ddpm_custom.py` and `ddpm_process.py` are copied into every saved repository, next to a
-`model_index.json` that names stock diffusers classes. So a saved repository loads with this package, with none of ours
-(as remote code), and with stock diffusers.
+`pipeline.py` and the files that it imports from are copied into every saved repository, next to a `model_index.json`
+that names stock diffusers classes. So a saved repository loads with this package, with none of ours (as remote code),
+and with stock diffusers.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import upload_folder
 from torch import Tensor
 
-# Both names are needed here: diffusers copies only the files that pipeline.py itself imports from.
+# All three names are needed here: diffusers copies only the files that pipeline.py itself imports from.
+from .ddpm_few_steps import Calibration  # noqa: F401
 from .ddpm_process import LEARNED_VARIANCE_TYPES, check_choice, check_integer, check_number
 from .scheduling_ddpm_custom import DDPMSchedulerCustom, check_custom_timesteps, check_eta
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-CODE_FILES = ("pipeline.py", "scheduling_ddpm_custom.py", "ddpm_process.py")
+CODE_FILES = ("pipeline.py", "scheduling_ddpm_custom.py", "ddpm_few_steps.py", "ddpm_process.py")
 
 # All that is ever uploaded of a folder: no training state, no logs, whatever else lies there.
 SHARED_FILES = (
@@ -110,8 +111,11 @@ class DDPMPipelineCustom(DiffusionPipeline):
                 f"the network has {channels} input channels and {outputs} output channels, but a DDPM needs "
                 f"out_channels={channels}, or {2 * channels} where it learns the variance."
             )
-        if isinstance(scheduler, DDPMSchedulerCustom) and (outputs != channels) != (
-            variance_type in LEARNED_VARIANCE_TYPES
+        # The optimal variance goes with any network: a variance that it learned is left aside.
+        if (
+            isinstance(scheduler, DDPMSchedulerCustom)
+            and variance_type != "optimal"
+            and (outputs != channels) != (variance_type in LEARNED_VARIANCE_TYPES)
         ):
             raise ValueError(
                 f"the network has {channels} input channels and {outputs} output channels, which does not fit "
@@ -128,8 +132,9 @@ class DDPMPipelineCustom(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
-        timesteps: Sequence[int] | Tensor | None = None,
+        timesteps: Sequence[int] | Tensor | str | None = None,
         eta: float | None = None,
+        solver_order: int = 1,
         class_labels: int | Sequence[int] | Tensor | None = None,
         guidance_scale: float = 1.0,
         callback_on_step_end: Callable[[DDPMPipelineCustom, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
@@ -147,8 +152,11 @@ class DDPMPipelineCustom(DiffusionPipeline):
             num_inference_steps: K, 1 ≤ K ≤ T; by default T. The trajectory is spread by the scheduler's
                 `timestep_spacing`.
             output_type: "pil", "np" (B, H, W, C), "pt" (B, C, H, W), or "latent": x_0 as it is, (B, C, H, W).
-            timesteps: the trajectory itself, strictly descending, instead of `num_inference_steps`.
+            timesteps: the trajectory itself, strictly descending, instead of `num_inference_steps`; or the name of a
+                spacing for them: "optimal", "linspace", "trailing" or "leading".
             eta: in [0, 1], from DDIM (0) to ancestral DDPM (1); by default the scheduler's own: 1 for ours, 0 for DDIM.
+            solver_order: 2 corrects every step by the change of x̂_0 since the step before, at no further network calls:
+                see `DDPMSchedulerCustom.step`. In few steps it is worth more than any variance.
             class_labels: for a class-conditional network: one label for all, or B of them, each in
                 [0, num_class_embeds - 1]. The last one is the null label of guidance.
             guidance_scale: w ≥ 0 of classifier-free guidance: out = null + w (conditional - null). 1 is no guidance.
@@ -165,7 +173,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
         """
         # 1. Check every argument
         self._check_inputs(
-            batch_size, generator, output_type, guidance_scale, eta,
+            batch_size, generator, output_type, guidance_scale, eta, solver_order,
             callback_on_step_end, callback_on_step_end_tensor_inputs, trajectory_every,
         )  # fmt: skip
         labels = self.prepare_class_labels(class_labels, batch_size, guidance_scale)
@@ -182,10 +190,12 @@ class DDPMPipelineCustom(DiffusionPipeline):
         x_t = x_t * self.scheduler.init_noise_sigma
 
         # 4. Denoise step by step
-        record = _Trajectory(trajectory_every)
+        record, pred_x_0 = _Trajectory(trajectory_every), None
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 model_output = self._predict(x_t, t, labels, guidance_scale)
+                if solver_order == 2:
+                    step_kwargs["previous_x_0"] = pred_x_0
                 output = self.scheduler.step(model_output, t, x_t, **step_kwargs)
                 x_t, pred_x_0 = output.prev_sample, output.get("pred_original_sample")
 
@@ -245,6 +255,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
         output_type: str,
         guidance_scale: float,
         eta: float | None,
+        solver_order: int,
         callback_on_step_end: object,
         callback_on_step_end_tensor_inputs: Sequence[str],
         trajectory_every: int | None,
@@ -267,6 +278,12 @@ class DDPMPipelineCustom(DiffusionPipeline):
         check_number("guidance_scale", guidance_scale, "a number of at least 0 (1 is no guidance)", lambda w: w >= 0)
         if eta is not None:
             check_eta(eta)
+        check_integer("solver_order", solver_order, 1, 2)
+        if solver_order == 2 and not isinstance(self.scheduler, DDPMSchedulerCustom):
+            raise ValueError(
+                f"`solver_order` is 2, but {type(self.scheduler).__name__} has no such choice per call: leave it out, "
+                "or use DDPMSchedulerCustom."
+            )
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(f"`callback_on_step_end` is {callback_on_step_end!r}, but must be a function.")
         names = callback_on_step_end_tensor_inputs
@@ -317,13 +334,21 @@ class DDPMPipelineCustom(DiffusionPipeline):
             raise ValueError(f"`class_labels` has {wrong}, but every label must lie between 0 and {num_classes - 1}.")
         return labels.to(self._execution_device, torch.long)
 
-    def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | None) -> None:
+    def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | str | None) -> None:
         """Set the scheduler's trajectory. Timesteps stay on the CPU: reading one never waits for a GPU."""
         T = self.scheduler.config.num_train_timesteps
-        if timesteps is None:
+        if timesteps is None or isinstance(timesteps, str):
             steps = T if num_inference_steps is None else num_inference_steps
             check_integer("num_inference_steps", steps, 1, T)
-            self.scheduler.set_timesteps(steps)
+            if timesteps is None:
+                self.scheduler.set_timesteps(steps)
+            elif isinstance(self.scheduler, DDPMSchedulerCustom):
+                self.scheduler.set_timesteps(steps, spacing=timesteps)
+            else:
+                raise ValueError(
+                    f"`timesteps` is {timesteps!r}, but {type(self.scheduler).__name__} takes no spacing by name: pass "
+                    "the timesteps themselves, or use DDPMSchedulerCustom."
+                )
             return
         if num_inference_steps is not None:
             raise ValueError("pass one of `num_inference_steps` and `timesteps`; both were given.")

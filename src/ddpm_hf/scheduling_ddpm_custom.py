@@ -22,6 +22,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .ddpm_few_steps import Calibration, fingerprint, least_cost_timesteps, step_costs
 from .ddpm_process import (
     LEARNED_VARIANCE_TYPES,
     PREDICTION_TYPES,
@@ -63,18 +64,20 @@ class StepCoefficients(NamedTuple):
 
     x̂_0 = x_0_from_x_t · x_t + x_0_from_output · output      (Eq. 15)
     x_s = mean_from_x_0 · x̂_0 + mean_from_x_t · x_t + σ ε      (Eq. 7)
-    σ is `std` for the fixed variances; for the learned ones noise_scale · exp(log_variance / 2), where the learned
-    range interpolates between `log_variance_low` and `log_variance_high`.
+    A second-order step puts x̂_0 + extrapolation · (x̂_0 - previous x̂_0) in place of x̂_0 there.
+    σ is `std` for the fixed and optimal variances; for the learned ones noise_scale · exp(log_variance / 2), where the
+    learned range interpolates between `log_variance_low` and `log_variance_high`.
     """
 
     x_0_from_x_t: float | Tensor
     x_0_from_output: float | Tensor
     mean_from_x_0: float | Tensor
     mean_from_x_t: float | Tensor
-    std: float | Tensor  # σ of the fixed variances
-    noise_scale: float | Tensor  # eta; 0 at the last step of the trajectory, which adds no noise
+    std: float | Tensor  # σ of the variances that no network predicts; 0 at the last step
+    noise_scale: float | Tensor  # eta, or 1 for the optimal variance; 0 at the last step, which adds no noise
     log_variance_low: float | Tensor  # log β̃
     log_variance_high: float | Tensor  # log β
+    extrapolation: float | Tensor  # 0 at the first and the last step
 
 
 class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
@@ -88,7 +91,8 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         beta_schedule: `linear` (the paper's), `scaled_linear`, `squaredcos_cap_v2`, `sigmoid` or `laplace`.
         trained_betas: β_1 … β_T themselves; they override the four arguments above, T included.
         variance_type: σ² of the reverse step: `fixed_small` (β̃), `fixed_large` (β), their `_log` twins, `learned`
-            (the network's log σ²) or `learned_range` (arXiv 2102.09672, Eq. 15).
+            (the network's log σ²), `learned_range` (arXiv 2102.09672, Eq. 15), or `optimal` (arXiv 2201.06503), which
+            needs a calibration, and which stock diffusers reads as `fixed_small`.
         clip_sample: clamp x̂_0 to ±`clip_sample_range`, before the mean is computed from it.
         prediction_type: what the network predicts: `epsilon`, `sample` or `v_prediction`.
         thresholding: dynamic thresholding of x̂_0 (arXiv 2205.11487, Section 2.3) at the quantile
@@ -158,6 +162,8 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         self.variance_type = variance_type
         self.init_noise_sigma = 1.0
 
+        self._calibration: Calibration | None = None
+        self._step_costs: Tensor | None = None
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._set_trajectory(np.arange(self.process.num_train_timesteps)[::-1].copy(), device=None)
@@ -166,6 +172,38 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         """T."""
         return self.process.num_train_timesteps
 
+    # --- the calibration --------------------------------------------------------------------------------------------
+
+    @property
+    def calibration(self) -> Calibration:
+        """What `ddpm_hf.calibration.calibrate` measured, from `_calibration` of the configuration.
+
+        Raises:
+            ValueError: where there is none, or where it was measured with another process or kind of x̂_0.
+        """
+        if self._calibration is None:
+            stored = self.config.get("_calibration")
+            if stored is None:
+                raise ValueError(
+                    "the optimal variance and the optimal timesteps need a calibration, but the scheduler has none: "
+                    "run `ddpm-hf calibrate MODEL`, or ddpm_hf.calibration.calibrate(pipe, images)."
+                )
+            self._calibration = Calibration.from_config(stored, expected=fingerprint(self.process, self.config))
+        return self._calibration
+
+    def set_calibration(self, calibration: Calibration) -> None:
+        """Keep a calibration in the configuration, as `_calibration`, which stock diffusers carries along."""
+        self.register_to_config(_calibration=calibration.to_config())
+        self._calibration = self._step_costs = None
+        self._tables.clear()
+        self._rows.clear()
+
+    def optimal_timesteps(self, num_inference_steps: int) -> list[int]:
+        """The K timesteps, from T - 1 to 0, of least variational cost (arXiv 2201.06503, Section 4)."""
+        if self._step_costs is None:
+            self._step_costs = step_costs(self.process, self.calibration.x_0_error)
+        return least_cost_timesteps(self._step_costs, num_inference_steps)
+
     # --- the trajectory ---------------------------------------------------------------------------------------------
 
     def set_timesteps(
@@ -173,7 +211,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | Tensor | np.ndarray | None = None,
-        spacing: TimestepSpacing | None = None,
+        spacing: TimestepSpacing | Literal["optimal"] | None = None,
     ) -> None:
         """Choose the trajectory that sampling follows.
 
@@ -181,10 +219,12 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
             num_inference_steps: K, 1 ≤ K ≤ T, spread by the spacing. Exactly K timesteps result.
             device: where `self.timesteps` is put; the CPU lets `step` read a timestep without waiting for a GPU.
             timesteps: the trajectory itself instead, strictly descending, each in [0, T - 1].
-            spacing: overrides `timestep_spacing` of the configuration for this trajectory.
+            spacing: overrides `timestep_spacing` of the configuration for this trajectory. `optimal` is the trajectory
+                of least variational cost: see `optimal_timesteps`.
 
         Raises:
-            ValueError: for any other value, and where the terminal SNR is zero but the network predicts ε.
+            ValueError: for any other value, where the terminal SNR is zero but the network predicts ε, and where
+                `optimal` finds no calibration that fits.
         """
         T = len(self)
         if (num_inference_steps is None) == (timesteps is None):
@@ -200,9 +240,14 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
             K: Any = num_inference_steps
             check_integer("num_inference_steps", K, 1, T)
             spacing = spacing or self.config.timestep_spacing
-            check_choice("timestep_spacing", spacing, TIMESTEP_SPACINGS)
-            grid = _spaced_timesteps(spacing, int(K), T, self.config.steps_offset)
+            check_choice("timestep_spacing", spacing, (*TIMESTEP_SPACINGS, "optimal"))
+            if spacing == "optimal":
+                grid = np.array(self.optimal_timesteps(int(K)))
+            else:
+                grid = _spaced_timesteps(spacing, int(K), T, self.config.steps_offset)
             self._warn_of_a_start_in_the_image(spacing, grid)
+        if self.variance_type == "optimal":
+            _ = self.calibration  # raises now rather than at the first step
         self._set_trajectory(grid, device)
         self.custom_timesteps, self.num_inference_steps = timesteps is not None, len(grid)
 
@@ -224,6 +269,8 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         ascending = np.concatenate([[-1], grid[::-1]])
         below = np.searchsorted(ascending, np.arange(len(self)), side="left") - 1
         self._previous = torch.from_numpy(ascending[below])
+        above = np.searchsorted(ascending, np.arange(len(self)), side="right")
+        self._before = torch.from_numpy(np.append(ascending, -1)[above])  # -1 where the trajectory starts
         self._tables: dict[tuple[float, torch.device, torch.dtype], Tensor] = {}
         self._rows: dict[float, list[list[float]]] = {}
 
@@ -249,8 +296,13 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         *,
         eta: float = 1.0,
         variance_noise: Tensor | None = None,
+        previous_x_0: Tensor | None = None,
     ) -> DDPMSchedulerCustomOutput | tuple[Tensor, Tensor]:
         """x_s ~ p_θ(x_s | x_t), one step of Algorithm 2 along the trajectory.
+
+        With `previous_x_0` the step is of second order: x̂_0 changes on the way from t to s, and the mean is computed at
+        x̂_0 extrapolated to the middle of it, in log-SNR, but by no more than it changed in the step before. Apart from
+        that limit it is DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2) for eta = 0, and its SDE for eta = 1.
 
         Args:
             model_output: (B, C, *), or (B, 2C, *) for the learned variances. Any floating dtype.
@@ -258,31 +310,34 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
             sample: x_t, (B, C, *). Any floating dtype; arithmetic is float32 at least.
             generator: one for the batch or a list with one per image.
             eta: 1 is ancestral sampling, 0 is DDIM; between them σ² is eta² times the variance (arXiv 2010.02502,
-                Eq. 16).
+                Eq. 16). The `optimal` variance is that of each eta, and not 0 for eta = 0.
             variance_noise: ε of the shape of x_t, to be used instead of drawing it.
+            previous_x_0: the `pred_original_sample` of the step before on the trajectory, of the shape of x_t.
 
         Returns:
             x_s and x̂_0, in the dtype of x_t. The last step of the trajectory adds no noise.
         """
         check_eta(eta)
-        if variance_noise is not None and variance_noise.shape != sample.shape:
-            raise ValueError(
-                f"`variance_noise` has shape {tuple(variance_noise.shape)}, but must have that of the sample, "
-                f"{tuple(sample.shape)}."
-            )
+        for name, given in (("variance_noise", variance_noise), ("previous_x_0", previous_x_0)):
+            if given is not None and given.shape != sample.shape:
+                raise ValueError(
+                    f"`{name}` has shape {tuple(given.shape)}, but must have that of the sample, {tuple(sample.shape)}."
+                )
         output, raw_variance = split_model_output(model_output, sample, self.variance_type)
         c = self._coefficients(timestep, sample, eta)
 
         # 1. Predict x_0 (Eq. 15), and keep it in the range of images before anything is computed from it.
         dtype = torch.promote_types(sample.dtype, torch.float32)
         x_t = sample.to(dtype)
-        x_0 = self._limit_x_0(c.x_0_from_x_t * x_t + c.x_0_from_output * output.to(dtype))
+        x_0 = self.limit_x_0(c.x_0_from_x_t * x_t + c.x_0_from_output * output.to(dtype))
 
         # 2. The mean of x_s (Eq. 7, at x̂_0).
-        x_s = c.mean_from_x_0 * x_0 + c.mean_from_x_t * x_t
+        x_0_on_the_way = x_0 if previous_x_0 is None else x_0 + c.extrapolation * (x_0 - previous_x_0.to(dtype))
+        x_s = c.mean_from_x_0 * x_0_on_the_way + c.mean_from_x_t * x_t
 
-        # 3. Noise; none at the last step.
-        if not (isinstance(c.noise_scale, float) and c.noise_scale == 0) and eta > 0:
+        # 3. Noise; none at the last step, and none for DDIM unless its variance is the optimal one.
+        is_silent = isinstance(c.noise_scale, float) and c.noise_scale == 0
+        if not is_silent and (eta > 0 or self.variance_type == "optimal"):
             if variance_noise is None:
                 variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
             x_s = x_s + self._std(c, raw_variance, dtype) * variance_noise.to(dtype)
@@ -300,7 +355,13 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         log_variance = c.log_variance_low + (raw + 1) / 2 * (c.log_variance_high - c.log_variance_low)
         return c.noise_scale * torch.exp(0.5 * log_variance)
 
-    def _limit_x_0(self, x_0: Tensor) -> Tensor:
+    def predict_x_0(self, model_output: Tensor, sample: Tensor, timestep: int | Tensor) -> Tensor:
+        """x̂_0 of a prediction (without variance channels) at x_t, clipped as in `step`. Of the shape of x_t."""
+        process, prediction_type = self.process, self.config.prediction_type
+        return self.limit_x_0(process.predict_x0(model_output, sample, timestep, prediction_type))
+
+    def limit_x_0(self, x_0: Tensor) -> Tensor:
+        """x̂_0, (B, C, *), kept in the range of images as the configuration says."""
         if self.config.thresholding:
             return self._threshold_sample(x_0)
         if self.config.clip_sample:
@@ -352,29 +413,65 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         return StepCoefficients(*(c.reshape(-1, *(1,) * (sample.ndim - 1)) if c.ndim else c for c in columns))
 
     def _table(self, eta: float) -> Tensor:
-        """Coefficients of the step from every t of 0 … T-1 to its successor on the trajectory, float64 of (T, 8)."""
+        """Coefficients of the step from every t of 0 … T-1 to its successor on the trajectory, float64 of (T, 9)."""
         t, s = torch.arange(len(self)), self._previous
-        is_last = s < 0
         x_0_from_x_t, x_0_from_output = self.process.x_0_coefficients(t, self.config.prediction_type)
         mean_from_x_0, mean_from_x_t, _ = self.process.posterior_coefficients(t, s, eta)
-        noise_scale = eta * (~is_last).double()
+        is_not_last = (s >= 0).double()
         low = self.process.p_log_variance(t, s, "fixed_small")
         high = self.process.p_log_variance(t, s, "fixed_large")
-        fixed = high if self.variance_type in ("fixed_large", "fixed_large_log") else low
-        std = noise_scale * torch.exp(0.5 * fixed)
-        columns = (x_0_from_x_t, x_0_from_output, mean_from_x_0, mean_from_x_t, std, noise_scale, low, high)
+        if self.variance_type == "optimal":
+            noise_scale = is_not_last
+            std = noise_scale * self._optimal_variance(t, s, eta).sqrt()
+        else:
+            noise_scale = eta * is_not_last
+            fixed = high if self.variance_type in ("fixed_large", "fixed_large_log") else low
+            std = noise_scale * torch.exp(0.5 * fixed)
+        columns = (
+            x_0_from_x_t, x_0_from_output, mean_from_x_0, mean_from_x_t, std, noise_scale, low, high,
+            self._extrapolation(t),
+        )  # fmt: skip
         return torch.stack(columns, dim=1)
 
+    def _extrapolation(self, t: Tensor) -> Tensor:
+        """(λ_s - λ_t) / 2 (λ_t - λ_r), where r → t is the step before t → s and λ is half the log-SNR; at most 1.
+
+        Without that limit, a step of many times the length of the one before, as the last ones of few are, would
+        extrapolate x̂_0 by many times what it ever changed.
+        """
+        s, r = self._previous, self._before
+        has_both = (s >= 0) & (r >= 0)
+        log_snr = self.process.log_snr(torch.arange(len(self)))
+        ratio = 0.5 * (log_snr[s] - log_snr[t]) / (log_snr[t] - log_snr[r])
+        return torch.where(has_both, ratio.clamp(max=1), 0.0)
+
+    def _optimal_variance(self, t: Tensor, s: Tensor, eta: float = 1.0) -> Tensor:
+        """σ*²; where images are clipped, the last noise that is drawn is at most the 1 - ᾱ_s of the forward process.
+
+        One prediction is left to remove it, by a network that never saw more at that s. The paper clips the same σ,
+        by hand, to 1 or 2 of 255 levels (arXiv 2201.06503, Appendix); here, on the linear schedule, it comes to 1.3.
+        """
+        variance = self.process.optimal_variance(self.calibration.x_0_error[t], t, s, eta)
+        if not (self.config.clip_sample or self.config.thresholding):
+            return variance
+        is_last_noise = s == self.timesteps[-1].cpu()
+        return torch.where(is_last_noise, torch.minimum(variance, 1 - self.process.alpha_bar(s)), variance)
+
     def _get_variance(
-        self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: VarianceType | None = None
+        self,
+        t: int | Tensor,
+        predicted_variance: Tensor | None = None,
+        variance_type: VarianceType | None = None,
     ) -> Tensor:
-        """σ² of the step from t along the trajectory, under diffusers' name. 0 for β̃ at the last step."""
+        """σ² of the step from t along the trajectory, under diffusers' name. 0 for β̃ at the last step, e_t for σ*²."""
         variance_type = variance_type or self.variance_type
         s = self.previous_timestep(t)
         if variance_type in LEARNED_VARIANCE_TYPES:
             return self.process.p_log_variance(t, s, variance_type, predicted_variance).exp()
         if variance_type in ("fixed_large", "fixed_large_log"):
             return self.process.beta(t, s)
+        if variance_type == "optimal":
+            return self._optimal_variance(as_timesteps(t).cpu(), s.cpu())
         return self.process.posterior_coefficients(t, s)[2]
 
     # --- the forward process, under diffusers' names ----------------------------------------------------------------

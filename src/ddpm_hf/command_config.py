@@ -1,0 +1,114 @@
+"""The options of the commands of `ddpm-hf`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from .options import at_least, check_seed, check_types, option
+
+
+@dataclass
+class SampleConfig:
+    """Options of `ddpm-hf sample`."""
+
+    num_images: int = option(64, "How many images to make.")
+    seed: int = option(0, "Image i comes from the random numbers of seed + i, whatever the batch size.")
+    output_dir: str = option("samples", "Folder for the numbered PNGs and the grid.")
+    num_inference_steps: int | None = option(None, "K, steps per image; default: the model's T.", ["--steps"])
+    timestep_spacing: Literal["model", "linspace", "trailing", "leading", "optimal"] = option(
+        "model", "How K steps are spread over T; `optimal` needs a calibrated model.", ["--spacing"]
+    )
+    variance_type: Literal["model", "fixed_small", "fixed_large", "optimal"] = option(
+        "model", "σ² of a step; `optimal` needs a calibrated model."
+    )
+    eta: float | None = option(None, "From 0 (DDIM) to 1 (ancestral DDPM, the default).")
+    solver_order: Literal[1, 2] = option(1, "2 corrects steps by the change of x̂_0: much better in few steps.")
+    class_label: list[int] | None = option(None, "For class-conditional models: labels, used in turn.")
+    guidance_scale: float = option(1.0, "Classifier-free guidance; 1 is off.")
+    batch_size: int = option(64, "Images per forward pass.")
+    device: str | None = option(None, "cpu, cuda, mps, …; default: the best one present.")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the network.")
+    revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least(1, self, "num_images", "batch_size", "num_inference_steps")
+        check_seed(self.seed, self.num_images)
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ValueError(f"`eta` is {self.eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM.")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` is {self.guidance_scale}, but must be at least 0 (1 is no guidance).")
+
+
+@dataclass
+class PushConfig:
+    """Options of `ddpm-hf push`."""
+
+    private: bool = option(False, "Make the repository private.")
+    revision: str | None = option(None, "The branch to push to, made if it does not exist; default: main.")
+    tag: str | None = option(None, "Tag what was pushed.")
+    create_pr: bool = option(False, "Open a pull request, in a repository of anybody.")
+    license: str | None = option(None, "The license for the card, as the Hub names it: apache-2.0, mit, cc-by-4.0, …")
+    hub_token: str | None = option(
+        None, "The token to push with. Default: that of HF_TOKEN or `hf auth login`, which other users can't see."
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass
+class ConvertConfig:
+    """Options of `ddpm-hf convert`. All but the first are for weight files, which don't say it themselves."""
+
+    revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+    resolution: int | None = option(None, "Height and width of the images that the network was trained on.")
+    num_heads: int | None = option(None, "Attention heads of an improved-diffusion network (its scripts say 4).")
+    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = option(
+        "linear", "The β schedule of the training; squaredcos_cap_v2 is improved-diffusion's `cosine`."
+    )
+    prediction_type: Literal["epsilon", "sample"] = option(
+        "epsilon", "What the network predicts; sample is `predict_xstart`."
+    )
+    variance_type: Literal["fixed_small", "fixed_large"] = option(
+        "fixed_large", "The reverse variance where the network does not learn it."
+    )
+    ddpm_num_steps: int = option(1000, "T, the number of diffusion steps of the training.")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least(1, self, "resolution", "num_heads", "ddpm_num_steps")
+
+
+@dataclass
+class CalibrateConfig:
+    """Options of `ddpm-hf calibrate`. The size and the channels of the images are the model's."""
+
+    dataset_name: str | None = option(
+        None,
+        "A dataset of the Hub, a local dataset folder, or `digits`: the scans that scikit-learn ships.",
+        ["--dataset"],
+    )
+    dataset_config_name: str | None = option(None, "The dataset's configuration, where it has several.")
+    train_data_dir: str | None = option(None, "A folder of images, instead of a dataset.")
+    cache_dir: str | None = option(None, "Where downloaded datasets are kept.")
+    image_column: str | None = option(None, "The column that holds the images; found by its type if not given.")
+    center_crop: bool = option(False, "Crop the centre; without this flag, a random part. As in training.")
+    num_images: int = option(256, "How many images to measure on, drawn at random: each costs T network calls.")
+    seed: int = option(0, "Fixes the choice of images and their noise.")
+    batch_size: int = option(64, "Images per forward pass.")
+    output_dir: str | None = option(None, "Where to save the calibrated model. Default: into its own folder.")
+    device: str | None = option(None, "cpu, cuda, mps, …; default: the best one present.")
+    revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least(1, self, "num_images", "batch_size")
+        check_seed(self.seed, self.num_images)
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise ValueError(
+                "pass one of --dataset_name NAME (a Hub dataset, or `digits`) and --train_data_dir FOLDER: the images "
+                "that the model was trained on."
+            )

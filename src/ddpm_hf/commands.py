@@ -1,0 +1,143 @@
+"""What the commands of `ddpm-hf` do. Imports that take seconds wait until they are needed."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from .command_config import CalibrateConfig, ConvertConfig, PushConfig, SampleConfig
+from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from .pipeline import DDPMPipelineCustom
+
+
+def sample(model: str, config: SampleConfig) -> Path:
+    """Write `00000.png` … and `grid.png` into the output folder; returns the grid's path."""
+    import torch  # these take seconds: --help and mistakes answer at once
+
+    from .pictures import image_grid
+    from .run_folder import check_writable
+    from .sampling import load_pipeline, sample_images
+
+    output_dir = Path(config.output_dir)
+    check_writable(output_dir)
+    stale = [p for p in output_dir.glob("[0-9]*.png") if p.stem.isdigit() and int(p.stem) >= config.num_images]
+    if stale:
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} holds {len(stale)} images of a longer run ({min(stale).name} …): remove "
+            "them, or choose another --output_dir."
+        )
+    device = _device(config.device)
+    pipeline = load_pipeline(model, config.revision, getattr(torch, config.dtype)).to(device)
+    chosen = {"timestep_spacing": config.timestep_spacing, "variance_type": config.variance_type}
+    changes = {name: value for name, value in chosen.items() if value != "model"}
+    if changes.get("timestep_spacing") == "optimal":  # no spacing that a configuration may hold
+        del changes["timestep_spacing"]
+    if changes:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    images: list[Image.Image] = []
+    for batch in sample_images(
+        pipeline,
+        config.num_images,
+        config.seed,
+        config.batch_size,
+        class_labels=config.class_label,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        eta=config.eta,
+        solver_order=config.solver_order,
+        timesteps="optimal" if config.timestep_spacing == "optimal" else None,
+    ):
+        for image in batch:
+            image.save(output_dir / f"{len(images):05d}.png")
+            images.append(image)
+    grid = output_dir / "grid.png"
+    image_grid(images[:256]).save(grid)
+    print(f"{len(images)} images in {output_dir}/, the first {min(256, len(images))} of them in {grid}.")
+    return grid
+
+
+def calibrate(model: str, config: CalibrateConfig) -> Path:
+    """Measure a model on images, and save it with what was measured; returns its folder."""
+    from accelerate import PartialState
+
+    from .calibration import calibrate as measure
+    from .calibration import check_place, save_calibrated, steps_table
+    from .data import load_images
+    from .sampling import load_pipeline
+
+    place = check_place(model, config.output_dir)
+    state = PartialState()
+    pipeline = load_pipeline(model, config.revision).to(_device(config.device) if config.device else state.device)
+    images = load_images(_images_of(pipeline, config), show_progress=state.is_main_process)
+    pixels = images.sample(config.num_images, config.seed)
+    calibration = measure(
+        pipeline, pixels, num_images=config.num_images, seed=config.seed, batch_size=config.batch_size
+    )
+    if state.is_main_process:
+        save_calibrated(pipeline, place)
+        worst = float((calibration.x_0_error_standard_error / calibration.x_0_error).max())
+        print(f"{steps_table(pipeline.scheduler)}\nThe errors of x̂_0 are known to {worst:.1%} or better.")
+        print(f"The calibrated model is in {place}/; --spacing optimal and --variance_type optimal sample with it.")
+    return place
+
+
+def _images_of(pipeline: DDPMPipelineCustom, config: CalibrateConfig) -> TrainConfig:
+    """How to load images for this model."""
+    network = pipeline.unet.config
+    return TrainConfig(
+        dataset_name=config.dataset_name,
+        dataset_config_name=config.dataset_config_name,
+        train_data_dir=config.train_data_dir,
+        cache_dir=config.cache_dir,
+        image_column=config.image_column,
+        resolution=network.sample_size,
+        channels=network.in_channels,
+        center_crop=config.center_crop,
+        seed=config.seed,
+    )
+
+
+def push(model: str, repo_id: str, config: PushConfig) -> str:
+    """Push the model of a folder; returns the address of the commit or pull request."""
+    from .card import CardFacts
+    from .hub import HubTarget
+    from .sharing import push_folder, resume_command
+
+    target = HubTarget(
+        repo_id, config.hub_token, config.private, config.revision, config.tag, create_pr=config.create_pr
+    )
+    try:
+        url = push_folder(Path(model), target, CardFacts(license=config.license))
+    except OSError as error:
+        raise OSError(f"{error}\nTry again with:\n  {resume_command(Path(model), target)}") from error
+    print(f"Pushed: {url}")
+    return url
+
+
+def convert(source: str, destination: str, config: ConvertConfig) -> Path:
+    """Write a converted model into a new folder; returns the folder."""
+    from .convert import convert_model
+
+    folder = convert_model(source, Path(destination), config)
+    print(f"{source} is now {folder}, with equal outputs.\nSee it with:\n  ddpm-hf sample {shlex.quote(str(folder))}")
+    return folder
+
+
+def _device(name: str | None) -> str:
+    """The device asked for, if it can hold a tensor; else the best one present."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`device` is {name!r}, but that can't be used here ({reason}): try --device cpu.") from error
+    return name

@@ -1,0 +1,94 @@
+"""What every configuration is made of: options with help, checks that name them, and the look of --help."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import field, fields
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def option(default: Any, help: str, aliases: Sequence[str] = ()) -> Any:
+    """A field with a default and a help text, which is a flag and a YAML key as well."""
+    return field(default=default, metadata={"help": help, "aliases": list(aliases)})
+
+
+def check_types(config: object) -> None:
+    """Check types, and the options that have a fixed set of values; argparse does so for flags only, not for YAML."""
+    hints = get_type_hints(type(config))
+    for name in (f.name for f in fields(config)):  # type: ignore[arg-type]
+        value, hint = getattr(config, name), hints[name]
+        alternatives = [hint] if get_origin(hint) is Literal else list(get_args(hint) or (hint,))
+        if value is None and NoneType in alternatives:
+            continue
+        literal = next((t for t in alternatives if get_origin(t) is Literal), None)
+        if literal is not None:
+            if value not in get_args(literal):
+                allowed = ", ".join(map(repr, get_args(literal)))
+                raise ValueError(f"`{name}` is {value!r}, but must be one of {allowed}.")
+            continue
+        types = tuple(get_origin(t) or t for t in alternatives)
+        if float in types:
+            types = (*types, int)
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            wanted = " or ".join(t.__name__ for t in types if t is not NoneType)
+            raise ValueError(f"`{name}` is {value!r}, but must be of type {wanted}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`{name}` is {value}, but must be finite.")
+
+
+def at_least(minimum: int, config: object, *names: str) -> None:
+    """Raise a ValueError unless these options are at least `minimum`, or None."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"`{name}` is {value}, but must be at least {minimum}.")
+
+
+def positive(config: object, *names: str) -> None:
+    """Raise a ValueError unless these options are positive, or None."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"`{name}` is {value}, but must be positive.")
+
+
+def fraction(config: object, *names: str) -> None:
+    """Raise a ValueError unless these options lie in [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise ValueError(f"`{name}` is {value}, but must lie in [0, 1).")
+
+
+def check_seed(seed: int, images: int = 1) -> None:
+    """Raise a ValueError unless torch takes the seed, and those of the next images too."""
+    if not 0 <= seed <= 2**63 - images:
+        raise ValueError(f"`seed` is {seed}, but must lie between 0 and 2^63 - {images}.")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """One spelling of each option, short names for its value, and its default if it has one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == 0 or not action.option_strings:
+            return super()._format_action_invocation(action)
+        return f"{action.option_strings[0]} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X"}.get(action.type, "VALUE")  # type: ignore[call-overload]
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def exit_with_error(error: Exception) -> None:
+    """End a command with the message of a foreseen error, without a traceback."""
+    sys.exit(f"error: {error}")
