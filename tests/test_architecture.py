@@ -38,7 +38,10 @@ ARROWS = {
     "run_state": {"checkpoint", "config", "interruption", "network", "plan", "scheduling_ddpm_custom"},
     "training_log": {"config"},
     "previews": {"network", "pictures", "pipeline", "run_state", "scheduling_ddpm_custom"},
-    "publishing": {"background_push", "card", "config", "hub", "run_state", "sharing"},
+    "publishing": {
+        "background_push", "calibration", "card", "config", "data", "hub", "network", "pipeline", "run_state",
+        "scheduling_ddpm_custom", "sharing",
+    },
     "preparation": {
         "checkpoint", "config", "hub", "interruption", "network", "pictures", "plan", "publishing", "run_folder",
         "run_state", "scheduling_ddpm_custom", "sources", "training_log",

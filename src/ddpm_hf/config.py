@@ -187,6 +187,11 @@ class OutputOptions:
         "The same in updates, the first time after a tenth of the number; overrides --save_images_epochs. 0: never.",
     )
     eval_batch_size: int = option(16, "Images in the sample grids.")
+    calibration_images: int | None = option(
+        None,
+        "Calibrate the finished model for few steps on so many images, each of which costs T network calls. 0: not. "
+        "Default: for a twentieth of the cost of the training, 256 at most; not if those are fewer than 16.",
+    )
     report_to: list[str] | None = option(
         None, "Trackers: tensorboard, wandb, trackio, or none. Default: tensorboard where it is installed."
     )
@@ -227,8 +232,8 @@ class TrainConfig(HubOptions, OutputOptions, OptimizationOptions, LossOptions, M
             "max_skipped_steps",
         )  # fmt: skip
         at_least(
-            0, self, "cache_limit_gb", "dataloader_num_workers", "save_images_steps", "lr_warmup_steps",
-            "adam_weight_decay", "p2_gamma", "vlb_weight",
+            0, self, "calibration_images", "cache_limit_gb", "dataloader_num_workers", "save_images_steps",
+            "lr_warmup_steps", "adam_weight_decay", "p2_gamma", "vlb_weight",
         )  # fmt: skip
         positive(
             self, "learning_rate", "max_grad_norm", "ema_inv_gamma", "ema_power", "adam_epsilon", "snr_gamma", "p2_k"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .config import TrainConfig
 
+MIN_CALIBRATION_IMAGES = 16
 IMAGES_PER_EPOCH_OF_A_STREAM = 50_000  # where the number of images is not known, previews need some rhythm
 
 
@@ -82,6 +83,15 @@ class Plan:
     def learning_rate(self, step: int) -> float:
         """The learning rate of update `step` (from 0), a function of the number of updates alone."""
         return self.config.learning_rate * self._factor(step)
+
+    @property
+    def calibration_images(self) -> int:
+        """On how many images the finished model is calibrated: one update costs three network calls for each image."""
+        wanted = self.config.calibration_images
+        if wanted is None:
+            affordable = 3 * self.max_steps * self.global_batch // (20 * self.config.ddpm_num_steps)
+            wanted = min(256, affordable) if affordable >= MIN_CALIBRATION_IMAGES else 0
+        return min(wanted, self.num_images or wanted)
 
     def checkpoint_due(self, done: int) -> bool:
         """Whether a checkpoint follows update number `done` (from 1)."""

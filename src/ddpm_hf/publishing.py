@@ -1,4 +1,4 @@
-"""What a training run shares: the card of its model, and pushes to the Hub that never slow or end it."""
+"""What a training run shares: a calibrated model, its card, and pushes to the Hub that never slow or end it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from pathlib import Path
 import torch
 
 from .background_push import BackgroundPusher
+from .calibration import calibrate
 from .card import CardFacts, write_card
 from .config import TrainConfig
+from .data import Images, to_uint8, to_unit_range
 from .hub import HubTarget, check_push_access
+from .network import ema_weights
+from .pipeline import DDPMPipelineCustom
 from .run_state import Run
+from .scheduling_ddpm_custom import DDPMSchedulerCustom
 from .sharing import try_push
 
 
@@ -54,6 +59,20 @@ def card_facts(run: Run, source: str) -> CardFacts:
         seconds=run.seconds,
         hardware=f"{run.plan.num_processes} × {_device_name(run.accelerator.device)}",
     )
+
+
+def calibrate_export(run: Run, images: Images) -> None:
+    """Calibrate the exported pipeline for few steps, if the plan says so. All processes must call it."""
+    count = run.plan.calibration_images
+    if not count:
+        return
+    batch = next(images.batches(0, count, count, run.config.seed))
+    pipeline = DDPMPipelineCustom(run.network, DDPMSchedulerCustom.from_config(run.scheduler.config))
+    run.network.eval()
+    with ema_weights(run.ema, run.unet):
+        calibrate(pipeline, to_uint8(to_unit_range(batch.pixels)), class_labels=batch.labels, seed=run.config.seed)
+    if run.accelerator.is_main_process:
+        pipeline.scheduler.save_pretrained(Path(run.config.output_dir) / "scheduler")
 
 
 def publish(run: Run, source: str, target: HubTarget | None) -> None:

@@ -29,7 +29,7 @@ from .pictures import image_grid, save_loss_curve, save_side_by_side, to_pil
 from .pipeline import DDPMPipelineCustom
 from .preparation import dry_run_report, prepare
 from .previews import sample_grids
-from .publishing import card_facts, publish, pushing
+from .publishing import calibrate_export, card_facts, publish, pushing
 from .run_folder import clear_output_dir, lock_output_dir, replace_pipeline
 from .run_state import Run, capture, exported_network, restore
 from .training_log import LOG_EVERY, TrainingLog
@@ -150,7 +150,8 @@ def train(config: TrainConfig) -> Path:
             accelerator.end_training()
             raise
 
-    # 4. Samples beside real images, and the loss curve
+    # 4. Calibration, samples beside real images, the loss curve and the card
+    calibrate_export(run, images)
     if is_main:
         real = image_grid(to_pil(to_uint8(to_unit_range(images.sample(config.eval_batch_size, config.seed)))))
         grids["test_samples"].save(output_dir / "samples.png")
