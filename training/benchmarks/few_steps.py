@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-from scoring import Classifier, score
+from scoring import fit_classifier, score
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
@@ -34,6 +34,7 @@ from ddpm_hf.data import load_images, to_unit_range
 from ddpm_hf.likelihood import bits_per_dim
 from ddpm_hf.training import train
 
+PRESET = Path(__file__).parents[1] / "configs" / "digits.yaml"
 FASHION_RECIPE = [
     "--resolution", "16", "--channels", "1", "--center_crop", "--prediction_type", "epsilon",
     "--ddpm_beta_schedule", "linear", "--train_batch_size", "32", "--max_train_steps", "9000",
@@ -84,22 +85,6 @@ def labelled_fashion(idx_folder: Path, output_dir: Path) -> tuple[Tensor, Tensor
     flags = ["--dataset_name", str(file), *FASHION_RECIPE]
     pixels = load_images(parse_train_config(flags, PRESET), show_progress=True).pixels
     return pixels, torch.from_numpy(arrays[8].astype(np.int64)), flags
-
-
-def fit_classifier(x: Tensor, y: Tensor) -> tuple[Classifier, float]:
-    """Fit on four fifths of the images, at most 24,000; returns the accuracy on others, too."""
-    torch.manual_seed(1234)
-    order = torch.randperm(len(x))[:30_000]
-    held_out, seen = order[: len(order) // 5], order[len(order) // 5 :]
-    net = Classifier()
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=1e-2)
-    for _ in range(max(4, 60_000 // len(seen))):
-        for batch in seen[torch.randperm(len(seen))].split(64):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x[batch]), y[batch]).backward()
-            optimizer.step()
-    with torch.no_grad():
-        return net.eval(), float((net(x[held_out]).argmax(1) == y[held_out]).float().mean())
 
 
 def sample(pipe: DDPMPipelineCustom, number: int, steps: int, options: dict, title: str) -> Tensor:
