@@ -51,7 +51,7 @@ ARROWS = {
         "preparation", "previews", "publishing", "run_folder", "run_state", "training_log",
     },
     "card_merge": set(),
-    "card": {"card_merge", "ddpm_process"},
+    "card": {"calibration", "card_merge", "ddpm_process", "scheduling_ddpm_custom"},
     "hub": set(),
     "sharing": {"card", "card_merge", "hub", "pipeline", "sampling"},
     "background_push": {"card", "hub", "sharing"},

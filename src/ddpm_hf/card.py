@@ -18,8 +18,10 @@ from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch.utils.flop_counter import FlopCounterMode
 
+from .calibration import recommended_steps, steps_table
 from .card_merge import merge_cards, parse_card, stamp
 from .ddpm_process import LEARNED_VARIANCE_TYPES
+from .scheduling_ddpm_custom import DDPMSchedulerCustom
 
 PICTURES = ("samples.png", "real.png", "loss.png")
 EXAMPLE_STEPS = 100
@@ -141,6 +143,8 @@ def render_card(folder: Path, facts: CardFacts) -> str:
         pictures=[name for name in PICTURES if (folder / name).is_file()],
         example_steps=min(EXAMPLE_STEPS, model["T"]),
         labels=", class_labels=0" if model["classes"] else "",
+        few_steps=min(25, model["T"]),
+        few=_few_steps(folder) if model["calibrated"] else None,
         costs=[(k, _three_digits(k * model["flop"] / 1e9)) for k in steps] if model["flop"] else [],
         training=_training_rows(facts),
         options=[(name, _cell(f"`{value}`")) for name, value in (facts.options or {}).items()],
@@ -195,6 +199,15 @@ def network_cost(unet_config: str) -> tuple[int, int | None]:
     except (RuntimeError, ValueError):  # sizes that the network can't halve
         return unet.num_parameters(), None
     return unet.num_parameters(), counter.get_total_flops()
+
+
+def _few_steps(folder: Path) -> tuple[str, int] | None:
+    """What a calibration says: a table of costs by the number of steps, and how many steps are enough."""
+    try:
+        scheduler = DDPMSchedulerCustom.from_pretrained(folder / "scheduler")
+        return steps_table(scheduler), recommended_steps(scheduler)
+    except (ValueError, KeyError, TypeError):  # a calibration of something else: no reason not to save the model
+        return None
 
 
 def _template() -> str:
