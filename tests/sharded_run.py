@@ -57,7 +57,7 @@ state, unet = capture(run)
 if unet is not None:
     save_checkpoint(output_dir, DDPMPipelineCustom(unet, run.scheduler), state)
 accelerator.wait_for_everyone()
-assert restore(other, output_dir / "checkpoint-3") == []
+restore(other, output_dir / "checkpoint-3")
 for seed in (5, 6):
     assert update(run, seed)
     assert update(other, seed)

@@ -498,6 +498,18 @@ def test_calibrate_command_makes_sample_command_take_optimal(digits_model, tmp_p
     assert first["_calibration"] == second["_calibration"]
 
 
+def test_a_class_conditional_model_is_calibrated_with_its_labels(make_unet, tmp_path, capsys):
+    from ddpm_hf.cli import main
+
+    scheduler = DDPMScheduler(6, beta_schedule="squaredcos_cap_v2")
+    DDPMPipeline(make_unet(channels=1, sample_size=16, num_class_embeds=11), scheduler).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="error: .*class_labels"):
+        main(["calibrate", str(tmp_path), *CALIBRATE])
+    main(["calibrate", str(tmp_path), *CALIBRATE, "--label_column", "label"])
+    assert "| 6 |" in capsys.readouterr().out
+    assert DDPMPipelineCustom.from_pretrained(tmp_path).scheduler.calibration.num_images == 16
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -429,6 +429,6 @@ def test_a_run_trains_on_a_stream(tmp_path, damaged):
     options += ["--streaming", "--dataloader_num_workers", "1", "--on_bad_image", "skip"]
     done = run(train_command(tmp_path / "out", *options, "--cache_dir", str(tmp_path / "cache")))
     assert done.returncode == 0, done.stderr
-    assert "A stream of images" in done.stdout
+    assert "a stream of images" in done.stdout
     assert Image.open(tmp_path / "out" / "samples.png").mode == "RGB"
     assert "Exception ignored" not in done.stderr

@@ -39,7 +39,7 @@ def assert_same_end(one, other, step, *, exactly=True):
             if exactly:
                 assert torch.equal(tensor, others[name]), name
             else:
-                torch.testing.assert_close(tensor, others[name], rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(tensor, others[name], rtol=1e-2, atol=2e-4)  # Adam amplifies rounding
     if exactly:
         for name in ("logs/train.jsonl", "samples.png", "unet/diffusion_pytorch_model.safetensors"):
             assert (one / name).read_bytes() == (other / name).read_bytes(), name

@@ -22,7 +22,7 @@ from ddpm_hf.sharing import push_folder, resume_command, try_push
 TOKEN = "hf_ThisIsTheSecretOfTheTests"
 NO_WAIT = (0.0, 0.0, 0.0)
 MODEL_FILES = {
-    "README.md", "model_index.json", "pipeline.py", "scheduling_ddpm_custom.py", "ddpm_process.py",
+    "README.md", "model_index.json", "pipeline.py", "scheduling_ddpm_custom.py", "ddpm_process.py", "ddpm_few_steps.py",
     "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
 }  # fmt: skip
 

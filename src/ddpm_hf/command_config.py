@@ -95,6 +95,7 @@ class CalibrateConfig:
     train_data_dir: str | None = option(None, "A folder of images, instead of a dataset.")
     cache_dir: str | None = option(None, "Where downloaded datasets are kept.")
     image_column: str | None = option(None, "The column that holds the images; found by its type if not given.")
+    label_column: str | None = option(None, "For a class-conditional model: the column of the labels.")
     center_crop: bool = option(False, "Crop the centre; without this flag, a random part. As in training.")
     num_images: int = option(256, "How many images to measure on, drawn at random: each costs T network calls.")
     seed: int = option(0, "Fixes the choice of images and their noise.")

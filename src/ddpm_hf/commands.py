@@ -68,6 +68,7 @@ def calibrate(model: str, config: CalibrateConfig) -> Path:
 
     from .calibration import calibrate as measure
     from .calibration import check_place, save_calibrated, steps_table
+    from .card import write_card
     from .data import load_images
     from .sampling import load_pipeline
 
@@ -75,12 +76,21 @@ def calibrate(model: str, config: CalibrateConfig) -> Path:
     state = PartialState()
     pipeline = load_pipeline(model, config.revision).to(_device(config.device) if config.device else state.device)
     images = load_images(_images_of(pipeline, config), show_progress=state.is_main_process)
-    pixels = images.sample(config.num_images, config.seed)
+    count = config.num_images
+    if count > len(images):
+        raise ValueError(f"`num_images` is {count}, but {images.source} has {len(images)}: lower it.")
+    batch = next(images.batches(0, count, count, config.seed))
     calibration = measure(
-        pipeline, pixels, num_images=config.num_images, seed=config.seed, batch_size=config.batch_size
+        pipeline,
+        batch.pixels,
+        num_images=count,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        class_labels=batch.labels,
     )
     if state.is_main_process:
         save_calibrated(pipeline, place)
+        write_card(place)
         worst = float((calibration.x_0_error_standard_error / calibration.x_0_error).max())
         print(f"{steps_table(pipeline.scheduler)}\nThe errors of x̂_0 are known to {worst:.1%} or better.")
         print(f"The calibrated model is in {place}/; --spacing optimal and --variance_type optimal sample with it.")
@@ -96,6 +106,7 @@ def _images_of(pipeline: DDPMPipelineCustom, config: CalibrateConfig) -> TrainCo
         train_data_dir=config.train_data_dir,
         cache_dir=config.cache_dir,
         image_column=config.image_column,
+        label_column=config.label_column,
         resolution=network.sample_size,
         channels=network.in_channels,
         center_crop=config.center_crop,
