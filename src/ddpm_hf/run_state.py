@@ -113,21 +113,20 @@ def restore(run: Run, folder: Path) -> None:
     """
     state = load_checkpoint(folder)
     progress = state.progress
-    spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=run.plan.num_processes > 1)
     moments: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, value in state.optimizer.items():
         parameter, _, key = name.rpartition("/")
         moments[parameter][key] = value
     options_of_now = get_optimizer_state_dict(run.unet, run.optimizer.optimizer)["param_groups"]
     optimizer: dict[str, Any] = {"state": dict(moments), "param_groups": options_of_now}
-    set_optimizer_state_dict(run.unet, run.optimizer.optimizer, optimizer, options=spread)
+    set_optimizer_state_dict(run.unet, run.optimizer.optimizer, optimizer, options=WHOLE)
     if run.ema is not None and state.ema is not None:
-        set_model_state_dict(run.unet, {**state.ema}, options=spread)
+        set_model_state_dict(run.unet, {**state.ema}, options=WHOLE)
         with torch.no_grad():
             for shadow, weight in zip(run.ema.shadow_params, run.unet.parameters(), strict=True):
                 shadow.copy_(weight)
         run.ema.optimization_step = state.step
-    set_model_state_dict(run.unet, {**state.weights}, options=spread)
+    set_model_state_dict(run.unet, {**state.weights}, options=WHOLE)
     if run.accelerator.scaler is not None and progress["grad_scaler"] is not None:
         run.accelerator.scaler.load_state_dict(progress["grad_scaler"])
     run.step = run.saved_step = state.step
