@@ -8,7 +8,7 @@ that has torchvision, which it needs, where this one has not.)
 1. Write the images as RGB files, 16×16, and the network's configuration, both of which the script needs.
 2. Two short runs of each peer tell how many updates fit into the minutes.
 3. Train at the same time, one peer on each of two cores: the script with its own defaults, ours with our recipe.
-   A second round trains ours with the script's own command line.
+   With --same_command, a second round trains ours with the script's own command line.
 4. Sample all in the same number of steps from the same seeds, the script's model with stock diffusers, and score with a
    classifier of the real images that none of them has seen.
 """
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--num_images", type=int, default=1024)
     parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[50])
+    parser.add_argument("--same_command", action="store_true", help="a second round: ours with the script's command")
     parser.add_argument("--output_dir", type=Path, default=Path("bench-training-quality"))
     options = parser.parse_args()
 
@@ -137,7 +138,7 @@ def main() -> None:
     drop_in = Peer("ours-same-command", sys.executable, OURS, [], 1, 16, work)
 
     results = {}
-    for peers in ([stock, ours], [drop_in]):
+    for peers in ([stock, ours], [drop_in]) if options.same_command else ([stock, ours],):
         few = min(len(train_set), 40 * 32)
         one, three = (race(peers, work / "few", [n] * len(peers), f"-trial-{n}") for n in (1, 3))
         per_image = [(b - a) / (2 * few) for a, b in zip(one, three, strict=True)]
