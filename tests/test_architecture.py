@@ -1,6 +1,7 @@
 """The picture of the README: which module may import which, and what every public thing documents."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,21 @@ def test_imports_follow_the_arrows(module):
     ours, packages = imports(module)
     assert ours <= ARROWS[module]
     assert not packages & {"training", "tests", "ddpm_hf"}
+
+
+def test_imports_go_down_the_table_of_the_readme():
+    text = (Path(__file__).parents[1] / "README.md").read_text("utf-8").split("## How it is built")[1]
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
+    row = {module: i for i, cell in enumerate(cells) for module in re.findall(r"`(\w+)`", cell)}
+    assert set(ARROWS) - {"__init__"} <= set(row)
+    upwards = [
+        (module, other)
+        for module in row
+        if module in ARROWS
+        for other in imports(module)[0]
+        if row[other] < row[module]
+    ]
+    assert upwards == []
 
 
 @pytest.mark.parametrize("module", COPIED)
