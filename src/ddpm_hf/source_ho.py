@@ -72,10 +72,7 @@ def _rename(weights: Weights, levels: int, blocks: int) -> Weights:
     names = Renaming(weights)
 
     def resnet(old: str, new: str) -> None:
-        for a, b in RESNET.items():
-            names.layer(f"{old}.{a}", f"{new}.{b}")
-        if f"{old}.nin_shortcut.weight" in names.left:
-            names.layer(f"{old}.nin_shortcut", f"{new}.conv_shortcut")
+        names.resnet(old, new, RESNET, "nin_shortcut")
 
     def attention(old: str, new: str) -> None:
         if f"{old}.norm.weight" not in names.left:

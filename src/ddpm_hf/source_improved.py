@@ -92,10 +92,7 @@ def _rename(weights: Weights, levels: list[range], num_heads: int) -> Weights:
     names = Renaming(weights)
 
     def resnet(old: str, new: str) -> None:
-        for a, b in RESNET.items():
-            names.layer(f"{old}.{a}", f"{new}.{b}")
-        if f"{old}.skip_connection.weight" in names.left:
-            names.layer(f"{old}.skip_connection", f"{new}.conv_shortcut")
+        names.resnet(old, new, RESNET, "skip_connection")
 
     def attention(old: str, new: str) -> None:
         if f"{old}.qkv.weight" not in names.left:

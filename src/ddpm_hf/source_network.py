@@ -45,6 +45,13 @@ class Renaming:
         for part in ("weight", "bias"):
             self.taken[f"{new}.{part}"] = self.take(f"{old}.{part}")
 
+    def resnet(self, old: str, new: str, layers: dict[str, str], shortcut: str) -> None:
+        """The layers of a residual block, and its shortcut if it has one."""
+        for a, b in layers.items():
+            self.layer(f"{old}.{a}", f"{new}.{b}")
+        if f"{old}.{shortcut}.weight" in self.left:
+            self.layer(f"{old}.{shortcut}", f"{new}.conv_shortcut")
+
     def take(self, old: str) -> Tensor:
         """One tensor.
 
