@@ -197,6 +197,7 @@ def test_another_runs_folder_is_not_gone_on_in(finished_run, tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in theirs.rglob("*") if p.is_file()}
     done = run(train_command(tmp_path / "new", "--resume_from_checkpoint", checkpoint))  # a fork into a new folder
     assert done.returncode == 0, done.stderr
+    assert checkpoint_steps(tmp_path / "new") == [8, 12]  # so that `latest` is never a new beginning there
     ours, reference = (load_checkpoint(f / "checkpoint-12") for f in (tmp_path / "new", finished_run[0]))
     for name, weight in reference.weights.items():  # by another number of threads, perhaps
         torch.testing.assert_close(ours.weights[name], weight, rtol=1e-3, atol=1e-5)

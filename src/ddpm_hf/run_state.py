@@ -129,7 +129,9 @@ def restore(run: Run, folder: Path) -> None:
     set_model_state_dict(run.unet, {**state.weights}, options=WHOLE)
     if run.accelerator.scaler is not None and progress["grad_scaler"] is not None:
         run.accelerator.scaler.load_state_dict(progress["grad_scaler"])
-    run.step = run.saved_step = state.step
+    run.step = state.step
+    if folder.resolve().parent == Path(run.config.output_dir).resolve():  # else this folder has no checkpoint yet
+        run.saved_step = state.step
     run.images_seen, run.seconds = progress["images_seen"], progress["seconds"]
     run.unlogged = progress["unlogged"]
 
