@@ -50,8 +50,8 @@ def sample(model: str, config: SampleConfig) -> Path:
         timesteps="optimal" if config.timestep_spacing == "optimal" else None,
     )
     if state.is_main_process:
-        already = f", {config.num_images - made} of them from before" if made < config.num_images else ""
-        print(f"{config.num_images} images are in {output_dir}/{already}. The first ones: {output_dir / 'grid.png'}")
+        earlier = config.num_images - made
+        print(f"{config.num_images} images are in {output_dir}/: {made} new ones, {earlier} that were there already.")
     return output_dir
 
 

@@ -137,7 +137,8 @@ def describe_sampling(
     other options of the call, the scheduler's configuration, the precision and the versions.
     """
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
-    calibration = json.dumps(pipeline.scheduler.config.get("_calibration"), sort_keys=True).encode()
+    is_calibrated = scheduler.get("variance_type") == "optimal"
+    calibration = json.dumps(pipeline.scheduler.config["_calibration"], sort_keys=True) if is_calibrated else None
     timesteps = trajectory(pipeline, class_labels, **call_options)
     return {
         "weights": hash_weights(pipeline.unet),
@@ -151,7 +152,7 @@ def describe_sampling(
         "timesteps": timesteps,
         "scheduler": type(pipeline.scheduler).__name__,
         **scheduler,
-        "calibration": hashlib.sha256(calibration).hexdigest(),
+        "calibration": calibration and hashlib.sha256(calibration.encode()).hexdigest(),
         **{package: version(package) for package in ("ddpm-hf", "diffusers", "torch")},
     }
 
