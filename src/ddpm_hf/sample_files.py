@@ -25,12 +25,10 @@ from torch import Tensor
 from .pictures import to_pil
 from .sampling import image_batches, labels_in_turn
 
-PARTIAL = ".partial"  # ends the name of a file that is being written
-
 
 def write_whole(file: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file that is whole or not there, whenever the process is killed."""
-    unfinished = file.with_name(file.name + PARTIAL)
+    unfinished = file.with_name(f"{file.name}.partial")
     with unfinished.open("wb") as stream:
         write(stream)
     unfinished.replace(file)

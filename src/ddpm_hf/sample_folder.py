@@ -6,7 +6,8 @@ import json
 import math
 import reprlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from accelerate import PartialState
 from .pictures import image_grid
 from .pipeline import DDPMPipelineCustom
 from .run_folder import check_writable, lock_output_dir
-from .sample_files import PARTIAL, NpzFile, PngFiles, write_whole
+from .sample_files import NpzFile, PngFiles, write_whole
 from .sampling import describe_sampling, image_batches, sample_pixels
 
 RECORD = "sampling.json"
@@ -80,11 +81,7 @@ def sample_to_folder(
     )  # fmt: skip
 
     state.wait_for_everyone()  # all have looked; from here on, files change
-    lock = lock_output_dir(output_dir) if state.is_main_process else None
-    try:
-        if state.is_main_process:
-            _begin(output_dir, record)
-        state.wait_for_everyone()
+    with _writing(output_dir, record, state):
         for images, pixels in made:
             files.save(images, pixels)
         state.wait_for_everyone()
@@ -94,14 +91,6 @@ def sample_to_folder(
             if shape[-1] <= PNG_CHANNELS:
                 grid = image_grid(files.first(min(num_images, GRID_IMAGES)))
                 write_whole(output_dir / GRID, partial(grid.save, format="PNG"))
-        state.wait_for_everyone()
-    except OSError as error:
-        raise OSError(
-            f"images can't be written into {str(output_dir)!r} ({error}): make room. The same command then goes on."
-        ) from error
-    finally:
-        if lock is not None:
-            lock.release()
     return missing
 
 
@@ -154,13 +143,25 @@ def _check_space(output_dir: Path, missing: int, packed: int, image_bytes: int) 
     if missing and free < needed:
         raise ValueError(
             f"`output_dir` {str(output_dir)!r} is on a disk with {free / 2**20:,.0f} MiB free, but {missing} images "
-            f"take {needed / 2**20:,.0f} MiB: free some, or choose another one."
+            f"take {needed / 2**20:,.0f} MiB: free some, or choose another --output_dir."
         )
 
 
-def _begin(output_dir: Path, record: dict[str, Any]) -> None:
-    """Remove what a killed run has left half-written, and say what makes the images: one line per entry."""
-    for leftover in output_dir.rglob(f"*{PARTIAL}"):
-        leftover.unlink()
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
-    write_whole(output_dir / RECORD, lambda stream: stream.write(f"{{\n{lines}\n}}\n".encode()))
+@contextmanager
+def _writing(output_dir: Path, record: dict[str, Any], state: PartialState) -> Iterator[None]:
+    """Keep other runs out of the folder, say there what makes its images, and leave it when all processes are done."""
+    lock = lock_output_dir(output_dir) if state.is_main_process else None
+    try:
+        if state.is_main_process:
+            lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+            write_whole(output_dir / RECORD, lambda stream: stream.write(f"{{\n{lines}\n}}\n".encode()))
+        state.wait_for_everyone()
+        yield
+        state.wait_for_everyone()
+    except OSError as error:
+        raise OSError(
+            f"images can't be written into {str(output_dir)!r} ({error}): make room. The same command then goes on."
+        ) from error
+    finally:
+        if lock is not None:
+            lock.release()
