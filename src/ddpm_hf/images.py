@@ -81,6 +81,15 @@ def decode(index: int, raw: Any, transform: Transform) -> np.ndarray | Unreadabl
     return Unreadable(index, path, reason)
 
 
+def describe(raw: Any) -> str | None:
+    """Size and mode of one row of a source, as in "28×28 L"; None if it can't be read."""
+    try:
+        with _open(raw) as image:
+            return f"{image.width}×{image.height} {image.mode}"
+    except Exception:  # as in `decode`, which will say why
+        return None
+
+
 def _open(raw: Any) -> Image.Image:
     if isinstance(raw, Image.Image):
         return raw
