@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .calibration import recommended_steps, steps_table
 from .card_merge import merge_cards, parse_card, stamp
 from .ddpm_process import LEARNED_VARIANCE_TYPES
+from .run_folder import write_whole
 from .scheduling_ddpm_custom import DDPMSchedulerCustom
 
 PICTURES = ("samples.png", "real.png", "loss.png")
@@ -82,9 +83,7 @@ def write_card(folder: Path, facts: CardFacts | Mapping[str, Any] | None = None)
     except UnicodeDecodeError as error:
         raise ValueError("README.md is no text in UTF-8: mend it, or remove the file.") from error
     text = update_card(existing, folder, facts if isinstance(facts, CardFacts) else CardFacts(**(facts or {})))
-    partial = file.with_name("README.md.partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(file)
+    write_whole(file, text)
     return file
 
 

@@ -81,12 +81,12 @@ def decode(index: int, raw: Any, transform: Transform) -> np.ndarray | Unreadabl
     return Unreadable(index, path, reason)
 
 
-def describe(raw: Any) -> str | None:
-    """Size and mode of one row of a source, as in "28×28 L"; None if it can't be read."""
+def image_format(raw: Any) -> tuple[int, int, str] | None:
+    """Width, height and mode of the image in a row of a source; None if it can't be read."""
     try:
         with _open(raw) as image:
-            return f"{image.width}×{image.height} {image.mode}"
-    except Exception:  # as in `decode`, which will say why
+            return image.width, image.height, image.mode
+    except Exception:  # as in `decode`, which says why
         return None
 
 

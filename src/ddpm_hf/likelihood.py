@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -90,6 +90,7 @@ def bits_per_dim(
     seed: int = 0,
     batch_size: int = 64,
     class_labels: int | Sequence[int] | Tensor | None = None,
+    title: str = "Likelihood",
     show_progress: bool = True,
 ) -> BitsPerDim:
     """The variational bound on -log₂ p(x_0), in bits/dim (arXiv 2006.11239, Eq. 5 and 13).
@@ -108,6 +109,7 @@ def bits_per_dim(
         seed: fixes the choice of images, their noise, and the timesteps of an estimate.
         batch_size: images per network call and process.
         class_labels: for a class-conditional network: one label for all images, or N of them.
+        title: of the progress bar on the main process.
 
     Raises:
         ValueError: before anything is computed, for any bad argument.
@@ -122,7 +124,7 @@ def bits_per_dim(
     sums = torch.zeros(4, K, dtype=torch.float64)
     totals = torch.zeros(n, dtype=torch.float64)
     visited = chain.timesteps[columns]
-    for p in probe.predictions(visited, same_noise=False, title="Likelihood", show_progress=show_progress):
+    for p in probe.predictions(visited, same_noise=False, title=title, show_progress=show_progress):
         k = columns[p.rows, p.column]
         values = torch.stack(chain.measure(p, k)).double().cpu()
         sums.index_add_(1, k, torch.cat([torch.ones(1, len(k), dtype=torch.float64), values]))
@@ -139,6 +141,33 @@ def bits_per_dim(
         float(totals.mean()), float(totals.std() / math.sqrt(n)), float(L_T), terms, x_0_mse, eps_mse,
         chain.timesteps.tolist(), chain.variance_type, n, m,
     )  # fmt: skip
+
+
+def combine(parts: Sequence[BitsPerDim]) -> BitsPerDim:
+    """The bound on a data set from those on its parts, which are of one chain and exact.
+
+    Images `start` … of a set, with the seed `seed + start`, have the noise that they have in the whole of it.
+    """
+    n = torch.tensor([part.num_images for part in parts], dtype=torch.float64)
+    N, first = float(n.sum()), parts[0]
+
+    def mean(name: str) -> Tensor:
+        values = torch.stack([torch.as_tensor(getattr(part, name), dtype=torch.float64) for part in parts])
+        return torch.tensordot(n / N, values, dims=1)
+
+    total = mean("total")
+    within = sum((p.standard_error * p.num_images) ** 2 * (1 - 1 / p.num_images) for p in parts)
+    between = sum(p.num_images * (p.total - float(total)) ** 2 for p in parts)
+    return replace(
+        first,
+        total=float(total),
+        standard_error=math.sqrt((within + between) / (N - 1) / N),
+        L_T=float(mean("L_T")),
+        terms=mean("terms"),
+        x_0_mse=mean("x_0_mse"),
+        eps_mse=mean("eps_mse"),
+        num_images=int(N),
+    )
 
 
 def rate_distortion(bits: BitsPerDim) -> RateDistortion:

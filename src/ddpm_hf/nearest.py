@@ -17,11 +17,11 @@ NEAR = 0.05  # of the held-out images lie nearer to the training set than what i
 
 
 class Neighbours(NamedTuple):
-    """The k nearest reference points of N queries, nearest first.
+    """The k nearest points of N queries, nearest first.
 
     Args:
         distances: Euclidean, float64 of shape (N, k).
-        indices: which reference points they are, int64 of shape (N, k).
+        indices: which points they are, int64 of shape (N, k).
     """
 
     distances: Tensor
@@ -44,23 +44,29 @@ class Nearness(NamedTuple):
 
 
 def nearest_neighbours(
-    queries: Tensor, reference: Tensor | None, k: int = 3, *, title: str = "Neighbours", show_progress: bool = True
+    queries: Tensor,
+    points: Tensor,
+    k: int = 3,
+    *,
+    own: Tensor | None = None,
+    title: str = "Neighbours",
+    show_progress: bool = True,
 ) -> Neighbours:
-    """The k nearest of the reference points for every query, by Euclidean distance, exactly.
+    """The k nearest of M points for every query, by Euclidean distance, exactly.
 
     Squared distances are ‖q‖² + ‖r‖² - 2 q·r in float64, which for 8-bit images are integers without any rounding.
     Under `accelerate launch` the queries are shared out by index, and every process ends with all of them.
 
     Args:
-        queries: (N, …), of any type and shape of a point; uint8 images and features alike.
-        reference: (M, …); None takes the queries themselves, each against all others.
+        queries: (N, …), of any type and shape of a point: uint8 images and features alike.
+        points: (M, …).
         k: neighbours of each.
+        own: (N,), the index of the point that each query is itself, and that does not count.
 
     Raises:
-        ValueError: for points of different shapes, and for fewer than k reference points.
+        ValueError: for points of different shapes, and for fewer than k of them.
     """
-    points = queries if reference is None else reference
-    available = len(points) - (reference is None)
+    available = len(points) - (own is not None)
     if queries.shape[1:] != points.shape[1:]:
         raise ValueError(f"points of shape {tuple(queries.shape[1:])} have no distance to {tuple(points.shape[1:])}.")
     if available < k:
@@ -70,24 +76,23 @@ def nearest_neighbours(
     table = torch.zeros(2, len(queries), k, dtype=torch.float64)
     blocks = mine.split(CHUNK) if len(mine) else ()
     for rows in tqdm(blocks, desc=title, unit="block", disable=not (show_progress and state.is_main_process)):
-        table[:, rows] = torch.stack(_block(queries[rows], points, k, rows if reference is None else None))
+        table[:, rows] = torch.stack(_block(queries[rows], points, k, None if own is None else own[rows]))
     squares, indices = sum_over_processes(table)
     return Neighbours(squares.sqrt(), indices.long())
 
 
 def _block(queries: Tensor, points: Tensor, k: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Squared distances and indices of the k nearest points, (B, k) each; `own` are points that do not count."""
+    """Squared distances and indices of the k nearest points, (B, k) each."""
     q = queries.flatten(1).double()
-    squares = torch.full((len(q), 0), math.inf, dtype=torch.float64)
-    indices = squares.clone()
+    squares = indices = torch.empty(len(q), 0, dtype=torch.float64)
     for start in range(0, len(points), CHUNK):
-        r = points[start : start + CHUNK].flatten(1).double()
-        columns = torch.arange(start, start + len(r))
-        d = (q.square().sum(1, keepdim=True) + r.square().sum(1) - 2 * q @ r.T).clamp(min=0)
+        p = points[start : start + CHUNK].flatten(1).double()
+        numbers = torch.arange(start, start + len(p))
+        d = (q.square().sum(1, keepdim=True) + p.square().sum(1) - 2 * q @ p.T).clamp(min=0)
         if own is not None:
-            d[own[:, None] == columns] = math.inf
+            d[own[:, None] == numbers] = math.inf
         squares = torch.cat([squares, d], dim=1)
-        indices = torch.cat([indices, columns.double().expand(len(q), -1)], dim=1)
+        indices = torch.cat([indices, numbers.double().expand(len(q), -1)], dim=1)
         squares, order = squares.topk(min(k, squares.shape[1]), largest=False)
         indices = indices.gather(1, order)
     return squares, indices
@@ -101,7 +106,7 @@ def nearness(samples: Tensor, held_out: Tensor) -> Nearness:
 
     Args:
         samples: (N,), of each sample.
-        held_out: (M,), of each held-out image; without any, of each training image to all the others.
+        held_out: (M,), of each held-out image; where there are none, of training images to all the others.
     """
     threshold = held_out.double().quantile(NEAR)
     share = float((samples.double() < threshold).double().mean())

@@ -75,6 +75,13 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"`output_dir` {str(folder)!r} can't be written to ({error}): choose another one.") from error
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file so that whoever reads it, whenever this process ends, finds the old text or the new one."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(file)
+
+
 def lock_output_dir(output_dir: Path) -> FileLock:
     """Make the folder, and keep other runs out of it until the lock is released or this process has ended.
 
