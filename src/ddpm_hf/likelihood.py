@@ -87,6 +87,7 @@ def bits_per_dim(
     variance_type: VarianceType | None = None,
     calls_per_image: int | None = None,
     num_images: int | None = None,
+    indices: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 64,
     class_labels: int | Sequence[int] | Tensor | None = None,
@@ -106,6 +107,7 @@ def bits_per_dim(
         variance_type: of the reverse process; by default the scheduler's. `optimal` needs a calibration.
         calls_per_image: network calls per image, from 2 to K - 1, for an estimate.
         num_images: how many of the images to use, drawn by `seed`; by default all.
+        indices: which of them, int64 (n,), instead of `num_images`.
         seed: fixes the choice of images, their noise, and the timesteps of an estimate.
         batch_size: images per network call and process.
         class_labels: for a class-conditional network: one label for all images, or N of them.
@@ -114,7 +116,7 @@ def bits_per_dim(
     Raises:
         ValueError: before anything is computed, for any bad argument.
     """
-    probe = Probe(pipe, images, num_images, seed, batch_size, class_labels)
+    probe = Probe(pipe, images, num_images, seed, batch_size, class_labels, chosen=indices)
     chain = _Chain(pipe, num_inference_steps, timesteps, variance_type)
     K, n = len(chain.timesteps), len(probe.indices)
     columns = _columns(K, n, calls_per_image, seed)
@@ -144,10 +146,7 @@ def bits_per_dim(
 
 
 def combine(parts: Sequence[BitsPerDim]) -> BitsPerDim:
-    """The bound on a data set from those on its parts, which are of one chain and exact.
-
-    Images `start` … of a set, with the seed `seed + start`, have the noise that they have in the whole of it.
-    """
+    """The bound on a data set from those on its parts, which are of one chain and exact."""
     n = torch.tensor([part.num_images for part in parts], dtype=torch.float64)
     N, first = float(n.sum()), parts[0]
 
