@@ -2,114 +2,172 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import importlib.util
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from torch import Tensor
+from tqdm.auto import tqdm
 
-from .card import CardFacts, write_card
+from .card import CardFacts, known_facts, weights_digest, write_card
 from .command_config import EvaluateConfig
-from .evaluation_plots import save_neighbours
-from .extractors import Extractor
-from .likelihood_figures import (
-    likelihood_details,
-    rate_distortion_table,
-    resumable_bits_per_dim,
-    save_likelihood,
+from .evaluation_phases import (
+    NEIGHBOURS,
+    Evaluation,
+    make_samples,
+    measure_likelihood,
+    measure_nearness,
+    measure_quality,
 )
-from .metrics_file import MetricsFile, describe, eval_result
-from .nearest import nearest_neighbours, nearness
+from .extractors import INCEPTION, open_extractor
+from .metrics import INCEPTION_METRICS, OTHER_METRICS, check_metrics
+from .metrics_file import MetricsFile, eval_result, markdown_table
+from .pictures import check_plotting
 from .pipeline import DDPMPipelineCustom
-from .probing import draw_indices
-from .real_images import RealImages
-from .sample_folder import sample_to_folder
-from .sampling import describe_sampling
+from .real_images import load_real_images
+from .run_folder import check_writable, lock_output_dir
+from .sampling import hash_weights, trajectory
 
-NEIGHBOURS = 3
-PACKAGES = ("ddpm-hf", "torch", "diffusers", "transformers", "numpy")
+SAMPLE_FREE = {"bpd"}  # metrics that need no samples
+EXTRACTOR_FREE = {"bpd", "nearest"}
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """All that an evaluation needs, checked and fit for each other.
+def evaluate(pipeline: DDPMPipelineCustom, place: Path, config: EvaluateConfig, call_options: dict[str, Any]) -> Path:
+    """Measure a model, and write `metrics.json` and pictures; where `place` is its folder, its card, too.
+
+    What an earlier run with these options has finished is not measured again; one that was killed is gone on with.
+    All processes must call it; they share the work.
 
     Args:
-        place: the folder for figures and pictures.
-        metrics: what is measured, of `command_config.METRICS`.
-        train: the images that the model was trained on.
-        unseen: images that it was not trained on, where there are any.
-        extractor: for the figures that need one.
-        call_options: how samples are made.
-        class_labels: of the samples, used in turn; None for an unconditional network.
+        pipeline: with a `DDPMSchedulerCustom`, on its device.
+        place: the folder for the results.
+        config: what to measure, on what.
+        call_options: how samples are made: `num_inference_steps`, `timesteps`, `eta`, `solver_order`, `guidance_scale`.
+
+    Returns:
+        The path of `metrics.json`.
+
+    Raises:
+        ValueError: before anything is measured, for all that can't work; says what to do.
+        OSError: where results can't be written.
     """
+    # 1. Everything that can be wrong
+    state = PartialState()
+    job = prepare(pipeline, place, config, call_options)
 
-    pipeline: DDPMPipelineCustom
-    place: Path
-    config: EvaluateConfig
-    metrics: Sequence[str]
-    train: RealImages
-    unseen: RealImages | None
-    extractor: Extractor | None
-    call_options: dict[str, Any]
-    class_labels: list[int] | None
-    figures: MetricsFile
+    # 2. What it will cost
+    if state.is_main_process:
+        tqdm.write(estimate(job))
+    state.wait_for_everyone()  # all know what is there, before it becomes more
 
-    def run(self) -> None:
-        """Measure what is not there yet. All processes must call it."""
-        if "bpd" in self.metrics:
-            measure_likelihood(self)
-        if set(self.metrics) - {"bpd"}:
-            samples = make_samples(self)
-            if "nearest" in self.metrics:
-                measure_nearness(self, samples)
+    # 3. Measure
+    lock = lock_output_dir(job.kept) if state.is_main_process else None
+    try:
+        if "bpd" in job.metrics:
+            measure_likelihood(job)
+        if set(job.metrics) - SAMPLE_FREE:
+            samples = make_samples(job)
+            if set(job.metrics) - EXTRACTOR_FREE:
+                measure_quality(job, samples)
+            if "nearest" in job.metrics:
+                measure_nearness(job, samples)
+    finally:
+        if lock is not None:
+            lock.release()
 
-    @property
-    def kept(self) -> Path:
-        """The folder of what a restart goes on with."""
-        return self.place / "evaluation"
+    # 4. Tell
+    if state.is_main_process:
+        tqdm.write(markdown_table(job.figures.figures))
+        if config.update_card and (place / "model_index.json").is_file():
+            write_card(place, CardFacts(results=[eval_result(figure) for figure in job.figures.figures]))
+    return job.figures.path
 
-    def chain(self, **options: Any) -> dict[str, Any]:
-        """A trajectory as figures depend on it."""
-        said = describe_sampling(
-            self.pipeline, self.config.seed, self.config.batch_size, self.class_labels, **options
+
+def prepare(
+    pipeline: DDPMPipelineCustom, place: Path, config: EvaluateConfig, call_options: dict[str, Any]
+) -> Evaluation:
+    """Check everything, cheap things first, and load the images.
+
+    Raises:
+        ValueError: for all that can't work.
+    """
+    check_writable(place)
+    check_plotting()
+    figures = MetricsFile(place / "metrics.json", hash_weights(pipeline.unet))
+    metrics = config.chosen_metrics or default_metrics(config.feature_extractor)
+    extracted = [name for name in metrics if name not in EXTRACTOR_FREE]
+    check_metrics(extracted, config.feature_extractor, config.num_images)
+    classes = pipeline.unet.config.num_class_embeds
+    if classes is not None and config.label_column is None:
+        raise ValueError(
+            f"the model is conditional on {classes} classes: name the column of the labels, as in --label_column label."
         )
-        return said | {"timesteps": options.get("timesteps") or self.pipeline.scheduler.config.timestep_spacing}
+    extractor = None
+    if extracted or config.feature_extractor is not None:
+        weights = config.inception_weights and Path(config.inception_weights)
+        extractor = open_extractor(config.feature_extractor, inception_weights=weights or None)
+    train, unseen = load_real_images(pipeline.unet, config, PartialState().is_main_process)
+    for data in filter(None, (train, unseen)):
+        check_metrics(extracted, config.feature_extractor, config.num_images, len(data.pixels))
+        if len(data.pixels) <= NEIGHBOURS:
+            raise ValueError(f"{data.name} ({data.split}) has {len(data.pixels)} images: an evaluation needs more.")
+    labels = config.class_label
+    if classes is not None and labels is None:
+        labels = list(range(train.num_classes or classes))
+    trajectory(pipeline, labels, **call_options)
+    ema = _is_average(place)
+    return Evaluation(pipeline, place, config, metrics, train, unseen, extractor, call_options, labels, figures, ema)
 
-    def add(self, metric: str, value: float, settings: dict[str, Any], **more: Any) -> None:
-        """Keep a figure, with the notes on the data that it is about."""
-        self.figures.add({"metric": metric, "value": value, **more, "settings": settings})
+
+def default_metrics(feature_extractor: str | None) -> list[str]:
+    """What can be measured with what is installed and named."""
+    if feature_extractor is not None and feature_extractor != INCEPTION:
+        return ["bpd", *OTHER_METRICS, "nearest"]
+    has_inception = importlib.util.find_spec("torch_fidelity") is not None
+    return ["bpd", *(INCEPTION_METRICS if has_inception else ()), "nearest"]
 
 
-def measure_likelihood(job: Evaluation) -> None:
-    """Bits/dim of unseen images, or else of training images."""
-    config, data = job.config, job.unseen or job.train
-    count = config.num_likelihood_images
-    chain = {"num_inference_steps": config.likelihood_steps, "timesteps": job.call_options["timesteps"]}
-    settings = {
-        "data": data.identity(),
-        "chain": job.chain(**chain),
-        "num_images": count,
-        "calls_per_image": config.calls_per_image,
-    }
-    if job.figures.find("bpd", settings):
-        return
-    bits = resumable_bits_per_dim(
-        job.pipeline,
-        data.pixels,
-        job.kept / f"likelihood-{_key(settings)}",
-        num_images=count,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        class_labels=data.labels if job.class_labels else None,
-        calls_per_image=config.calls_per_image,
-        **chain,
-    )
+def estimate(job: Evaluation) -> str:
+    """What the network calls of an evaluation will cost, from the time of one of them on this process."""
+    config, num_processes = job.config, PartialState().num_processes
+    seconds = time_network_call(job.pipeline, config.batch_size)
+    T = job.pipeline.scheduler.config.num_train_timesteps
+    rows = []
+    if "bpd" in job.metrics:
+        calls = config.calls_per_image or config.likelihood_steps or T
+        rows.append(("Likelihood", job.num_likelihood_images, calls))
+    if set(job.metrics) - SAMPLE_FREE:
+        steps = len(trajectory(job.pipeline, job.class_labels, **job.call_options))
+        rows.append(("Samples", config.num_images, steps * (1 if job.call_options["guidance_scale"] == 1 else 2)))
+    lines = [
+        f"{name}: {images:,} images of {calls:,} network calls each, about "
+        f"{math.ceil(images / config.batch_size / num_processes) * calls * seconds / 60:,.1f} minutes"
+        for name, images, calls in rows
+    ]
+    return "\n".join([*lines, "What an earlier run has finished is taken from there."])
+
+
+def time_network_call(pipeline: DDPMPipelineCustom, batch_size: int) -> float:
+    """Seconds of one call with a batch of images, the one before it not counted."""
+    network = pipeline.unet
+    size, channels = network.config.sample_size, network.config.in_channels
+    x = torch.zeros(batch_size, channels, size, size, device=network.device, dtype=network.dtype)
+    t = torch.zeros(batch_size, dtype=torch.long, device=network.device)
+    labels = t if network.config.num_class_embeds is not None else None
+    with torch.no_grad():
+        for _ in range(2):
+            started = time.perf_counter()
+            float(network(x, t, class_labels=labels, return_dict=False)[0].float().mean())  # waits for a GPU, too
+    return time.perf_counter() - started
+
+
+def _is_average(place: Path) -> bool | None:
+    """Whether the model's weights are an average (EMA), if its card knows."""
+    card = place / "README.md"
+    if not card.is_file():
+        return None
+    options = known_facts(card.read_text("utf-8"), weights_digest(place)).options
+    return options and options.get("use_ema")

@@ -1,0 +1,185 @@
+"""The phases of an evaluation. Each measures what is not there yet, and keeps it at once; all processes run it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from .command_config import EvaluateConfig
+from .evaluation_plots import save_neighbours
+from .extractors import Extractor
+from .likelihood_figures import likelihood_details, resumable_bits_per_dim, save_likelihood
+from .metrics import measure
+from .metrics_file import MetricsFile
+from .nearest import nearest_neighbours, nearness
+from .pipeline import DDPMPipelineCustom
+from .probing import draw_indices
+from .real_images import RealImages
+from .reference_statistics import reference_statistics
+from .sample_folder import sample_to_folder
+from .sampling import describe_sampling
+
+NEIGHBOURS = 3  # beside each sample in the picture
+MOST_HELD_OUT = 10_000  # real images whose distances to the training set are compared with those of samples
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that an evaluation needs, checked and fit for each other.
+
+    Args:
+        place: the folder for figures and pictures.
+        metrics: what is measured, of `command_config.METRICS`.
+        train: the images that the model was trained on.
+        unseen: images that it was not trained on, where there are any.
+        extractor: for the figures that need one.
+        call_options: how samples are made: `timesteps`, `eta`, …
+        class_labels: of the samples, used in turn; None for an unconditional network.
+        figures: those that are there already, and where new ones go.
+        ema: whether the weights are an average, as far as is known.
+    """
+
+    pipeline: DDPMPipelineCustom
+    place: Path
+    config: EvaluateConfig
+    metrics: Sequence[str]
+    train: RealImages
+    unseen: RealImages | None
+    extractor: Extractor | None
+    call_options: dict[str, Any]
+    class_labels: list[int] | None
+    figures: MetricsFile
+    ema: bool | None
+
+    @property
+    def kept(self) -> Path:
+        """The folder of what a restart goes on with."""
+        return self.place / "evaluation"
+
+    @property
+    def num_likelihood_images(self) -> int:
+        """How many images the likelihood is measured on."""
+        return min(self.config.num_likelihood_images, len((self.unseen or self.train).pixels))
+
+    def chain(self, **options: Any) -> dict[str, Any]:
+        """A trajectory, and the model that follows it: all that figures depend on."""
+        said = describe_sampling(self.pipeline, self.config.seed, self.config.batch_size, self.class_labels, **options)
+        spacing = options.get("timesteps") or self.pipeline.scheduler.config.timestep_spacing
+        return said | {"timesteps": spacing, "ema": self.ema}  # the name says as much as a thousand numbers
+
+    def folder(self, name: str, settings: dict[str, Any]) -> Path:
+        """Where a restart finds what was made with these settings."""
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return self.kept / f"{name}-{digest[:12]}"
+
+
+def measure_likelihood(job: Evaluation) -> None:
+    """Bits/dim of unseen images, or else of training images."""
+    config, data = job.config, job.unseen or job.train
+    options = {"num_inference_steps": config.likelihood_steps, "timesteps": job.call_options["timesteps"]}
+    settings = {
+        "data": data.identity(),
+        "chain": job.chain(**options),
+        "num_images": job.num_likelihood_images,
+        "calls_per_image": config.calls_per_image,
+    }
+    if job.figures.find("bpd", settings):
+        return
+    bits = resumable_bits_per_dim(
+        job.pipeline,
+        data.pixels,
+        job.folder("likelihood", settings),
+        num_images=job.num_likelihood_images,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        class_labels=data.labels if job.class_labels else None,
+        calls_per_image=config.calls_per_image,
+        **options,
+    )
+    if PartialState().is_main_process:
+        save_likelihood(bits, job.place)
+    job.figures.add(
+        {
+            "metric": "bpd",
+            "value": bits.total,
+            "standard_error": bits.standard_error,
+            "num_images": bits.num_images,
+            "details": likelihood_details(bits),
+            "warnings": data.notes + ([] if job.unseen else ["of images that the model was trained on"]),
+            "settings": settings,
+        }
+    )
+
+
+def make_samples(job: Evaluation) -> Tensor:
+    """The samples, uint8 (N, C, H, W): made now, or found where an earlier run has left them."""
+    config, options = job.config, {"class_labels": job.class_labels, **job.call_options}
+    folder = job.folder("samples", describe_sampling(job.pipeline, config.seed, config.batch_size, **options))
+    sample_to_folder(job.pipeline, folder, config.num_images, config.seed, config.batch_size, format="npz", **options)
+    with np.load(folder / "samples.npz") as stored:
+        return torch.from_numpy(stored["arr_0"]).permute(0, 3, 1, 2).contiguous()
+
+
+def measure_quality(job: Evaluation, samples: Tensor) -> None:
+    """FID, KID and their like, against the training set and, where there are any, against unseen images."""
+    assert job.extractor is not None
+    features = None
+    for data in filter(None, (job.train, job.unseen)):
+        settings = {
+            "data": data.identity(),
+            "chain": job.chain(**job.call_options),
+            "num_images": len(samples),
+            "extractor": job.extractor.identity,
+        }
+        names = [name for name in job.metrics if name not in ("bpd", "nearest")]
+        if data is job.unseen and "isc" in names:  # which compares with nothing
+            names.remove("isc")
+        missing = [name for name in names if not job.figures.find("recall" if name == "prc" else name, settings)]
+        if not missing:
+            continue
+        features = features or job.extractor(samples, job.config.batch_size)
+        for measurement in measure(missing, features, real_features(job, data), job.extractor):
+            figure = {k: v for k, v in asdict(measurement).items() if v is not None and k not in ("name", "extractor")}
+            figure["warnings"] = [*measurement.warnings, *data.notes]
+            job.figures.add({"metric": measurement.name, **figure, "settings": settings})
+
+
+def real_features(job: Evaluation, data: RealImages) -> Reference:
+    """The features of real images, from the cache where they are there."""
+    assert job.extractor is not None
+    return reference_statistics(
+        data.pixels,
+        job.extractor,
+        dataset=data.name,
+        split=data.split,
+        resize=data.preparation["resize"],
+        cache_dir=Path(job.config.cache_dir) if job.config.cache_dir else None,
+        batch_size=job.config.batch_size,
+    )
+
+
+def measure_nearness(job: Evaluation, samples: Tensor) -> None:
+    """Whether samples lie nearer to training images than unseen images do, and pictures of their neighbours."""
+    settings: dict[str, Any] = {
+        "data": job.train.identity(),
+        "held_out": job.unseen.identity() if job.unseen else None,
+        "chain": job.chain(**job.call_options),
+        "num_images": len(samples),
+    }
+    train, real = job.train.pixels, (job.unseen or job.train).pixels
+    chosen = draw_indices(len(real), min(len(real), MOST_HELD_OUT), job.config.seed)
+    own = None if job.unseen else chosen
+    if not job.figures.find("nearest", settings):
+        _compare(job, "pixels", samples, train, real[chosen], own, settings)
+    if job.extractor is not None:
+        settings = settings | {"extractor": job.extractor.identity}
+    ...
