@@ -66,9 +66,10 @@ class SampleConfig(SamplingOptions):
     """Options of `ddpm-hf sample`."""
 
     num_images: int = option(64, "How many images to make.")
-    seed: int = option(0, "Image i comes from the random numbers of seed + i, whatever the batch size.")
-    output_dir: str = option("samples", "Folder for the numbered PNGs and the grid.")
-    batch_size: int = option(64, "Images per forward pass.")
+    seed: int = option(0, "Image i comes from the random numbers of seed + i.")
+    output_dir: str = option("samples", "Folder for the images and their grid. What is there already is gone on with.")
+    format: Literal["png", "npz"] = option("png", "Numbered PNGs, or one samples.npz with arr_0 (N, H, W, C).")
+    batch_size: int = option(64, "Images per forward pass and process. Changes images by rounding only.")
     device: str | None = option(None, "cpu, cuda, mps, …; default: the best one present.")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the network.")
     revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
@@ -146,11 +147,11 @@ class EvaluateConfig(ImageOptions, SamplingOptions):
     test_data_dir: str | None = option(None, "The same as a folder of images.")
     metrics: str | None = option(
         None,
-        f"What to measure, of {','.join(METRICS)}. Default: nearest,bpd, and what the extractor allows: fid,kid,isc,prc "
-        "with the extra [eval]; fd,kd,prc with --feature_extractor.",
+        f"What to measure, of {','.join(METRICS)}. Default: bpd,nearest; with the extra [eval] fid,kid,isc,prc, too; "
+        "with --feature_extractor fd,kd,prc instead of these.",
     )
     num_images: int = option(1000, "How many samples to make. 50,000 are usual for a published FID.")
-    num_likelihood_images: int = option(256, "How many images to measure bits/dim on, drawn at random.")
+    num_likelihood_images: int = option(256, "How many images to measure bits/dim on, drawn at random, at most.")
     likelihood_steps: int | None = option(None, "Steps of the chain whose bits/dim are measured; default: all T.")
     calls_per_image: int | None = option(None, "Estimate bits/dim by so many network calls per image. Default: exact.")
     inception_weights: str | None = option(None, "The file of torch-fidelity's Inception weights. Default: its cache.")

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from .card import CardFacts, known_facts, weights_digest, write_card
+from .checkpoint import MANIFEST
 from .command_config import EvaluateConfig
 from .evaluation_phases import (
     NEIGHBOURS,
@@ -60,7 +61,7 @@ def evaluate(pipeline: DDPMPipelineCustom, place: Path, config: EvaluateConfig, 
 
     # 2. What it will cost
     if state.is_main_process:
-        tqdm.write(estimate(job))
+        tqdm.write("\n".join([*(f"Note: {note}." for note in job.train.notes), estimate(job)]))
     state.wait_for_everyone()  # all know what is there, before it becomes more
 
     # 3. Measure
@@ -86,6 +87,24 @@ def evaluate(pipeline: DDPMPipelineCustom, place: Path, config: EvaluateConfig, 
     return job.figures.path
 
 
+def evaluation_place(model: str, output_dir: str | None) -> Path:
+    """The folder for the results: the model's own, unless `output_dir` names another one.
+
+    Raises:
+        ValueError: for a model without a folder of its own that files could be added to, and for that of another model.
+    """
+    place = Path(model if output_dir is None else output_dir)
+    if (place / "model_index.json").is_file() and place.resolve() != Path(model).resolve():
+        raise ValueError(f"`output_dir` {str(output_dir)!r} holds another model: choose another --output_dir.")
+    if output_dir is None and (not (place / "model_index.json").is_file() or (place / MANIFEST).is_file()):
+        raise ValueError(
+            f"{model!r} is no saved pipeline on this machine that results could be added to (checkpoints stay as they "
+            "are): pass --output_dir FOLDER."
+        )
+    check_writable(place)
+    return place
+
+
 def prepare(
     pipeline: DDPMPipelineCustom, place: Path, config: EvaluateConfig, call_options: dict[str, Any]
 ) -> Evaluation:
@@ -94,7 +113,6 @@ def prepare(
     Raises:
         ValueError: for all that can't work.
     """
-    check_writable(place)
     check_plotting()
     figures = MetricsFile(place / "metrics.json", hash_weights(pipeline.unet))
     metrics = config.chosen_metrics or default_metrics(config.feature_extractor)
@@ -170,4 +188,4 @@ def _is_average(place: Path) -> bool | None:
     if not card.is_file():
         return None
     options = known_facts(card.read_text("utf-8"), weights_digest(place)).options
-    return options and options.get("use_ema")
+    return None if options is None else options.get("use_ema")

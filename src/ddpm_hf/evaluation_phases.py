@@ -13,18 +13,19 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .command_config import EvaluateConfig
 from .evaluation_plots import save_neighbours
 from .extractors import Extractor
-from .likelihood_figures import likelihood_details, resumable_bits_per_dim, save_likelihood
-from .metrics import measure
+from .likelihood_figures import likelihood_details, rate_distortion_table, resumable_bits_per_dim, save_likelihood
+from .metrics import Measurement, measure
 from .metrics_file import MetricsFile
 from .nearest import nearest_neighbours, nearness
 from .pipeline import DDPMPipelineCustom
 from .probing import draw_indices
 from .real_images import RealImages
-from .reference_statistics import reference_statistics
+from .reference_statistics import Reference, reference_statistics
 from .sample_folder import sample_to_folder
 from .sampling import describe_sampling
 
@@ -107,6 +108,7 @@ def measure_likelihood(job: Evaluation) -> None:
     )
     if PartialState().is_main_process:
         save_likelihood(bits, job.place)
+        tqdm.write(rate_distortion_table(bits))
     job.figures.add(
         {
             "metric": "bpd",
@@ -147,10 +149,17 @@ def measure_quality(job: Evaluation, samples: Tensor) -> None:
         if not missing:
             continue
         features = features or job.extractor(samples, job.config.batch_size)
-        for measurement in measure(missing, features, real_features(job, data), job.extractor):
-            figure = {k: v for k, v in asdict(measurement).items() if v is not None and k not in ("name", "extractor")}
-            figure["warnings"] = [*measurement.warnings, *data.notes]
-            job.figures.add({"metric": measurement.name, **figure, "settings": settings})
+        reference = real_features(job, data)
+        for name in missing if PartialState().is_main_process else ():
+            for measurement in measure([name], features, reference, job.extractor):
+                job.figures.add(_figure(measurement, data, settings))
+
+
+def _figure(measurement: Measurement, data: RealImages, settings: dict[str, Any]) -> dict[str, Any]:
+    known = {name: value for name, value in asdict(measurement).items() if value is not None}
+    del known["extractor"]  # which is in the settings
+    metric, value, warnings = (known.pop(name) for name in ("name", "value", "warnings"))
+    return {"metric": metric, "value": value, **known, "warnings": [*warnings, *data.notes], "settings": settings}
 
 
 def real_features(job: Evaluation, data: RealImages) -> Reference:
@@ -167,19 +176,72 @@ def real_features(job: Evaluation, data: RealImages) -> Reference:
     )
 
 
+def all_real_features(job: Evaluation, data: RealImages) -> Tensor:
+    """The features of all real images, (M, D): statistics keep a part of large sets."""
+    assert job.extractor is not None
+    kept = real_features(job, data).features
+    return kept if len(kept) == len(data.pixels) else job.extractor(data.pixels, job.config.batch_size).pooled
+
+
 def measure_nearness(job: Evaluation, samples: Tensor) -> None:
-    """Whether samples lie nearer to training images than unseen images do, and pictures of their neighbours."""
+    """Whether samples lie nearer to training images than unseen images do: in pixels and in features, with pictures."""
+    real = job.unseen or job.train
+    chosen = draw_indices(len(real.pixels), min(len(real.pixels), MOST_HELD_OUT), job.config.seed)
     settings: dict[str, Any] = {
         "data": job.train.identity(),
-        "held_out": job.unseen.identity() if job.unseen else None,
+        "held_out": real.identity() | {"used": len(chosen)},
         "chain": job.chain(**job.call_options),
         "num_images": len(samples),
     }
-    train, real = job.train.pixels, (job.unseen or job.train).pixels
-    chosen = draw_indices(len(real), min(len(real), MOST_HELD_OUT), job.config.seed)
     own = None if job.unseen else chosen
     if not job.figures.find("nearest", settings):
-        _compare(job, "pixels", samples, train, real[chosen], own, settings)
-    if job.extractor is not None:
-        settings = settings | {"extractor": job.extractor.identity}
-    ...
+        compare(job, samples, (samples, job.train.pixels, real.pixels[chosen]), own, settings, "nearest.png")
+    if job.extractor is None:
+        return
+    settings = settings | {"extractor": job.extractor.identity}
+    if not job.figures.find("nearest", settings):
+        features = job.extractor(samples, job.config.batch_size).pooled
+        train = all_real_features(job, job.train)
+        held_out = (all_real_features(job, job.unseen) if job.unseen else train)[chosen]
+        compare(job, samples, (features, train, held_out), own, settings, "nearest_features.png")
+
+
+def compare(
+    job: Evaluation,
+    samples: Tensor,
+    points: tuple[Tensor, Tensor, Tensor],
+    own: Tensor | None,
+    settings: dict[str, Any],
+    picture: str,
+) -> None:
+    """One figure of `measure_nearness`, and its picture.
+
+    Args:
+        samples: uint8 (N, C, H, W), for the picture.
+        points: what distances are between: those of the samples, of the training images, and of the held-out ones.
+        own: which training images the held-out ones are, if they are some.
+    """
+    queries, train, real = points
+    found = nearest_neighbours(queries, train, NEIGHBOURS, title="Training images nearest to samples")
+    held_out = nearest_neighbours(real, train, 1, own=own, title="… and to real images")
+    distances = found.distances[:, 0]
+    result = nearness(distances, held_out.distances[:, 0])
+    if PartialState().is_main_process:
+        save_neighbours(samples, job.train.pixels[found.indices], distances, job.place / picture)
+    job.figures.add(
+        {
+            "metric": "nearest",
+            "value": result.share,
+            "standard_error": result.standard_error,
+            "num_images": len(samples),
+            "num_reference": len(train),
+            "details": {
+                "threshold": result.threshold,
+                "median": float(distances.median()),
+                "median_of_held_out": float(held_out.distances.median()),
+            },
+            "warnings": job.train.notes
+            + ([] if job.unseen else ["held-out images are training images, each compared with all the others"]),
+            "settings": settings,
+        }
+    )

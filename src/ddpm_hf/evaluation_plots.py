@@ -62,8 +62,8 @@ def save_neighbours(samples: Tensor, neighbours: Tensor, distances: Tensor, file
     """
     from matplotlib.figure import Figure
 
-    gap = torch.full_like(samples[..., : max(1, samples.shape[-1] // 4)], 255)
-    strips = torch.cat([samples, gap, *neighbours.unbind(1)], dim=-1)
+    narrow, wide = (torch.full_like(samples[..., : max(1, samples.shape[-1] // part)], 255) for part in (8, 2))
+    strips = torch.cat([samples, narrow, *neighbours.unbind(1), wide], dim=-1)
     shown = min(SHOWN, len(samples))
     rows = {
         "The first samples, each left of its nearest training images": strips[:shown],

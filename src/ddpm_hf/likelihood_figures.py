@@ -16,7 +16,7 @@ from .evaluation_plots import save_bits_per_dim, save_rate_distortion
 from .likelihood import BitsPerDim, bits_per_dim, combine, rate_distortion
 from .pipeline import DDPMPipelineCustom
 from .probing import draw_indices
-from .run_folder import write_whole
+from .run_folder import replace_text
 
 MOST_PARTS = 16
 
@@ -54,7 +54,7 @@ def resumable_bits_per_dim(
         bits = bits_per_dim(pipe, images, indices=part, title=title, show_progress=show_progress, **options)
         if state.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps({k: v.tolist() if isinstance(v, Tensor) else v for k, v in asdict(bits).items()}))
+            replace_text(file, json.dumps(asdict(bits), default=Tensor.tolist))
         measured.append(bits)
     return combine(measured)
 
@@ -69,13 +69,13 @@ def split_evenly(indices: Tensor, unit: int) -> Sequence[Tensor]:
 
 
 def _read(file: Path) -> BitsPerDim:
-    stored = json.loads(file.read_text("utf-8"))
-    tables = ("terms", "x_0_mse", "eps_mse")
-    return BitsPerDim(**{k: torch.tensor(v, dtype=torch.float64) if k in tables else v for k, v in stored.items()})
+    stored: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    tables = {name: torch.tensor(stored[name], dtype=torch.float64) for name in ("terms", "x_0_mse", "eps_mse")}
+    return BitsPerDim(**(stored | tables))
 
 
 def likelihood_details(bits: BitsPerDim) -> dict[str, Any]:
-    """The parts of the bound, in bits/dim, and what the receiver of a lossy code has in the end (Table 2 and 4)."""
+    """The parts of the bound, in bits/dim, and the error of what a lossy code sends (Section 4.3)."""
     rate = bits.total - bits.L_0
     return {
         "L_T": bits.L_T,
@@ -100,11 +100,13 @@ def save_likelihood(bits: BitsPerDim, place: Path) -> None:
         tables |= {"rate": _rounded(curve.rate), "distortion_rmse": _rounded(curve.distortion)}
         save_rate_distortion(curve, place / "rate_distortion.png")
     lines = ",\n".join(f' "{name}": {json.dumps(values)}' for name, values in tables.items())
-    write_whole(place / "likelihood.json", f"{{\n{lines}\n}}\n")
+    replace_text(place / "likelihood.json", f"{{\n{lines}\n}}\n")
 
 
 def rate_distortion_table(bits: BitsPerDim, rows: int = 11) -> str:
-    """Rate and distortion at evenly spread timesteps, as a Markdown table (Table 4)."""
+    """Rate and distortion at evenly spread timesteps, as a Markdown table; nothing for an estimate with gaps."""
+    if bits.terms.isnan().any():
+        return ""
     curve = rate_distortion(bits)
     K = len(curve.timesteps)
     places = sorted({round(i * (K - 1) / max(1, rows - 1)) for i in range(rows)})

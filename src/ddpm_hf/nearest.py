@@ -70,7 +70,9 @@ def nearest_neighbours(
     if queries.shape[1:] != points.shape[1:]:
         raise ValueError(f"points of shape {tuple(queries.shape[1:])} have no distance to {tuple(points.shape[1:])}.")
     if available < k:
-        raise ValueError(f"{k} nearest neighbours were asked for, but there are only {available} points to choose from.")
+        raise ValueError(
+            f"{k} nearest neighbours were asked for, but there are only {available} points to choose from."
+        )
     state = PartialState()
     mine = torch.arange(len(queries))[state.process_index :: state.num_processes]
     table = torch.zeros(2, len(queries), k, dtype=torch.float64)

@@ -127,5 +127,7 @@ def _notes(source: Source, config: TrainConfig) -> list[str]:
             f"{config.resolution}×{config.resolution}"
         )
     if mode != config.image_mode:
-        notes.append(f"the images of {source.name} are of mode {mode}, and converted to the model's {config.image_mode}")
+        notes.append(
+            f"the images of {source.name} are of mode {mode}, and converted to the model's {config.image_mode}"
+        )
     return notes

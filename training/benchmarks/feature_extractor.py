@@ -3,9 +3,9 @@
     python training/benchmarks/feature_extractor.py --dataset digits --output_dir digits-resnet
     python training/benchmarks/feature_extractor.py --dataset FOLDER-OF-PARQUET --output_dir fashion-resnet
 
-A ResNet of transformers learns the classes of a labelled dataset; its 64 pooled features are those that distances are
-measured in. The folder holds safetensors and an image processor, as any vision model of the Hub does. Its figures compare
-models of the same data that were measured with the same extractor, and nothing else.
+A ResNet of transformers learns the classes of a labelled dataset; distances are measured in its 64 pooled features. The
+folder holds safetensors and an image processor, as any vision model of the Hub does. The figures compare models of the
+same data that were measured with the same extractor, and nothing else.
 """
 
 import argparse
