@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .command_config import EvaluateConfig
 from .evaluation_plots import save_neighbours
-from .extractors import Extractor
+from .extractors import Extractor, Features
 from .likelihood_figures import likelihood_details, rate_distortion_table, resumable_bits_per_dim, save_likelihood
 from .metrics import Measurement, measure
 from .metrics_file import MetricsFile
@@ -77,10 +78,30 @@ class Evaluation:
         spacing = options.get("timesteps") or self.pipeline.scheduler.config.timestep_spacing
         return said | {"timesteps": spacing, "ema": self.ema}  # the name says as much as a thousand numbers
 
+    def keep(self, figure: dict[str, Any]) -> None:
+        """Add a figure to those that are there; the main process does."""
+        if PartialState().is_main_process:
+            self.figures.add(figure)
+
     def folder(self, name: str, settings: dict[str, Any]) -> Path:
         """Where a restart finds what was made with these settings."""
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return self.kept / f"{name}-{digest[:12]}"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples, uint8 (N, C, H, W), and their features where they are asked for."""
+
+    pixels: Tensor
+    extractor: Extractor | None
+    batch_size: int
+
+    @cached_property
+    def features(self) -> Features:
+        """What the extractor says of them; all processes must ask."""
+        assert self.extractor is not None
+        return self.extractor(self.pixels, self.batch_size)
 
 
 def measure_likelihood(job: Evaluation) -> None:
@@ -109,7 +130,7 @@ def measure_likelihood(job: Evaluation) -> None:
     if PartialState().is_main_process:
         save_likelihood(bits, job.place)
         tqdm.write(rate_distortion_table(bits))
-    job.figures.add(
+    job.keep(
         {
             "metric": "bpd",
             "value": bits.total,
@@ -122,24 +143,24 @@ def measure_likelihood(job: Evaluation) -> None:
     )
 
 
-def make_samples(job: Evaluation) -> Tensor:
-    """The samples, uint8 (N, C, H, W): made now, or found where an earlier run has left them."""
+def make_samples(job: Evaluation) -> Samples:
+    """The samples: made now, or found where an earlier run has left them."""
     config, options = job.config, {"class_labels": job.class_labels, **job.call_options}
     folder = job.folder("samples", describe_sampling(job.pipeline, config.seed, config.batch_size, **options))
     sample_to_folder(job.pipeline, folder, config.num_images, config.seed, config.batch_size, format="npz", **options)
     with np.load(folder / "samples.npz") as stored:
-        return torch.from_numpy(stored["arr_0"]).permute(0, 3, 1, 2).contiguous()
+        pixels = torch.from_numpy(stored["arr_0"]).permute(0, 3, 1, 2).contiguous()
+    return Samples(pixels[: config.num_images], job.extractor, config.batch_size)
 
 
-def measure_quality(job: Evaluation, samples: Tensor) -> None:
+def measure_quality(job: Evaluation, samples: Samples) -> None:
     """FID, KID and their like, against the training set and, where there are any, against unseen images."""
     assert job.extractor is not None
-    features = None
     for data in filter(None, (job.train, job.unseen)):
         settings = {
             "data": data.identity(),
             "chain": job.chain(**job.call_options),
-            "num_images": len(samples),
+            "num_images": job.config.num_images,
             "extractor": job.extractor.identity,
         }
         names = [name for name in job.metrics if name not in ("bpd", "nearest")]
@@ -148,11 +169,10 @@ def measure_quality(job: Evaluation, samples: Tensor) -> None:
         missing = [name for name in names if not job.figures.find("recall" if name == "prc" else name, settings)]
         if not missing:
             continue
-        features = features or job.extractor(samples, job.config.batch_size)
-        reference = real_features(job, data)
+        features, reference = samples.features, real_features(job, data)
         for name in missing if PartialState().is_main_process else ():
             for measurement in measure([name], features, reference, job.extractor):
-                job.figures.add(_figure(measurement, data, settings))
+                job.keep(_figure(measurement, data, settings))
 
 
 def _figure(measurement: Measurement, data: RealImages, settings: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +203,7 @@ def all_real_features(job: Evaluation, data: RealImages) -> Tensor:
     return kept if len(kept) == len(data.pixels) else job.extractor(data.pixels, job.config.batch_size).pooled
 
 
-def measure_nearness(job: Evaluation, samples: Tensor) -> None:
+def measure_nearness(job: Evaluation, samples: Samples) -> None:
     """Whether samples lie nearer to training images than unseen images do: in pixels and in features, with pictures."""
     real = job.unseen or job.train
     chosen = draw_indices(len(real.pixels), min(len(real.pixels), MOST_HELD_OUT), job.config.seed)
@@ -191,19 +211,20 @@ def measure_nearness(job: Evaluation, samples: Tensor) -> None:
         "data": job.train.identity(),
         "held_out": real.identity() | {"used": len(chosen)},
         "chain": job.chain(**job.call_options),
-        "num_images": len(samples),
+        "num_images": job.config.num_images,
     }
     own = None if job.unseen else chosen
     if not job.figures.find("nearest", settings):
-        compare(job, samples, (samples, job.train.pixels, real.pixels[chosen]), own, settings, "nearest.png")
+        points = samples.pixels, job.train.pixels, real.pixels[chosen]
+        compare(job, samples.pixels, points, own, settings, "nearest.png")
     if job.extractor is None:
         return
     settings = settings | {"extractor": job.extractor.identity}
     if not job.figures.find("nearest", settings):
-        features = job.extractor(samples, job.config.batch_size).pooled
         train = all_real_features(job, job.train)
         held_out = (all_real_features(job, job.unseen) if job.unseen else train)[chosen]
-        compare(job, samples, (features, train, held_out), own, settings, "nearest_features.png")
+        points = samples.features.pooled, train, held_out
+        compare(job, samples.pixels, points, own, settings, "nearest_features.png")
 
 
 def compare(
@@ -228,7 +249,7 @@ def compare(
     result = nearness(distances, held_out.distances[:, 0])
     if PartialState().is_main_process:
         save_neighbours(samples, job.train.pixels[found.indices], distances, job.place / picture)
-    job.figures.add(
+    job.keep(
         {
             "metric": "nearest",
             "value": result.share,

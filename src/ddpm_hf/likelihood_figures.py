@@ -87,7 +87,7 @@ def likelihood_details(bits: BitsPerDim) -> dict[str, Any]:
 
 
 def save_likelihood(bits: BitsPerDim, place: Path) -> None:
-    """`likelihood.json` with all tables, and their plots; an estimate that left timesteps out has no rate-distortion."""
+    """`likelihood.json` with all tables, and their plots; rate and distortion where no timestep was left out."""
     tables: dict[str, Sequence[Any]] = {
         "timesteps": bits.timesteps,
         "bits_per_dim": _rounded(bits.terms),
