@@ -34,8 +34,11 @@ def _own_cache(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def extractor(tmp_path_factory):
+    return save_extractor(tmp_path_factory.mktemp("extractor"))
+
+
+def save_extractor(folder):
     """The folder of a small vision model with random weights: eight features of 32×32 images."""
-    folder = tmp_path_factory.mktemp("extractor")
     torch.manual_seed(0)
     ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")).save_pretrained(
         folder
