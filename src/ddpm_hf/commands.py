@@ -41,8 +41,8 @@ def sample(model: str, config: SampleConfig) -> Path:
         **_call_options(config),
     )
     if state.is_main_process:
-        already = "" if made == config.num_images else f" ({config.num_images - made} were there already)"
-        print(f"{config.num_images} images{already} in {output_dir}/, the first of them in {output_dir / 'grid.png'}.")
+        earlier = config.num_images - made
+        print(f"{config.num_images} images are in {output_dir}/: {made} new ones, {earlier} that were there already.")
     return output_dir
 
 

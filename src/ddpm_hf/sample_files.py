@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import IO
@@ -24,15 +25,13 @@ from torch import Tensor
 from .pictures import to_pil
 from .sampling import image_batches, labels_in_turn
 
-PARTIAL = ".partial"  # ends the name of a file that is being written
-
 
 def write_whole(file: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file that is whole or not there, whenever the process is killed."""
-    partial = file.with_name(file.name + PARTIAL)
-    with partial.open("wb") as stream:
+    unfinished = file.with_name(f"{file.name}.partial")
+    with unfinished.open("wb") as stream:
         write(stream)
-    partial.replace(file)
+    unfinished.replace(file)
 
 
 @dataclass
@@ -48,7 +47,7 @@ class PngFiles:
     def save(self, images: range, pixels: Tensor) -> None:
         """Keep a batch, uint8 of shape (B, C, H, W). Its last image is there last."""
         for i, image in zip(images, to_pil(pixels), strict=True):
-            write_whole(self._file(i), lambda stream, image=image: image.save(stream, "PNG"))  # type: ignore[misc]
+            write_whole(self._file(i), partial(image.save, format="PNG"))
 
     def first(self, count: int) -> list[Image.Image]:
         """The first images, as pictures."""

@@ -7,7 +7,8 @@ import math
 import reprlib
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from accelerate import PartialState
 from .pictures import image_grid
 from .pipeline import DDPMPipelineCustom
 from .run_folder import check_writable, lock_output_dir
-from .sample_files import PARTIAL, NpzFile, PngFiles, write_whole
+from .sample_files import NpzFile, PngFiles, write_whole
 from .sampling import describe_sampling, image_batches, sample_pixels
 
 RECORD = "sampling.json"
@@ -64,27 +65,23 @@ def sample_to_folder(
     state, shape = PartialState(), _image_shape(pipeline)
     if format == "png" and shape[-1] > PNG_CHANNELS:
         raise ValueError(f"`format` is 'png', which can't hold {shape[-1]} channels: use --format npz.")
-    record = describe_sampling(pipeline, seed, batch_size, class_labels, **call_options) | {"format": format}
+    check_writable(output_dir)
+    record = describe_sampling(pipeline, seed, batch_size, class_labels, **call_options)
+    _check_origin(output_dir, record)
     files = PngFiles(output_dir) if format == "png" else NpzFile(output_dir)
     present = files.present()
+    _check_number(output_dir, present, num_images)
     batches = image_batches(num_images, batch_size)
     whole = {number for number, images in enumerate(batches) if present.issuperset(images)}
-    missing = sum(len(images) for number, images in enumerate(batches) if number not in whole)
-    check_writable(output_dir)
-    _check_images(output_dir, record, present, num_images)
+    missing = num_images - sum(len(batches[number]) for number in whole)
     _check_space(output_dir, missing, num_images if format == "npz" else 0, math.prod(shape))
     made = sample_pixels(
         pipeline, num_images, seed, batch_size,
         class_labels=class_labels, skip=whole, show_progress=show_progress, **call_options,
     )  # fmt: skip
 
-    state.wait_for_everyone()  # from here on, files change
-    with _locked(output_dir) if state.is_main_process else nullcontext():
-        if state.is_main_process:
-            for leftover in output_dir.rglob(f"*{PARTIAL}"):
-                leftover.unlink()
-            _write_record(output_dir, record)
-        state.wait_for_everyone()
+    state.wait_for_everyone()  # all have looked; from here on, files change
+    with _writing(output_dir, record, state):
         for images, pixels in made:
             files.save(images, pixels)
         state.wait_for_everyone()
@@ -93,8 +90,7 @@ def sample_to_folder(
                 files.pack(num_images, batch_size, shape, class_labels)
             if shape[-1] <= PNG_CHANNELS:
                 grid = image_grid(files.first(min(num_images, GRID_IMAGES)))
-                write_whole(output_dir / GRID, lambda stream: grid.save(stream, "PNG"))
-        state.wait_for_everyone()
+                write_whole(output_dir / GRID, partial(grid.save, format="PNG"))
     return missing
 
 
@@ -105,34 +101,38 @@ def _image_shape(pipeline: DDPMPipelineCustom) -> tuple[int, int, int]:
     return height, width, channels
 
 
-def _check_images(output_dir: Path, record: dict[str, Any], present: set[int], num_images: int) -> None:
-    """Raise a ValueError unless the images in the folder are the first ones of those asked for."""
-    beyond = sorted(i for i in present if i >= num_images)
-    if beyond:
-        raise ValueError(
-            f"`output_dir` {str(output_dir)!r} holds {len(beyond)} images of a longer run (number {beyond[0]} …), but "
-            f"`num_images` is {num_images}: ask for more, or choose another --output_dir."
-        )
-    if not present:
+def _check_origin(output_dir: Path, record: dict[str, Any]) -> None:
+    """Raise a ValueError unless the images of the folder, in either format, were made in this way."""
+    count = len(PngFiles(output_dir).present() | NpzFile(output_dir).present())
+    if not count:
         return
-    file = output_dir / RECORD
     try:
-        earlier = json.loads(file.read_text("utf-8"))
+        earlier = json.loads((output_dir / RECORD).read_text("utf-8"))
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(
-            f"`output_dir` {str(output_dir)!r} holds {len(present)} images, but no {RECORD} that says what made them "
+            f"`output_dir` {str(output_dir)!r} holds {count} images, but no {RECORD} that says what made them "
             f"({error}): choose another --output_dir."
         ) from error
-    asked = json.loads(json.dumps(record))
-    changed = [key for key in earlier.keys() | asked.keys() if earlier.get(key) != asked.get(key)]
-    if changed:
-        differences = "; ".join(
-            f"`{key}` was {reprlib.repr(earlier.get(key))} and is {reprlib.repr(asked.get(key))}"
-            for key in sorted(changed)
-        )
+    now = json.loads(json.dumps(record))
+    changes = [
+        f"`{key}` was {reprlib.repr(earlier.get(key))} and is {reprlib.repr(now.get(key))}"
+        for key in now | earlier
+        if earlier.get(key) != now.get(key)
+    ]
+    if changes:
         raise ValueError(
-            f"`output_dir` {str(output_dir)!r} holds {len(present)} images that were made otherwise: {differences}. "
+            f"`output_dir` {str(output_dir)!r} holds {count} images that were made otherwise: {'; '.join(changes)}. "
             "Choose another --output_dir, or the same options."
+        )
+
+
+def _check_number(output_dir: Path, present: set[int], num_images: int) -> None:
+    """Raise a ValueError for images that were not asked for: they would be taken for a part of the result."""
+    beyond = [i for i in present if i >= num_images]
+    if beyond:
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} holds {len(beyond)} images of a longer run (number {min(beyond)} …), "
+            f"but `num_images` is {num_images}: ask for more, or choose another --output_dir."
         )
 
 
@@ -143,21 +143,25 @@ def _check_space(output_dir: Path, missing: int, packed: int, image_bytes: int) 
     if missing and free < needed:
         raise ValueError(
             f"`output_dir` {str(output_dir)!r} is on a disk with {free / 2**20:,.0f} MiB free, but {missing} images "
-            f"take {needed / 2**20:,.0f} MiB: free some, or choose another one."
+            f"take {needed / 2**20:,.0f} MiB: free some, or choose another --output_dir."
         )
 
 
 @contextmanager
-def _locked(output_dir: Path) -> Iterator[None]:
-    """Keep other runs out of the folder."""
-    lock = lock_output_dir(output_dir)
+def _writing(output_dir: Path, record: dict[str, Any], state: PartialState) -> Iterator[None]:
+    """Keep other runs out of the folder, say there what makes its images, and leave it when all processes are done."""
+    lock = lock_output_dir(output_dir) if state.is_main_process else None
     try:
+        if state.is_main_process:
+            lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+            write_whole(output_dir / RECORD, lambda stream: stream.write(f"{{\n{lines}\n}}\n".encode()))
+        state.wait_for_everyone()
         yield
+        state.wait_for_everyone()
+    except OSError as error:
+        raise OSError(
+            f"images can't be written into {str(output_dir)!r} ({error}): make room. The same command then goes on."
+        ) from error
     finally:
-        lock.release()
-
-
-def _write_record(output_dir: Path, record: dict[str, Any]) -> None:
-    """One line per entry."""
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
-    write_whole(output_dir / RECORD, lambda stream: stream.write(f"{{\n{lines}\n}}\n".encode()))
+        if lock is not None:
+            lock.release()

@@ -24,7 +24,9 @@ from .pipeline import DDPMPipelineCustom, DDPMPipelineCustomOutput
 
 
 def image_batches(num_images: int, batch_size: int) -> list[range]:
-    """Which images are in which batch."""
+    """Which images are in which batch. Raises a ValueError for numbers below 1."""
+    check_integer("num_images", num_images, 1)
+    check_integer("batch_size", batch_size, 1)
     return [range(i, min(i + batch_size, num_images)) for i in range(0, num_images, batch_size)]
 
 
@@ -56,12 +58,11 @@ def sample_pixels(
     Raises:
         ValueError: at once, before any network call, for any bad argument; later, for images that are not finite.
     """
-    check_integer("num_images", num_images, 1)
-    check_integer("batch_size", batch_size, 1)
+    batches = image_batches(num_images, batch_size)
     check_integer("seed", seed, 0, 2**63 - num_images)
     steps = len(trajectory(pipeline, class_labels, **call_options))
     state = PartialState()
-    remaining = [batch for b, batch in enumerate(image_batches(num_images, batch_size)) if b not in skip]
+    remaining = [batch for number, batch in enumerate(batches) if number not in skip]
     share = remaining[state.process_index :: state.num_processes]
     is_quiet = not (show_progress and share and state.is_main_process)
     bar = tqdm(total=steps * len(share), desc="Sampling", unit="step", disable=is_quiet)
@@ -137,7 +138,8 @@ def describe_sampling(
     other options of the call, the scheduler's configuration, the precision and the versions.
     """
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
-    calibration = json.dumps(pipeline.scheduler.config.get("_calibration"), sort_keys=True).encode()
+    is_calibrated = scheduler.get("variance_type") == "optimal"
+    calibration = json.dumps(pipeline.scheduler.config["_calibration"], sort_keys=True) if is_calibrated else None
     timesteps = trajectory(pipeline, class_labels, **call_options)
     return {
         "weights": hash_weights(pipeline.unet),
@@ -151,7 +153,7 @@ def describe_sampling(
         "timesteps": timesteps,
         "scheduler": type(pipeline.scheduler).__name__,
         **scheduler,
-        "calibration": hashlib.sha256(calibration).hexdigest(),
+        "calibration": calibration and hashlib.sha256(calibration.encode()).hexdigest(),
         **{package: version(package) for package in ("ddpm-hf", "diffusers", "torch")},
     }
 
