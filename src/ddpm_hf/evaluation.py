@@ -135,7 +135,8 @@ def prepare(
     labels = config.class_label
     if classes is not None and labels is None:
         labels = list(range(train.num_classes or classes))
-    trajectory(pipeline, labels, **call_options)
+    for steps in (call_options["num_inference_steps"], config.likelihood_steps):
+        trajectory(pipeline, labels, **call_options | {"num_inference_steps": steps})  # which checks it
     ema = _is_average(place)
     return Evaluation(pipeline, place, config, metrics, train, unseen, extractor, call_options, labels, figures, ema)
 

@@ -76,7 +76,8 @@ class Evaluation:
         """A trajectory, and the model that follows it: all that figures depend on."""
         said = describe_sampling(self.pipeline, self.config.seed, self.config.batch_size, self.class_labels, **options)
         spacing = options.get("timesteps") or self.pipeline.scheduler.config.timestep_spacing
-        return said | {"timesteps": spacing, "ema": self.ema}  # the name says as much as a thousand numbers
+        # A name and a hash say as much as a thousand numbers.
+        return said | {"timesteps": spacing, "timesteps_hash": _hash(said["timesteps"]), "ema": self.ema}
 
     def keep(self, figure: dict[str, Any]) -> None:
         """Add a figure to those that are there; the main process does."""
@@ -85,8 +86,11 @@ class Evaluation:
 
     def folder(self, name: str, settings: dict[str, Any]) -> Path:
         """Where a restart finds what was made with these settings."""
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        return self.kept / f"{name}-{digest[:12]}"
+        return self.kept / f"{name}-{_hash(settings)}"
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
