@@ -108,11 +108,12 @@ def test_sample_figures_are_those_of_the_files(model, extractor):
     x, y = (extract(pixels, show_progress=False).pooled for pixels in (samples, real))
     to_train = nearest_neighbours(samples, real, 1, show_progress=False).distances[:, 0]
     to_others = nearest_neighbours(real, real, 1, own=torch.arange(len(real)), show_progress=False).distances[:, 0]
+    nearest = nearness(to_train, to_others)
     expected = {
         "fd": frechet_distance(moments(x), moments(y)),
         "precision": precision_recall(x, y)[0],
         "recall": precision_recall(x, y)[1],
-        "nearest": nearness(to_train, to_others).share,
+        "nearest": nearest.share,
     }
     found = {f["metric"]: f for f in reversed(figures(model))}
     for name, value in expected.items():
@@ -121,6 +122,9 @@ def test_sample_figures_are_those_of_the_files(model, extractor):
         assert figure["num_images"] == 24
         assert figure["num_reference"] == 1797
         assert figure["settings"]["chain"]["num_inference_steps"] == 3
+    in_pixels = next(f for f in figures(model) if f["metric"] == "nearest")
+    assert in_pixels["details"]["threshold"] == pytest.approx(nearest.threshold)
+    assert in_pixels["details"]["median"] == pytest.approx(float(to_train.median()))
     assert "resnet" in found["fd"]["settings"]["extractor"].lower()
 
 
