@@ -49,7 +49,7 @@ ARROWS = {
     "previews": {"network", "pictures", "pipeline", "run_state", "scheduling_ddpm_custom"},
     "publishing": {
         "background_push", "calibration", "card", "config", "data", "hub", "network", "pipeline", "run_state",
-        "scheduling_ddpm_custom", "sharing",
+        "scheduling_ddpm_custom", "sharing", "sources",
     },
     "preparation": {
         "checkpoint", "config", "hub", "interruption", "network", "pictures", "plan", "publishing", "run_folder",
@@ -60,7 +60,20 @@ ARROWS = {
         "preparation", "previews", "publishing", "run_folder", "run_state", "training_log",
     },
     "card_merge": set(),
-    "card": {"calibration", "card_merge", "ddpm_process", "scheduling_ddpm_custom"},
+    "card": {"calibration", "card_merge", "ddpm_process", "pipeline", "run_folder", "scheduling_ddpm_custom"},
+    "evaluation": {
+        "card", "checkpoint", "command_config", "evaluation_phases", "extractors", "metrics", "metrics_file", "pictures",
+        "pipeline", "real_images", "run_folder", "sampling",
+    },
+    "evaluation_phases": {
+        "command_config", "evaluation_plots", "extractors", "likelihood_figures", "metrics", "metrics_file", "nearest",
+        "pipeline", "probing", "real_images", "reference_statistics", "sample_folder", "sampling",
+    },
+    "evaluation_plots": {"likelihood", "pictures"},
+    "likelihood_figures": {"evaluation_plots", "likelihood", "pipeline", "probing", "run_folder"},
+    "metrics_file": {"run_folder"},
+    "nearest": {"probing"},
+    "real_images": {"command_config", "config", "data", "images", "sources"},
     "hub": set(),
     "sharing": {"card", "card_merge", "hub", "loading", "pipeline"},
     "background_push": {"card", "hub", "sharing"},
@@ -72,8 +85,8 @@ ARROWS = {
         "source_improved", "source_network",
     },
     "commands": {
-        "calibration", "card", "command_config", "config", "convert", "data", "hub", "loading", "pipeline",
-        "run_folder", "sample_folder", "sharing",
+        "calibration", "card", "command_config", "convert", "data", "evaluation", "hub", "loading", "pipeline",
+        "real_images", "run_folder", "sample_folder", "sharing",
     },
     "cli": {"command_config", "commands", "options"},
     "__init__": {"card", "ddpm_process", "pipeline", "scheduling_ddpm_custom"},

@@ -11,7 +11,8 @@ from scipy.special import ndtr
 
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.calibration import calibrate
-from ddpm_hf.likelihood import bits_per_dim, rate_distortion
+from ddpm_hf.likelihood import bits_per_dim, combine, rate_distortion
+from ddpm_hf.probing import draw_indices
 
 C = 0.05
 COSINE = {"num_train_timesteps": 40, "beta_schedule": "squaredcos_cap_v2"}
@@ -172,6 +173,18 @@ def test_any_repository_can_be_measured(make_unet, tmp_path):
     bits = bits_per_dim(pipe, gaussian_images(C, 4, channels=3), num_inference_steps=5, **QUIET)
     assert math.isfinite(bits.total)
     assert len(pipe.scheduler.timesteps) == 3  # what the caller was sampling is left alone
+
+
+def test_parts_make_the_whole(oracle, images):
+    whole = bits_per_dim(oracle, images, num_images=50, seed=7, **QUIET)
+    chosen = draw_indices(len(images), 50, seed=7).split([20, 2, 28])
+    parts = [bits_per_dim(oracle, images, indices=part, seed=7, **QUIET) for part in chosen]
+    found = combine(parts)
+    assert (found.num_images, found.timesteps) == (50, whole.timesteps)
+    for name in ("total", "standard_error", "L_T"):
+        assert getattr(found, name) == pytest.approx(getattr(whole, name), rel=1e-12), name
+    for name in ("terms", "x_0_mse", "eps_mse"):
+        torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

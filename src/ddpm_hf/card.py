@@ -21,9 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from .calibration import recommended_steps, steps_table
 from .card_merge import merge_cards, parse_card, stamp
 from .ddpm_process import LEARNED_VARIANCE_TYPES
+from .pipeline import EVALUATION_FILES
+from .run_folder import replace_text
 from .scheduling_ddpm_custom import DDPMSchedulerCustom
 
-PICTURES = ("samples.png", "real.png", "loss.png")
+PICTURES = ("samples.png", "real.png", "loss.png", *(name for name in EVALUATION_FILES if name.endswith(".png")))
 EXAMPLE_STEPS = 100
 
 # Options that say where files lie, who pushes or what is shown, but nothing about the model.
@@ -82,9 +84,7 @@ def write_card(folder: Path, facts: CardFacts | Mapping[str, Any] | None = None)
     except UnicodeDecodeError as error:
         raise ValueError("README.md is no text in UTF-8: mend it, or remove the file.") from error
     text = update_card(existing, folder, facts if isinstance(facts, CardFacts) else CardFacts(**(facts or {})))
-    partial = file.with_name("README.md.partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(file)
+    replace_text(file, text)
     return file
 
 
@@ -106,8 +106,16 @@ def known_facts(card: str, weights: str) -> CardFacts:
 
 
 def combine_facts(known: CardFacts, facts: CardFacts) -> CardFacts:
-    """`facts`, and for those that it leaves open what is `known`."""
-    return replace(known, **{f.name: value for f in fields(facts) if (value := getattr(facts, f.name))})
+    """`facts`, and for those that it leaves open what is `known`; a result replaces that of the same name and data."""
+    together = {f.name: value for f in fields(facts) if (value := getattr(facts, f.name))}
+    new = {_place(result) for result in facts.results}
+    kept = [result for result in known.results if _place(result) not in new]
+    return replace(known, **together | {"results": [*kept, *facts.results]})
+
+
+def _place(result: EvalResult) -> tuple[object, ...]:
+    """Where a result stands among others: whose name this is, too, stands in its place."""
+    return result.unique_identifier, result.metric_type, result.metric_name
 
 
 def weights_digest(folder: Path) -> str:
@@ -149,10 +157,7 @@ def render_card(folder: Path, facts: CardFacts) -> str:
         training=_training_rows(facts),
         options=[(name, _cell(f"`{value}`")) for name, value in (facts.options or {}).items()],
         dataset=_line(facts.dataset or ""),
-        results=[
-            (_cell(r.dataset_name), _cell(r.metric_name or r.metric_type), _cell(str(r.metric_value)))
-            for r in facts.results
-        ],
+        results=[_result_row(result) for result in facts.results],
     )
     return str(card)
 
@@ -225,6 +230,13 @@ def _training_rows(facts: CardFacts) -> list[tuple[str, str]]:
         "Hardware": facts.hardware,
     }
     return [(name, _cell(value)) for name, value in rows.items() if value is not None]
+
+
+def _result_row(result: EvalResult) -> tuple[str, ...]:
+    """Data, metric, value, and how it was measured."""
+    data = f"{result.dataset_name}, {result.dataset_split}" if result.dataset_split else result.dataset_name
+    how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in (result.metric_args or {}).items())
+    return tuple(map(_cell, (data, result.metric_name or result.metric_type, str(result.metric_value), how)))
 
 
 def _public_options(options: Mapping[str, Any] | None) -> dict[str, Any] | None:

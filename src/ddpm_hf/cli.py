@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from .command_config import CalibrateConfig, ConvertConfig, PushConfig, SampleConfig
-from .commands import calibrate, convert, push, sample
+from .command_config import CalibrateConfig, ConvertConfig, EvaluateConfig, PushConfig, SampleConfig
+from .commands import calibrate, convert, evaluate, push, sample
 from .options import HelpFormatter, exit_with_error
 
 DESCRIPTION = """\
@@ -26,6 +26,10 @@ Good images in few steps, and what the best ones for the likelihood need:
 
   ddpm-hf sample ddpm-digits --steps 25 --eta 0 --solver_order 2
   ddpm-hf calibrate ddpm-digits --dataset digits            then also --spacing optimal, --variance_type optimal
+
+Measure it: bits/dim, distances to real images, what is copied from them:
+
+  ddpm-hf evaluate ddpm-digits --dataset digits
 
 Share it, or turn somebody's model into one that loads three ways:
 
@@ -50,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         commands, "calibrate", CalibrateConfig, calibrate, "measure a model, for the optimal variance and timesteps",
         "Measure the error of a model at every timestep, which gives the optimal variance and the best timesteps, and "
         "keep it in the model's scheduler.",
+        model="a folder, a training checkpoint, or a model of the Hub",
+    )  # fmt: skip
+    _add_command(
+        commands, "evaluate", EvaluateConfig, evaluate, "measure a model: bits/dim, FID, KID, precision, copies",
+        "Measure a model: the likelihood of images, the quality of samples, and whether they are copies of training "
+        "images. Writes metrics.json, pictures and the model's card. A run that was killed is gone on with.",
         model="a folder, a training checkpoint, or a model of the Hub",
     )  # fmt: skip
     _add_command(

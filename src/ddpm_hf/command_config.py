@@ -8,15 +8,13 @@ from typing import Literal
 
 from .options import at_least, check_seed, check_types, option
 
+METRICS = ("bpd", "fid", "kid", "isc", "fd", "kd", "prc", "nearest")
+
 
 @dataclass
-class SampleConfig:
-    """Options of `ddpm-hf sample`."""
+class SamplingOptions:
+    """How images are made."""
 
-    num_images: int = option(64, "How many images to make.")
-    seed: int = option(0, "Image i comes from the random numbers of seed + i.")
-    output_dir: str = option("samples", "Folder for the images and their grid. What is there already is gone on with.")
-    format: Literal["png", "npz"] = option("png", "Numbered PNGs, or one samples.npz with arr_0 (N, H, W, C).")
     num_inference_steps: int | None = option(None, "K, steps per image; default: the model's T.", ["--steps"])
     timestep_spacing: Literal["model", "linspace", "trailing", "leading", "optimal"] = option(
         "model", "How K steps are spread over T; `optimal` needs a calibrated model.", ["--spacing"]
@@ -28,6 +26,49 @@ class SampleConfig:
     solver_order: Literal[1, 2] = option(1, "2 corrects steps by the change of x̂_0: much better in few steps.")
     class_label: list[int] | None = option(None, "For class-conditional models: labels, used in turn.")
     guidance_scale: float = option(1.0, "Classifier-free guidance; 1 is off.")
+
+    def check_sampling(self) -> None:
+        """Raise a ValueError for values that no model takes."""
+        at_least(1, self, "num_inference_steps")
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ValueError(f"`eta` is {self.eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM.")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` is {self.guidance_scale}, but must be at least 0 (1 is no guidance).")
+
+
+@dataclass
+class ImageOptions:
+    """The images that a model is measured on. Their size and channels are the model's."""
+
+    dataset_name: str | None = option(
+        None,
+        "A dataset of the Hub, a local dataset folder, or `digits`: the scans that scikit-learn ships.",
+        ["--dataset"],
+    )
+    dataset_config_name: str | None = option(None, "The dataset's configuration, where it has several.")
+    train_data_dir: str | None = option(None, "A folder of images, instead of a dataset.")
+    cache_dir: str | None = option(None, "Where downloaded datasets are kept.")
+    image_column: str | None = option(None, "The column that holds the images; found by its type if not given.")
+    label_column: str | None = option(None, "For a class-conditional model: the column of the labels.")
+    center_crop: bool = option(False, "Crop the centre; without this flag, a random part. As in training.")
+
+    def check_images(self) -> None:
+        """Raise a ValueError unless there is one source of images."""
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise ValueError(
+                "pass one of --dataset_name NAME (a Hub dataset, or `digits`) and --train_data_dir FOLDER: the images "
+                "that the model was trained on."
+            )
+
+
+@dataclass
+class SampleConfig(SamplingOptions):
+    """Options of `ddpm-hf sample`."""
+
+    num_images: int = option(64, "How many images to make.")
+    seed: int = option(0, "Image i comes from the random numbers of seed + i.")
+    output_dir: str = option("samples", "Folder for the images and their grid. What is there already is gone on with.")
+    format: Literal["png", "npz"] = option("png", "Numbered PNGs, or one samples.npz with arr_0 (N, H, W, C).")
     batch_size: int = option(64, "Images per forward pass and process. Changes images by rounding only.")
     device: str | None = option(None, "cpu, cuda, mps, …; default: the best one present.")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the network.")
@@ -35,12 +76,9 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        at_least(1, self, "num_images", "batch_size", "num_inference_steps")
+        at_least(1, self, "num_images", "batch_size")
         check_seed(self.seed, self.num_images)
-        if self.eta is not None and not 0 <= self.eta <= 1:
-            raise ValueError(f"`eta` is {self.eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM.")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise ValueError(f"`guidance_scale` is {self.guidance_scale}, but must be at least 0 (1 is no guidance).")
+        self.check_sampling()
 
 
 @dataclass
@@ -84,20 +122,9 @@ class ConvertConfig:
 
 
 @dataclass
-class CalibrateConfig:
-    """Options of `ddpm-hf calibrate`. The size and the channels of the images are the model's."""
+class CalibrateConfig(ImageOptions):
+    """Options of `ddpm-hf calibrate`."""
 
-    dataset_name: str | None = option(
-        None,
-        "A dataset of the Hub, a local dataset folder, or `digits`: the scans that scikit-learn ships.",
-        ["--dataset"],
-    )
-    dataset_config_name: str | None = option(None, "The dataset's configuration, where it has several.")
-    train_data_dir: str | None = option(None, "A folder of images, instead of a dataset.")
-    cache_dir: str | None = option(None, "Where downloaded datasets are kept.")
-    image_column: str | None = option(None, "The column that holds the images; found by its type if not given.")
-    label_column: str | None = option(None, "For a class-conditional model: the column of the labels.")
-    center_crop: bool = option(False, "Crop the centre; without this flag, a random part. As in training.")
     num_images: int = option(256, "How many images to measure on, drawn at random: each costs T network calls.")
     seed: int = option(0, "Fixes the choice of images and their noise.")
     batch_size: int = option(64, "Images per forward pass.")
@@ -109,8 +136,52 @@ class CalibrateConfig:
         check_types(self)
         at_least(1, self, "num_images", "batch_size")
         check_seed(self.seed, self.num_images)
-        if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise ValueError(
-                "pass one of --dataset_name NAME (a Hub dataset, or `digits`) and --train_data_dir FOLDER: the images "
-                "that the model was trained on."
-            )
+        self.check_images()
+
+
+@dataclass
+class EvaluateConfig(ImageOptions, SamplingOptions):
+    """Options of `ddpm-hf evaluate`."""
+
+    test_split: str | None = option(None, "The split of the dataset that the model has not seen, e.g. `test`.")
+    test_data_dir: str | None = option(None, "The same as a folder of images.")
+    metrics: str | None = option(
+        None,
+        f"What to measure, of {','.join(METRICS)}. Default: bpd,nearest; with the extra [eval] fid,kid,isc,prc, too; "
+        "with --feature_extractor fd,kd,prc instead of these.",
+    )
+    num_images: int = option(1000, "How many samples to make. 50,000 are usual for a published FID.")
+    num_likelihood_images: int = option(256, "How many images to measure bits/dim on, drawn at random, at most.")
+    likelihood_steps: int | None = option(None, "Steps of the chain whose bits/dim are measured; default: all T.")
+    calls_per_image: int | None = option(None, "Estimate bits/dim by so many network calls per image. Default: exact.")
+    inception_weights: str | None = option(None, "The file of torch-fidelity's Inception weights. Default: its cache.")
+    feature_extractor: str | None = option(
+        None, "A vision model of `transformers` (folder or Hub) whose features are compared, instead of Inception."
+    )
+    seed: int = option(0, "Sample i comes from seed + i. Fixes the images and the noise of the likelihood, too.")
+    batch_size: int = option(64, "Images per forward pass.")
+    output_dir: str | None = option(None, "Where figures and pictures go. Default: into the model's folder.")
+    update_card: bool = option(True, "Write the figures into the card of the model's folder.")
+    device: str | None = option(None, "cpu, cuda, mps, …; default: the best one present.")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the network.")
+    revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least(1, self, "num_images", "batch_size", "likelihood_steps")
+        at_least(2, self, "num_likelihood_images", "calls_per_image")
+        check_seed(self.seed, self.num_images)
+        self.check_sampling()
+        self.check_images()
+        if self.test_split is not None and self.test_data_dir is not None:
+            raise ValueError("`test_split` and `test_data_dir` both say what the test set is: leave one out.")
+        if self.test_split is not None and self.dataset_name is None:
+            raise ValueError("`test_split` is that of a dataset: with --train_data_dir, use --test_data_dir FOLDER.")
+        unknown = [name for name in self.chosen_metrics or () if name not in METRICS]
+        if unknown:
+            raise ValueError(f"`metrics` has {unknown[0]!r}, but must be of {','.join(METRICS)}.")
+
+    @property
+    def chosen_metrics(self) -> list[str] | None:
+        """What was asked for; None leaves the choice to what is installed."""
+        return None if self.metrics is None else [name.strip() for name in self.metrics.split(",")]

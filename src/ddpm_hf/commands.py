@@ -5,10 +5,16 @@ from __future__ import annotations
 import shlex
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .command_config import CalibrateConfig, ConvertConfig, PushConfig, SampleConfig
-from .config import TrainConfig
+from .command_config import (
+    CalibrateConfig,
+    ConvertConfig,
+    EvaluateConfig,
+    PushConfig,
+    SampleConfig,
+    SamplingOptions,
+)
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -18,41 +24,39 @@ if TYPE_CHECKING:
 
 def sample(model: str, config: SampleConfig) -> Path:
     """Fill the output folder with images and `grid.png`, by all processes; returns the folder."""
-    import torch  # these take seconds: --help and mistakes answer at once
-
-    from .loading import load_pipeline
     from .run_folder import check_writable
     from .sample_folder import sample_to_folder
 
     output_dir = Path(config.output_dir)
     check_writable(output_dir)
     state = _processes()
-    device = _device(config.device) if config.device else state.device
-    pipeline = load_pipeline(model, config.revision, getattr(torch, config.dtype)).to(device)
-    chosen = {"timestep_spacing": config.timestep_spacing, "variance_type": config.variance_type}
-    changes = {name: value for name, value in chosen.items() if value != "model"}
-    if changes.get("timestep_spacing") == "optimal":  # no spacing that a configuration may hold
-        del changes["timestep_spacing"]
-    if changes:
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
     made = sample_to_folder(
-        pipeline,
+        _pipeline_for_samples(model, config),
         output_dir,
         config.num_images,
         config.seed,
         config.batch_size,
         format=config.format,
         class_labels=config.class_label,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        eta=config.eta,
-        solver_order=config.solver_order,
-        timesteps="optimal" if config.timestep_spacing == "optimal" else None,
+        **_call_options(config),
     )
     if state.is_main_process:
         earlier = config.num_images - made
         print(f"{config.num_images} images are in {output_dir}/: {made} new ones, {earlier} that were there already.")
     return output_dir
+
+
+def evaluate(model: str, config: EvaluateConfig) -> Path:
+    """Measure a model, and write `metrics.json`, pictures and its card; returns the path of `metrics.json`."""
+    from .evaluation import evaluate as measure
+    from .evaluation import evaluation_place
+
+    place = evaluation_place(model, config.output_dir)
+    state = _processes()
+    file = measure(_pipeline_for_samples(model, config), place, config, _call_options(config))
+    if state.is_main_process:
+        print(f"The figures are in {file}, pictures beside it.")
+    return file
 
 
 def calibrate(model: str, config: CalibrateConfig) -> Path:
@@ -62,11 +66,12 @@ def calibrate(model: str, config: CalibrateConfig) -> Path:
     from .card import write_card
     from .data import load_images
     from .loading import load_pipeline
+    from .real_images import images_of_model
 
     place = check_place(model, config.output_dir)
     state = _processes()
     pipeline = load_pipeline(model, config.revision).to(_device(config.device) if config.device else state.device)
-    images = load_images(_images_of(pipeline, config), show_progress=state.is_main_process)
+    images = load_images(images_of_model(pipeline.unet, config, config.seed), show_progress=state.is_main_process)
     count = config.num_images
     if count > len(images):
         raise ValueError(f"`num_images` is {count}, but {images.source} has {len(images)}: lower it.")
@@ -86,23 +91,6 @@ def calibrate(model: str, config: CalibrateConfig) -> Path:
         print(f"{steps_table(pipeline.scheduler)}\nThe errors of x̂_0 are known to {worst:.1%} or better.")
         print(f"The calibrated model is in {place}/; --spacing optimal and --variance_type optimal sample with it.")
     return place
-
-
-def _images_of(pipeline: DDPMPipelineCustom, config: CalibrateConfig) -> TrainConfig:
-    """How to load images for this model."""
-    network = pipeline.unet.config
-    return TrainConfig(
-        dataset_name=config.dataset_name,
-        dataset_config_name=config.dataset_config_name,
-        train_data_dir=config.train_data_dir,
-        cache_dir=config.cache_dir,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        resolution=network.sample_size,
-        channels=network.in_channels,
-        center_crop=config.center_crop,
-        seed=config.seed,
-    )
 
 
 def push(model: str, repo_id: str, config: PushConfig) -> str:
@@ -139,6 +127,34 @@ def _processes() -> PartialState:
 
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=timedelta(days=7))  # whoever is done first waits for the others
+
+
+def _pipeline_for_samples(model: str, config: SampleConfig | EvaluateConfig) -> DDPMPipelineCustom:
+    """The model on its device, with the spacing and the variance that the options name."""
+    import torch  # takes seconds: --help and mistakes answer at once
+
+    from .loading import load_pipeline
+
+    device = _device(config.device) if config.device else _processes().device
+    pipeline = load_pipeline(model, config.revision, getattr(torch, config.dtype)).to(device)
+    chosen = {"timestep_spacing": config.timestep_spacing, "variance_type": config.variance_type}
+    changes = {name: value for name, value in chosen.items() if value != "model"}
+    if changes.get("timestep_spacing") == "optimal":  # no spacing that a configuration may hold
+        del changes["timestep_spacing"]
+    if changes:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
+    return pipeline
+
+
+def _call_options(config: SamplingOptions) -> dict[str, Any]:
+    """How the pipeline is called."""
+    return {
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "eta": config.eta,
+        "solver_order": config.solver_order,
+        "timesteps": "optimal" if config.timestep_spacing == "optimal" else None,
+    }
 
 
 def _device(name: str | None) -> str:

@@ -81,6 +81,15 @@ def decode(index: int, raw: Any, transform: Transform) -> np.ndarray | Unreadabl
     return Unreadable(index, path, reason)
 
 
+def image_format(raw: Any) -> tuple[int, int, str] | None:
+    """Width, height and mode of the image in a row of a source; None if it can't be read."""
+    try:
+        with _open(raw) as image:
+            return image.width, image.height, image.mode
+    except Exception:  # as in `decode`, which says why
+        return None
+
+
 def _open(raw: Any) -> Image.Image:
     if isinstance(raw, Image.Image):
         return raw

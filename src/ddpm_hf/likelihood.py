@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -87,9 +87,11 @@ def bits_per_dim(
     variance_type: VarianceType | None = None,
     calls_per_image: int | None = None,
     num_images: int | None = None,
+    indices: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 64,
     class_labels: int | Sequence[int] | Tensor | None = None,
+    title: str = "Likelihood",
     show_progress: bool = True,
 ) -> BitsPerDim:
     """The variational bound on -log₂ p(x_0), in bits/dim (arXiv 2006.11239, Eq. 5 and 13).
@@ -105,14 +107,16 @@ def bits_per_dim(
         variance_type: of the reverse process; by default the scheduler's. `optimal` needs a calibration.
         calls_per_image: network calls per image, from 2 to K - 1, for an estimate.
         num_images: how many of the images to use, drawn by `seed`; by default all.
+        indices: which of them, int64 (n,), instead of `num_images`.
         seed: fixes the choice of images, their noise, and the timesteps of an estimate.
         batch_size: images per network call and process.
         class_labels: for a class-conditional network: one label for all images, or N of them.
+        title: of the progress bar on the main process.
 
     Raises:
         ValueError: before anything is computed, for any bad argument.
     """
-    probe = Probe(pipe, images, num_images, seed, batch_size, class_labels)
+    probe = Probe(pipe, images, num_images, seed, batch_size, class_labels, chosen=indices)
     chain = _Chain(pipe, num_inference_steps, timesteps, variance_type)
     K, n = len(chain.timesteps), len(probe.indices)
     columns = _columns(K, n, calls_per_image, seed)
@@ -122,7 +126,7 @@ def bits_per_dim(
     sums = torch.zeros(4, K, dtype=torch.float64)
     totals = torch.zeros(n, dtype=torch.float64)
     visited = chain.timesteps[columns]
-    for p in probe.predictions(visited, same_noise=False, title="Likelihood", show_progress=show_progress):
+    for p in probe.predictions(visited, same_noise=False, title=title, show_progress=show_progress):
         k = columns[p.rows, p.column]
         values = torch.stack(chain.measure(p, k)).double().cpu()
         sums.index_add_(1, k, torch.cat([torch.ones(1, len(k), dtype=torch.float64), values]))
@@ -139,6 +143,30 @@ def bits_per_dim(
         float(totals.mean()), float(totals.std() / math.sqrt(n)), float(L_T), terms, x_0_mse, eps_mse,
         chain.timesteps.tolist(), chain.variance_type, n, m,
     )  # fmt: skip
+
+
+def combine(parts: Sequence[BitsPerDim]) -> BitsPerDim:
+    """The bound on a data set from those on its parts, which are of one chain and exact."""
+    n = torch.tensor([part.num_images for part in parts], dtype=torch.float64)
+    N, first = float(n.sum()), parts[0]
+
+    def mean(name: str) -> Tensor:
+        values = torch.stack([torch.as_tensor(getattr(part, name), dtype=torch.float64) for part in parts])
+        return torch.tensordot(n / N, values, dims=1)
+
+    total = mean("total")
+    within = sum((p.standard_error * p.num_images) ** 2 * (1 - 1 / p.num_images) for p in parts)
+    between = sum(p.num_images * (p.total - float(total)) ** 2 for p in parts)
+    return replace(
+        first,
+        total=float(total),
+        standard_error=math.sqrt((within + between) / (N - 1) / N),
+        L_T=float(mean("L_T")),
+        terms=mean("terms"),
+        x_0_mse=mean("x_0_mse"),
+        eps_mse=mean("eps_mse"),
+        num_images=int(N),
+    )
 
 
 def rate_distortion(bits: BitsPerDim) -> RateDistortion:

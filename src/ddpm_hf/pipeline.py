@@ -36,6 +36,16 @@ from .scheduling_ddpm_custom import DDPMSchedulerCustom, check_custom_timesteps,
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CODE_FILES = ("pipeline.py", "scheduling_ddpm_custom.py", "ddpm_few_steps.py", "ddpm_process.py")
 
+# What an evaluation leaves, beside samples: figures, and pictures for the card.
+EVALUATION_FILES = (
+    "metrics.json",
+    "likelihood.json",
+    "bits_per_dim.png",
+    "rate_distortion.png",
+    "nearest.png",
+    "nearest_features.png",
+)
+
 # All that is ever uploaded of a folder: no training state, no logs, whatever else lies there.
 SHARED_FILES = (
     "model_index.json",
@@ -49,7 +59,7 @@ SHARED_FILES = (
     "real.png",
     "samples_and_real.png",
     "loss.png",
-    "metrics.json",
+    *EVALUATION_FILES,
 )
 
 

@@ -41,6 +41,7 @@ class Probe:
         batch_size: images per network call and process.
         class_labels: for a class-conditional network: one label for all images, or N of them.
         min_images: fewer are refused.
+        chosen: which images to use, int64 (n,), instead of a choice by `num_images` and `seed`.
 
     Raises:
         ValueError: for anything that can't work, before anything is computed.
@@ -53,6 +54,7 @@ class Probe:
     batch_size: int = 64
     class_labels: int | Sequence[int] | Tensor | None = None
     min_images: int = 2
+    chosen: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pipe.scheduler, DDPMSchedulerCustom):
@@ -79,7 +81,9 @@ class Probe:
             )
         check_integer("batch_size", self.batch_size, 1)
         check_integer("seed", self.seed, 0, 2**63 - 1 - len(self.images))
-        if self.num_images is None:
+        if self.chosen is not None:
+            self.num_images = len(self.chosen)
+        elif self.num_images is None:
             self.num_images = len(self.images)
         check_integer("num_images", self.num_images, 1)
         if self.num_images > len(self.images):
@@ -95,8 +99,8 @@ class Probe:
         self._labels = None
         if self.pipe.unet.config.num_class_embeds is not None or self.class_labels is not None:
             self._labels = self.pipe.prepare_class_labels(self.class_labels, len(self.images), guidance_scale=1.0)
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.seed))
-        self.indices = order[: self.num_images].sort().values
+        drawn = draw_indices(len(self.images), self.num_images, self.seed)
+        self.indices = drawn if self.chosen is None else self.chosen
 
     @torch.no_grad()
     def predictions(
@@ -135,6 +139,12 @@ class Probe:
         indices = self.indices[rows]
         x_0 = self.images[indices.to(self.images.device)].to(self.pipe.unet.device).float() / 127.5 - 1
         return x_0, None if self._labels is None else self._labels[indices.to(self._labels.device)]
+
+
+def draw_indices(length: int, count: int, seed: int) -> Tensor:
+    """Which `count` of `length` images to use, ascending; more of them with the same seed hold fewer of them."""
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+    return order[:count].sort().values
 
 
 def sum_over_processes(table: Tensor) -> Tensor:

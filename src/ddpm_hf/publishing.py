@@ -20,6 +20,7 @@ from .pipeline import DDPMPipelineCustom
 from .run_state import Run
 from .scheduling_ddpm_custom import DDPMSchedulerCustom
 from .sharing import try_push
+from .sources import public_name
 
 
 def check_target(config: TrainConfig) -> HubTarget | None:
@@ -45,14 +46,13 @@ def card_facts(run: Run, source: str) -> CardFacts:
     """What a run knows of its model, for the card.
 
     Args:
-        source: the name of the data, as `Images.source` gives it. Of paths it tells the last part only.
+        source: the name of the data, as `Images.source` gives it.
     """
-    name = run.config.dataset_name
-    is_local = name is None or name == "digits" or Path(name).exists() or Path(name).suffix != "" or "*" in name
+    name, hub_id = public_name(run.config, source)
     count = f", {run.plan.num_images:,} images" if run.plan.num_images else ""
     return CardFacts(
-        dataset=f"{Path(source).name if is_local else source}{count}",
-        dataset_ids=() if is_local else (str(name),),
+        dataset=f"{name}{count}",
+        dataset_ids=() if hub_id is None else (hub_id,),
         options=run.config.public(),
         updates=run.step,
         images_seen=run.images_seen,

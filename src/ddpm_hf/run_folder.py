@@ -11,13 +11,14 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from .checkpoint import check_whole, checkpoint_steps, latest_checkpoint, remove_checkpoint
-from .pipeline import CODE_FILES, DDPMPipelineCustom
+from .pipeline import CODE_FILES, EVALUATION_FILES, DDPMPipelineCustom
 
 if TYPE_CHECKING:
     from .config import TrainConfig
 
 # What a run leaves in its folder, beside checkpoints and the logs: all that --overwrite_output_dir may remove.
-RUN_FILES = ("model_index.json", *CODE_FILES, "samples.png", "real.png", "samples_and_real.png", "loss.png")
+PICTURES = ("samples.png", "real.png", "samples_and_real.png", "loss.png")
+RUN_FILES = ("model_index.json", *CODE_FILES, *PICTURES, *EVALUATION_FILES)
 RUN_FOLDERS = ("unet", "scheduler")
 LOG_FILES = ("train.jsonl", "tracker_run", "skipped_images.json")
 
@@ -73,6 +74,13 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"`output_dir` {str(folder)!r} can't be written to ({error}): choose another one.") from error
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a text file: whenever this process ends, there is the old text or the new one."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(file)
 
 
 def lock_output_dir(output_dir: Path) -> FileLock:

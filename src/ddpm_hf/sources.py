@@ -89,16 +89,18 @@ class Stream:
         return label
 
 
-def open_source(config: TrainConfig) -> Source:
-    """The training set of a configuration, nothing of it decoded.
+def open_source(config: TrainConfig, split: str = "train") -> Source:
+    """The training set of a configuration, or another split of its dataset, nothing of it decoded.
 
     Raises:
         ValueError: for a source that does not exist or can't be reached, for columns that it lacks, for no images.
     """
     if config.dataset_name == "digits":
+        if split != "train":
+            raise ValueError(f"the digits are one set, without a split {split!r}: leave it out.")
         return _digits(config)
     name = _name(config)
-    dataset = _load(config)
+    dataset = _load(config, split)
     if len(dataset) == 0:
         raise ValueError(f"{name} holds no images.")
     column = _image_column(dataset, config)
@@ -140,6 +142,18 @@ def open_stream(config: TrainConfig) -> Stream:
     return Stream(name, dataset, column, config.label_column, label_names, config.shuffle_buffer_size)
 
 
+def public_name(config: TrainConfig, source: str) -> tuple[str, str | None]:
+    """What to call the data where others read it, and its id if it is a dataset of the Hub.
+
+    Args:
+        source: its name here, as `Source.name` gives it. Of paths only the last part is told.
+    """
+    name = config.dataset_name
+    if name is None or name == "digits" or Path(name).exists() or Path(name).suffix != "" or "*" in name:
+        return Path(source).name, None
+    return source, name
+
+
 def _name(config: TrainConfig) -> str:
     return str(config.dataset_name or config.train_data_dir)
 
@@ -157,14 +171,14 @@ def _clear_errors(name: str) -> Iterator[None]:
         raise ValueError(f"no images can be read from {name!r}: {text}") from error
 
 
-def _load(config: TrainConfig) -> Any:
+def _load(config: TrainConfig, split: str = "train") -> Any:
     """A `Dataset`, or an `IterableDataset` where streaming is asked for."""
     import datasets
 
     folder = config.train_data_dir
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"`train_data_dir` is {folder!r}, but there is no such folder.")
-    options: dict[str, Any] = {"cache_dir": config.cache_dir, "split": "train", "streaming": config.streaming}
+    options: dict[str, Any] = {"cache_dir": config.cache_dir, "split": split, "streaming": config.streaming}
     with _clear_errors(_name(config)):
         if folder is not None:
             # All files are the training set, also those that `datasets` would take for a test set by their names.
@@ -175,7 +189,7 @@ def _load(config: TrainConfig) -> Any:
         if path.suffix in FILE_BUILDERS:
             return datasets.load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), **options)
         if (path / "dataset_dict.json").is_file():
-            path /= "train"
+            path /= split
         if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
             saved = datasets.load_from_disk(str(path))
             return saved.to_iterable_dataset() if config.streaming else saved

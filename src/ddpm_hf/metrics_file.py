@@ -1,0 +1,130 @@
+"""`metrics.json`: the figures of a model, each beside all that it depends on; and the same for the model's card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from .run_folder import replace_text
+
+TITLES = {
+    "bpd": "bits/dim",
+    "fid": "FID",
+    "kid": "KID",
+    "isc": "Inception Score",
+    "fd": "Fréchet distance",
+    "kd": "kernel distance",
+    "precision": "precision",
+    "recall": "recall",
+    "nearest": "share near training images (0.05 for new ones)",
+}
+
+
+class MetricsFile:
+    """The figures of one model, in the order in which they were measured, as JSON objects.
+
+    Each has `metric`, `value`, what is known of its error, `num_images`, `warnings`, and `settings`: all that it
+    depends on, by which a later run knows what it need not measure again.
+
+    Args:
+        path: of the file; what is there of other weights is dropped when the file is next written.
+        weights: the hash of the model's weights.
+
+    Raises:
+        ValueError: for a file that is none of ours.
+    """
+
+    def __init__(self, path: Path, weights: str) -> None:
+        self.path = path
+        try:
+            stored = json.loads(path.read_text("utf-8"))["figures"] if path.is_file() else []
+            self.figures: list[dict[str, Any]] = [f for f in stored if f["settings"]["chain"]["weights"] == weights]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{str(path)!r} was not written by `ddpm-hf evaluate`, or is damaged ({error!r}): move it away."
+            ) from error
+
+    def find(self, metric: str, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """The figure of just these settings, if it is there."""
+        wanted = json.loads(json.dumps(settings))  # tuples are lists there
+        return next((f for f in self.figures if f["metric"] == metric and f["settings"] == wanted), None)
+
+    def add(self, figure: dict[str, Any]) -> None:
+        """Add a figure, in place of that of the same metric, data, steps and extractor. The file is always whole."""
+        self.figures = [f for f in self.figures if _place(f) != _place(figure)] + [figure]
+        content = {"written": datetime.now(UTC).isoformat(timespec="seconds"), "figures": self.figures}
+        replace_text(self.path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _place(figure: dict[str, Any]) -> list[Any]:
+    settings = figure["settings"]
+    data, chain = settings["data"], settings["chain"]
+    return [figure["metric"], data["name"], data["split"], chain["num_inference_steps"], settings.get("extractor")]
+
+
+def eval_result(figure: dict[str, Any]) -> EvalResult:
+    """A figure as the `model-index` of a card has it."""
+    data = figure["settings"]["data"]
+    return EvalResult(
+        task_type="unconditional-image-generation",
+        dataset_type=data["hub_id"] or data["name"],
+        dataset_name=data["name"],
+        dataset_split=data["split"],
+        metric_type=figure["metric"],
+        metric_value=float(f"{figure['value']:.4g}"),
+        metric_name=title(figure),
+        metric_args=circumstances(figure),
+    )
+
+
+def title(figure: dict[str, Any]) -> str:
+    """What a figure is called: no two that may stand side by side have one title."""
+    settings = figure["settings"]
+    extractor = settings.get("extractor", "").split(",")[0]
+    where = f", {extractor}" if extractor else ""
+    return f"{TITLES[figure['metric']]}, K = {settings['chain']['num_inference_steps']}{where}"
+
+
+def circumstances(figure: dict[str, Any]) -> dict[str, Any]:
+    """What stands beside a figure: its error, how many images, and how they were made."""
+    chain = figure["settings"]["chain"]
+    names = ("timesteps", "eta", "solver_order", "variance_type", "guidance_scale", "seed", "ema")
+    interval = [_short(figure[name]) for name in ("low", "high") if name in figure]
+    said = {
+        "standard_error": _short(figure.get("standard_error")),
+        "interval_95": interval or None,
+        "std": _short(figure.get("std")),
+        "images": figure["num_images"],
+        "real_images": figure.get("num_reference"),
+        **{name: chain.get(name) for name in names},
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def markdown_table(figures: Sequence[dict[str, Any]]) -> str:
+    """The figures for people, with the warnings that stand beside them as numbered notes."""
+    notes = list(dict.fromkeys(warning for figure in figures for warning in figure["warnings"]))
+    rows = ["| data | metric | value | error | N | notes |", "|---|---|---:|---:|---:|---|"]
+    for figure in figures:
+        data = figure["settings"]["data"]
+        numbers = ", ".join(str(notes.index(warning) + 1) for warning in figure["warnings"])
+        rows.append(
+            f"| {data['name']}, {data['split']} | {title(figure)} | {figure['value']:.4g} | {_error(figure)} "
+            f"| {figure['num_images']:,} | {numbers} |"
+        )
+    return "\n".join([*rows, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
+
+
+def _error(figure: dict[str, Any]) -> str:
+    if "standard_error" in figure:
+        return f"± {figure['standard_error']:.2g}"
+    return f"{figure['low']:.4g} to {figure['high']:.4g}" if "low" in figure else ""
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
