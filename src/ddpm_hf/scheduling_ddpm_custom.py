@@ -7,7 +7,6 @@ so that a step is a look-up and a few multiplications.
 
 from __future__ import annotations
 
-import math
 import operator
 import warnings
 from collections.abc import Sequence
