@@ -17,6 +17,7 @@ from torch import Tensor
 
 # Below, a CPU spends more on converting activations than it gains in multiplications.
 HALF_PRECISION_PARAMETERS = 2_000_000
+HALF_PRECISION_GAIN = 1.5  # of matrix products, the least that outweighs the conversions
 # What compiling takes, and the least part of a network call that it saves, by device.
 COMPILATION_SECONDS = {"cpu": 90, "cuda": 60}
 COMPILED_SAVING = 0.25
@@ -110,7 +111,7 @@ def _choose_dtype(unet: UNet2DModel) -> tuple[torch.dtype, str]:
     if unet.device.type != "cpu" or unet.num_parameters() < HALF_PRECISION_PARAMETERS:
         return torch.float32, f"float32 ({millions})"
     gain = _bfloat16_gain()
-    if gain < 1.5:
+    if gain < HALF_PRECISION_GAIN:
         return torch.float32, f"float32 (this CPU multiplies bfloat16 {gain:.1f} times as fast)"
     return torch.bfloat16, f"bfloat16, channels last ({millions}, multiplied {gain:.1f} times as fast)"
 

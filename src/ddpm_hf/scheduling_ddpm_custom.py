@@ -419,7 +419,8 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
     @torch.inference_mode(False)  # what is kept must serve outside of it, too
     def _row(self, index: int, eta: float, device: torch.device, dtype: torch.dtype) -> StepCoefficients:
         check_integer("timestep", index, 0, len(self) - 1)
-        if self.config.prediction_type == "epsilon" and self.alphas_cumprod[index] == 0:
+        is_pure_noise = self.process.has_zero_terminal_snr and index == len(self) - 1
+        if is_pure_noise and self.config.prediction_type == "epsilon":
             raise ValueError(ZERO_SNR_ERROR)
         return StepCoefficients(*self._table(eta, device, dtype)[index].unbind())
 

@@ -3,9 +3,9 @@
     python training/benchmarks/sampling_speed.py --output_dir bench-sampling
 
 Three jobs of 1000 steps on each of three networks of random weights: one image, one batch of 16, and 10,000 images in
-batches of 64. Each is set up for the whole job (`--num_images` of the fast pipeline), and a few steps of it are timed, in
-turns. Beside the times: the error of the fast network's prediction against float32, what share of the machine's fastest
-matrix product the network reaches, and the peak memory of one step at the largest batch.
+batches of 64. Each is set up for the whole job, and a few steps of it are timed, in turns. Beside the times: the error
+of the fast network's prediction against float32, what share of the machine's fastest matrix product the network
+reaches, and the peak memory of one step at the largest batch.
 """
 
 import argparse

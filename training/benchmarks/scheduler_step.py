@@ -2,8 +2,8 @@
 
     python training/benchmarks/scheduler_step.py --output_dir bench-scheduler
 
-Whole chains of 1000 steps, in turns, the trajectory's own set-up included. The network is a constant. Random numbers cost
-both the same and are timed apart: "beyond" is what a step takes beyond them.
+Whole chains of 1000 steps, in turns, the trajectory's own set-up included. The network is a constant. Random numbers
+cost both the same and are timed apart: "beyond" is what a step takes beyond them.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python training/benchmarks/time_to_quality.py --model ddpm-digits --output_dir bench-quality
 
-`--fashion_mnist FOLDER-OF-IDX-FILES` where the model was trained on that. Both sample the same number of images from the same
-seeds, batch by batch in turns. What `enable_fast_sampling` takes is part of our time. The Fréchet distance is in the
-features of a small CNN that reads the classes of the real images.
+`--fashion_mnist FOLDER-OF-IDX-FILES` where the model was trained on that. Both sample the same number of images from
+the same seeds, batch by batch in turns. What `enable_fast_sampling` takes is part of our time. The Fréchet distance is
+in the features of a small CNN that reads the classes of the real images.
 """
 
 import argparse
