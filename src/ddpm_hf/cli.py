@@ -41,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         dest="command", metavar="COMMAND", title="commands", required=True, parser_class=HfArgumentParser
     )
     _add_command(
-        commands, "sample", SampleConfig, sample, "make images: numbered PNGs and a grid",
-        "Make images: numbered PNGs and a grid, the same ones whatever the batch size.",
+        commands, "sample", SampleConfig, sample, "make images: numbered PNGs or one .npz, and a grid",
+        "Make images: numbered PNGs or one .npz, and a grid. A run that was killed goes on where it was, and one with "
+        "more images adds to them. By many processes: accelerate launch training/sample.py MODEL …",
         model="a folder, a training checkpoint, or a model of the Hub",
     )  # fmt: skip
     _add_command(
@@ -71,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(*(options.pop(name) for name in positionals), config_type(**options))
     except (ValueError, OSError) as error:
         exit_with_error(error)
+    except KeyboardInterrupt:
+        print("\nInterrupted. What was saved before is unharmed.", file=sys.stderr)
+        sys.exit(130)
 
 
 def _add_command(

@@ -14,8 +14,9 @@ class SampleConfig:
     """Options of `ddpm-hf sample`."""
 
     num_images: int = option(64, "How many images to make.")
-    seed: int = option(0, "Image i comes from the random numbers of seed + i, whatever the batch size.")
-    output_dir: str = option("samples", "Folder for the numbered PNGs and the grid.")
+    seed: int = option(0, "Image i comes from the random numbers of seed + i.")
+    output_dir: str = option("samples", "Folder for the images and their grid. What is there already is gone on with.")
+    format: Literal["png", "npz"] = option("png", "Numbered PNGs, or one samples.npz with arr_0 (N, H, W, C).")
     num_inference_steps: int | None = option(None, "K, steps per image; default: the model's T.", ["--steps"])
     timestep_spacing: Literal["model", "linspace", "trailing", "leading", "optimal"] = option(
         "model", "How K steps are spread over T; `optimal` needs a calibrated model.", ["--spacing"]
@@ -27,7 +28,7 @@ class SampleConfig:
     solver_order: Literal[1, 2] = option(1, "2 corrects steps by the change of x̂_0: much better in few steps.")
     class_label: list[int] | None = option(None, "For class-conditional models: labels, used in turn.")
     guidance_scale: float = option(1.0, "Classifier-free guidance; 1 is off.")
-    batch_size: int = option(64, "Images per forward pass.")
+    batch_size: int = option(64, "Images per forward pass and process. Changes images by rounding only.")
     device: str | None = option(None, "cpu, cuda, mps, …; default: the best one present.")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the network.")
     revision: str | None = option(None, "Branch, tag or commit of a Hub model.")

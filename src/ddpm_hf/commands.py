@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import shlex
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from PIL import Image
 
 from .command_config import CalibrateConfig, ConvertConfig, PushConfig, SampleConfig
 from .config import TrainConfig
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from .pipeline import DDPMPipelineCustom
 
 
 def sample(model: str, config: SampleConfig) -> Path:
-    """Write `00000.png` … and `grid.png` into the output folder; returns the grid's path."""
+    """Fill the output folder with images and `grid.png`, by all processes; returns the folder."""
     import torch  # these take seconds: --help and mistakes answer at once
 
-    from .pictures import image_grid
+    from .loading import load_pipeline
     from .run_folder import check_writable
-    from .sampling import load_pipeline, sample_images
+    from .sample_folder import sample_to_folder
 
     output_dir = Path(config.output_dir)
     check_writable(output_dir)
-    stale = [p for p in output_dir.glob("[0-9]*.png") if p.stem.isdigit() and int(p.stem) >= config.num_images]
-    if stale:
-        raise ValueError(
-            f"`output_dir` {str(output_dir)!r} holds {len(stale)} images of a longer run ({min(stale).name} …): remove "
-            "them, or choose another --output_dir."
-        )
-    device = _device(config.device)
+    state = _processes()
+    device = _device(config.device) if config.device else state.device
     pipeline = load_pipeline(model, config.revision, getattr(torch, config.dtype)).to(device)
     chosen = {"timestep_spacing": config.timestep_spacing, "variance_type": config.variance_type}
     changes = {name: value for name, value in chosen.items() if value != "model"}
@@ -39,41 +35,36 @@ def sample(model: str, config: SampleConfig) -> Path:
         del changes["timestep_spacing"]
     if changes:
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    images: list[Image.Image] = []
-    for batch in sample_images(
+    made = sample_to_folder(
         pipeline,
+        output_dir,
         config.num_images,
         config.seed,
         config.batch_size,
+        format=config.format,
         class_labels=config.class_label,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         eta=config.eta,
         solver_order=config.solver_order,
         timesteps="optimal" if config.timestep_spacing == "optimal" else None,
-    ):
-        for image in batch:
-            image.save(output_dir / f"{len(images):05d}.png")
-            images.append(image)
-    grid = output_dir / "grid.png"
-    image_grid(images[:256]).save(grid)
-    print(f"{len(images)} images in {output_dir}/, the first {min(256, len(images))} of them in {grid}.")
-    return grid
+    )
+    if state.is_main_process:
+        earlier = config.num_images - made
+        print(f"{config.num_images} images are in {output_dir}/: {made} new ones, {earlier} that were there already.")
+    return output_dir
 
 
 def calibrate(model: str, config: CalibrateConfig) -> Path:
     """Measure a model on images, and save it with what was measured; returns its folder."""
-    from accelerate import PartialState
-
     from .calibration import calibrate as measure
     from .calibration import check_place, save_calibrated, steps_table
     from .card import write_card
     from .data import load_images
-    from .sampling import load_pipeline
+    from .loading import load_pipeline
 
     place = check_place(model, config.output_dir)
-    state = PartialState()
+    state = _processes()
     pipeline = load_pipeline(model, config.revision).to(_device(config.device) if config.device else state.device)
     images = load_images(_images_of(pipeline, config), show_progress=state.is_main_process)
     count = config.num_images
@@ -138,6 +129,16 @@ def convert(source: str, destination: str, config: ConvertConfig) -> Path:
     folder = convert_model(source, Path(destination), config)
     print(f"{source} is now {folder}, with equal outputs.\nSee it with:\n  ddpm-hf sample {shlex.quote(str(folder))}")
     return folder
+
+
+def _processes() -> PartialState:
+    """All processes that a launcher has started, on CPUs too, where accelerate leaves each to itself unless told."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=timedelta(days=7))  # whoever is done first waits for the others
 
 
 def _device(name: str | None) -> str:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .card import CardFacts, write_card
 from .command_config import ConvertConfig
+from .loading import load_pipeline, stored_dtype
 from .pipeline import DDPMPipelineCustom
 from .run_folder import check_writable
-from .sampling import load_pipeline, stored_dtype
 from .scheduling_ddpm_custom import DDPMSchedulerCustom
 from .source_ho import ho_network, is_ho
 from .source_improved import improved_network, is_improved

@@ -1,139 +1,167 @@
-"""Many images from a model: image i depends on seed + i alone."""
+"""Many images from a model, by any number of processes: image i depends on seed + i.
+
+The images are made in batches, and batch b holds images [bB, (b + 1)B) whoever makes it, now or after a restart. So
+the bits of an image depend on the model, the options, the seed, the batch size B and the kind of device, and on nothing
+else. Among batch sizes they agree up to the rounding of the network: in float32 nearly every pixel is the same, in half
+precision many differ by a level or more.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+import hashlib
+import json
+from collections.abc import Container, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from PIL import Image
-from safetensors import SafetensorError, safe_open
+from accelerate import PartialState
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checkpoint import MANIFEST, check_whole, checkpoint_steps, latest_checkpoint
+from .ddpm_process import check_integer
 from .pipeline import DDPMPipelineCustom, DDPMPipelineCustomOutput
 
 
-def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> DDPMPipelineCustom:
-    """A pipeline from a folder, a training checkpoint or the Hub.
-
-    A training folder without a finished pipeline gives its newest whole checkpoint. Checkpoints of diffusers'
-    `train_unconditional.py` load too: their EMA weights, with the scheduler of the folder around them.
-
-    Raises:
-        ValueError: where there is no such model; says what was looked for.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        if revision is not None:
-            raise ValueError(f"`revision` is {revision!r}, but {model!r} is a folder: only models of the Hub have any.")
-        try:
-            pipeline = _load_folder(folder, dtype)
-            weights = [name for name, p in pipeline.unet.named_parameters() if p.is_meta]
-            if weights:
-                raise OSError(f"its weights have no {weights[0]}")
-        except (OSError, TypeError, KeyError, AttributeError, RuntimeError, ValueError) as error:
-            if isinstance(error, ValueError) and "expected shape" not in str(error):
-                raise
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"the model in {model!r} is damaged ({reason}): save or download it again.") from error
-        return pipeline
-    try:
-        validate_repo_id(model)
-    except HFValidationError as error:
-        raise ValueError(
-            f"there is no model {model!r}: no such folder, and no name that the Hub could know."
-        ) from error
-    try:
-        return DDPMPipelineCustom.from_pretrained(model, revision=revision, dtype=dtype)
-    except (OSError, HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"there is no model {model!r}: no such folder here, and the Hub does not give it ({reason}). For a private "
-            "model, log in with `hf auth login`."
-        ) from error
+def image_batches(num_images: int, batch_size: int) -> list[range]:
+    """Which images are in which batch. Raises a ValueError for numbers below 1."""
+    check_integer("num_images", num_images, 1)
+    check_integer("batch_size", batch_size, 1)
+    return [range(i, min(i + batch_size, num_images)) for i in range(0, num_images, batch_size)]
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> DDPMPipelineCustom:
-    if (folder / "model_index.json").is_file():
-        if (folder / MANIFEST).is_file():
-            check_whole(folder)
-        return DDPMPipelineCustom.from_pretrained(folder, dtype=dtype)
-    if checkpoint_steps(folder):
-        checkpoint, skipped = latest_checkpoint(folder)
-        if checkpoint is None:
-            raise ValueError(f"{str(folder)!r} has no whole checkpoint: {'; '.join(skipped)}")
-        return DDPMPipelineCustom.from_pretrained(checkpoint, dtype=dtype)
-    for name in ("unet_ema", "unet"):
-        if (folder / name / "config.json").is_file():
-            return _stock_checkpoint(folder, name, dtype)
-    raise ValueError(
-        f"{str(folder)!r} is a folder, but holds no model: neither a model_index.json nor a training checkpoint."
-    )
-
-
-def _stock_checkpoint(folder: Path, unet: str, dtype: torch.dtype) -> DDPMPipelineCustom:
-    network = UNet2DModel.from_pretrained(folder, subfolder=unet, dtype=dtype)
-    for place in (folder, folder.parent):
-        if (place / "scheduler" / "scheduler_config.json").is_file():
-            return DDPMPipelineCustom(network, DDPMScheduler.from_pretrained(place, subfolder="scheduler"))
-    raise ValueError(
-        f"{str(folder)!r} is a checkpoint of train_unconditional.py, which does not store its scheduler. Copy the "
-        f"`scheduler` folder of the finished pipeline into {str(folder.parent)!r}."
-    )
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The precision of the weights in a folder; float32 where none can be read, which loading will complain about."""
-    for file in sorted(folder.rglob("diffusion_pytorch_model*.safetensors")):
-        try:
-            with safe_open(file, "pt") as weights:
-                return weights.get_tensor(next(iter(weights.keys()))).dtype
-        except (SafetensorError, OSError, StopIteration):
-            continue
-    return torch.float32
-
-
-def sample_images(
+def sample_pixels(
     pipeline: DDPMPipelineCustom,
     num_images: int,
     seed: int,
     batch_size: int,
     *,
-    class_labels: list[int] | None = None,
+    class_labels: Sequence[int] | None = None,
+    skip: Container[int] = (),
     show_progress: bool = True,
     **call_options: Any,
-) -> Iterator[list[Image.Image]]:
-    """Batches of PIL images; image i comes from a generator seeded with seed + i.
+) -> Iterator[tuple[range, Tensor]]:
+    """Make this process's share of the images: of n processes, every one makes every n-th batch.
 
     Args:
-        class_labels: used in turn: image i gets label i modulo their number.
+        num_images: N, of all processes together.
+        seed: image i comes from a generator seeded with seed + i.
+        batch_size: B, images per network call and process; it may change the last bits of an image.
+        class_labels: for a class-conditional network, used in turn: image i gets label i modulo their number.
+        skip: numbers of batches that are not needed, the same in all processes.
+        show_progress: a bar on the main process, over its own share.
         call_options: go to the pipeline's call (`num_inference_steps`, `eta`, `guidance_scale`, …).
+
+    Returns:
+        An iterator over (indices of the images, their pixels: uint8 of shape (B, C, H, W) on the CPU).
+
+    Raises:
+        ValueError: at once, before any network call, for any bad argument; later, for images that are not finite.
     """
-    # All labels before the first image is made: that of image 900 may be a mistake too.
-    guidance_scale = call_options.get("guidance_scale", 1.0)
-    pipeline.prepare_class_labels(class_labels or None, len(class_labels) if class_labels else 1, guidance_scale)
+    batches = image_batches(num_images, batch_size)
+    check_integer("seed", seed, 0, 2**63 - num_images)
+    steps = len(trajectory(pipeline, class_labels, **call_options))
+    state = PartialState()
+    remaining = [batch for number, batch in enumerate(batches) if number not in skip]
+    share = remaining[state.process_index :: state.num_processes]
+    is_quiet = not (show_progress and share and state.is_main_process)
+    bar = tqdm(total=steps * len(share), desc="Sampling", unit="step", disable=is_quiet)
+    return _sample_batches(pipeline, share, seed, class_labels, bar, call_options)
+
+
+def _sample_batches(
+    pipeline: DDPMPipelineCustom,
+    batches: Sequence[range],
+    seed: int,
+    class_labels: Sequence[int] | None,
+    bar: tqdm,
+    call_options: dict[str, Any],
+) -> Iterator[tuple[range, Tensor]]:
+    def advance(pipe: object, i: int, t: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        bar.update()
+        return tensors
+
     pipeline.set_progress_bar_config(disable=True)
-    steps = call_options.get("num_inference_steps") or pipeline.scheduler.config.num_train_timesteps
-    batches = [range(i, min(i + batch_size, num_images)) for i in range(0, num_images, batch_size)]
-    with tqdm(total=steps * len(batches), desc="Sampling", unit="step", disable=not show_progress) as bar:
-
-        def advance(pipe: object, i: int, t: object, tensors: dict[str, Any]) -> dict[str, Any]:
-            bar.update()
-            return tensors
-
+    with bar:
         for batch in batches:
             output = pipeline(
                 len(batch),
                 [torch.Generator().manual_seed(seed + i) for i in batch],
-                class_labels=[class_labels[i % len(class_labels)] for i in batch] if class_labels else None,
+                output_type="pt",
+                class_labels=labels_in_turn(class_labels, batch),
                 callback_on_step_end=advance,
                 **call_options,
             )
             assert isinstance(output, DDPMPipelineCustomOutput)
-            assert isinstance(output.images, list)
-            yield output.images
+            assert isinstance(output.images, Tensor)
+            images = output.images
+            if images.isnan().any():
+                raise ValueError(
+                    f"image {batch[int(images.isnan().flatten(1).any(1).nonzero()[0])]} holds NaN: the network, in "
+                    f"{pipeline.unet.dtype}, overflows or is damaged. Use bfloat16 instead of float16, or float32."
+                )
+            yield batch, (images * 255).round().to(torch.uint8).cpu()
+
+
+def labels_in_turn(class_labels: Sequence[int] | None, images: range) -> list[int] | None:
+    """The label of each of these images."""
+    return [class_labels[i % len(class_labels)] for i in images] if class_labels else None
+
+
+def trajectory(
+    pipeline: DDPMPipelineCustom,
+    class_labels: Sequence[int] | None = None,
+    *,
+    num_inference_steps: int | None = None,
+    timesteps: Sequence[int] | Tensor | str | None = None,
+    guidance_scale: float = 1.0,
+    **call_options: Any,
+) -> list[int]:
+    """The timesteps that a call with these options follows.
+
+    Raises:
+        ValueError: for bad timesteps, labels or guidance. All the labels: that of image 900 may be a mistake too.
+    """
+    pipeline.prepare_class_labels(class_labels or None, len(class_labels) if class_labels else 1, guidance_scale)
+    pipeline._set_timesteps(num_inference_steps, timesteps)
+    return pipeline.scheduler.timesteps.tolist()
+
+
+def describe_sampling(
+    pipeline: DDPMPipelineCustom,
+    seed: int,
+    batch_size: int,
+    class_labels: Sequence[int] | None = None,
+    **call_options: Any,
+) -> dict[str, Any]:
+    """All that decides the bits of image i, for JSON: hashes of the weights and the calibration, the timesteps, the
+    other options of the call, the scheduler's configuration, the precision and the versions.
+    """
+    scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
+    is_calibrated = scheduler.get("variance_type") == "optimal"
+    calibration = json.dumps(pipeline.scheduler.config["_calibration"], sort_keys=True) if is_calibrated else None
+    timesteps = trajectory(pipeline, class_labels, **call_options)
+    return {
+        "weights": hash_weights(pipeline.unet),
+        "seed": seed,
+        "batch_size": batch_size,
+        "class_labels": list(class_labels) if class_labels else None,
+        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+        "device": pipeline.device.type,
+        **call_options,
+        "num_inference_steps": len(timesteps),
+        "timesteps": timesteps,
+        "scheduler": type(pipeline.scheduler).__name__,
+        **scheduler,
+        "calibration": calibration and hashlib.sha256(calibration.encode()).hexdigest(),
+        **{package: version(package) for package in ("ddpm-hf", "diffusers", "torch")},
+    }
+
+
+def hash_weights(network: torch.nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and values of a network's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -21,8 +21,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from .card import CardFacts, combine_facts, known_facts, weights_digest, write_card
 from .card_merge import merge_cards, parse_card
 from .hub import WAITS, HubTarget, PushError, Say, check_push_access, explain, readable_errors, retry
+from .loading import load_pipeline, stored_dtype
 from .pipeline import SHARED_FILES
-from .sampling import load_pipeline, stored_dtype
 
 EXTRAS = ("README.md", "samples.png", "real.png", "samples_and_real.png", "loss.png", "metrics.json")
 STAGE = ".ddpm-hf-push-"
