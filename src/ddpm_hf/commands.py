@@ -35,6 +35,12 @@ def sample(model: str, config: SampleConfig) -> Path:
         del changes["timestep_spacing"]
     if changes:
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
+    if config.fast:
+        share = max(config.num_images // state.num_processes, 1)
+        batch_size = min(config.batch_size, config.num_images)
+        described = pipeline.enable_fast_sampling(share, config.num_inference_steps, batch_size, config.guidance_scale)
+        if state.is_main_process:
+            print(f"Fast sampling: {described}.")
     made = sample_to_folder(
         pipeline,
         output_dir,

@@ -15,8 +15,9 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-# Below, a CPU spends more on converting activations than it gains in multiplications.
-HALF_PRECISION_PARAMETERS = 2_000_000
+# Parameters × pixels × images of a call, about its multiplications, below which a CPU spends more on converting
+# activations than half precision saves: one image of 2.7 M parameters at 32×32, or 16 of 0.7 M at 16×16.
+HALF_PRECISION_WORK = 2.5e9
 HALF_PRECISION_GAIN = 1.5  # of matrix products, the least that outweighs the conversions
 # What compiling takes, and the least part of a network call that it saves, by device.
 COMPILATION_SECONDS = {"cpu": 90, "cuda": 60}
@@ -42,7 +43,7 @@ class FastNetwork:
 
     def __init__(self, unet: UNet2DModel, batch_size: int, num_calls: int) -> None:
         self.batch_size, self._weights = batch_size, _state_of(unet)
-        self.dtype, why = _choose_dtype(unet)
+        self.dtype, why = _choose_dtype(unet, batch_size)
         is_half = self.dtype != torch.float32
         self.memory_format = torch.channels_last if is_half else torch.preserve_format
         self._network = copy.deepcopy(unet).eval().requires_grad_(False)
@@ -92,28 +93,28 @@ class FastNetwork:
     def _seconds_per_call(self) -> float:
         """Of the faster of two calls, after one that allocates or compiles."""
         config, device = self._network.config, self._network.device
-        size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
-        x = torch.randn(self.batch_size, config.in_channels, *size, device=device)
+        x = torch.randn(self.batch_size, config.in_channels, *_image_size(self._network), device=device)
         t = torch.zeros((), dtype=torch.long, device=device)
         labels = torch.zeros(self.batch_size, dtype=torch.long, device=device) if config.num_class_embeds else None
         self(x, t, labels)
         return min(_seconds(lambda: self(x, t, labels), device) for _ in range(2))
 
 
-def _choose_dtype(unet: UNet2DModel) -> tuple[torch.dtype, str]:
+def _choose_dtype(unet: UNet2DModel, batch_size: int) -> tuple[torch.dtype, str]:
     """The dtype that the network is fastest in, and why."""
     if unet.dtype != torch.float32:
         return unet.dtype, f"{_name(unet.dtype)}, as it was loaded"
     if unet.device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
         return dtype, f"{_name(dtype)}, channels last"
-    millions = f"{unet.num_parameters() / 1e6:.1f} M parameters"
-    if unet.device.type != "cpu" or unet.num_parameters() < HALF_PRECISION_PARAMETERS:
-        return torch.float32, f"float32 ({millions})"
+    height, width = _image_size(unet)
+    size = f"{unet.num_parameters() / 1e6:.1f} M parameters, {batch_size} × {height} × {width} pixels"
+    if unet.device.type != "cpu" or unet.num_parameters() * batch_size * height * width < HALF_PRECISION_WORK:
+        return torch.float32, f"float32 ({size})"
     gain = _bfloat16_gain()
     if gain < HALF_PRECISION_GAIN:
         return torch.float32, f"float32 (this CPU multiplies bfloat16 {gain:.1f} times as fast)"
-    return torch.bfloat16, f"bfloat16, channels last ({millions}, multiplied {gain:.1f} times as fast)"
+    return torch.bfloat16, f"bfloat16, channels last ({size}, multiplied {gain:.1f} times as fast)"
 
 
 def _bfloat16_gain() -> float:
@@ -121,6 +122,12 @@ def _bfloat16_gain() -> float:
     full, half = torch.randn(512, 512), torch.randn(512, 512).bfloat16()
     pairs = [(_seconds(lambda: full @ full, full.device), _seconds(lambda: half @ half, half.device)) for _ in range(8)]
     return min(f for f, _ in pairs) / min(h for _, h in pairs)
+
+
+def _image_size(unet: UNet2DModel) -> tuple[int, int]:
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

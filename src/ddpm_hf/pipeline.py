@@ -260,6 +260,11 @@ class DDPMPipelineCustom(DiffusionPipeline):
         """Sample with the network itself again."""
         self._fast_network = None
 
+    @property
+    def sampling_dtype(self) -> torch.dtype:
+        """The precision that the network computes in when this pipeline samples."""
+        return self._current_network().dtype
+
     def _current_network(self) -> UNet2DModel | FastNetwork:
         if self._fast_network is None:
             return self.unet
