@@ -72,6 +72,7 @@ class SampleConfig(SamplingOptions):
     batch_size: int = option(64, "Images per forward pass and process. Changes images by rounding only.")
     device: str | None = option(None, "cpu, cuda, mps, …; default: the best one present.")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the network.")
+    fast: bool = option(False, "Half precision and compilation where they pay on this machine; says what it chose.")
     revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
 
     def __post_init__(self) -> None:

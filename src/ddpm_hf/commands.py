@@ -30,8 +30,15 @@ def sample(model: str, config: SampleConfig) -> Path:
     output_dir = Path(config.output_dir)
     check_writable(output_dir)
     state = _processes()
+    pipeline = _pipeline_for_samples(model, config)
+    if config.fast:
+        share = max(config.num_images // state.num_processes, 1)
+        batch_size = min(config.batch_size, config.num_images)
+        described = pipeline.enable_fast_sampling(share, config.num_inference_steps, batch_size, config.guidance_scale)
+        if state.is_main_process:
+            print(f"Fast sampling: {described}.")
     made = sample_to_folder(
-        _pipeline_for_samples(model, config),
+        pipeline,
         output_dir,
         config.num_images,
         config.seed,

@@ -146,7 +146,7 @@ def describe_sampling(
         "seed": seed,
         "batch_size": batch_size,
         "class_labels": list(class_labels) if class_labels else None,
-        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+        "dtype": str(pipeline.sampling_dtype).removeprefix("torch."),
         "device": pipeline.device.type,
         **call_options,
         "num_inference_steps": len(timesteps),
