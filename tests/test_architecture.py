@@ -14,7 +14,8 @@ ARROWS = {
     "ddpm_process": set(),
     "ddpm_few_steps": {"ddpm_process"},
     "scheduling_ddpm_custom": {"ddpm_few_steps", "ddpm_process"},
-    "pipeline": {"ddpm_few_steps", "ddpm_process", "scheduling_ddpm_custom"},
+    "ddpm_fast_network": set(),
+    "pipeline": {"ddpm_fast_network", "ddpm_few_steps", "ddpm_process", "scheduling_ddpm_custom"},
     "probing": {"ddpm_process", "pipeline", "scheduling_ddpm_custom"},
     "calibration": {
         "checkpoint", "ddpm_few_steps", "ddpm_process", "pipeline", "probing", "run_folder", "scheduling_ddpm_custom",
@@ -73,6 +74,7 @@ ARROWS = {
 }  # fmt: skip
 COPIED = {"ddpm_process": {"numpy", "torch"}, "scheduling_ddpm_custom": {"numpy", "torch", "diffusers"}}
 COPIED["ddpm_few_steps"] = {"torch"}
+COPIED["ddpm_fast_network"] = {"torch", "diffusers"}
 COPIED["pipeline"] = {*COPIED["scheduling_ddpm_custom"], "PIL", "huggingface_hub"}
 
 

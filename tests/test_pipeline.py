@@ -193,7 +193,7 @@ def test_guidance_extrapolates_the_prediction_alone(make_pipeline, learned):
     x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor(500), torch.tensor([1, 3])
     with torch.no_grad():
         conditional, null = pipe.unet(x, t, labels).sample, pipe.unet(x, t, torch.tensor([4, 4])).sample
-        actual = pipe._predict(x, t, labels, 3.0)
+        actual = pipe._predict(pipe.unet, x, t, labels, 3.0)
     expected = torch.cat([null + 3 * (conditional - null), conditional], dim=1)[:, [0, 1, 2]]
     if learned:
         expected = torch.cat([expected, conditional[:, 3:]], dim=1)
@@ -343,6 +343,7 @@ def test_saved_repository_holds_safetensors_and_no_path_of_this_machine(make_pip
         "model_index.json",
         "pipeline.py",
         "scheduling_ddpm_custom.py",
+        "ddpm_fast_network.py",
         "ddpm_few_steps.py",
         "ddpm_process.py",
         "scheduler/scheduler_config.json",

@@ -23,6 +23,7 @@ TOKEN = "hf_ThisIsTheSecretOfTheTests"
 NO_WAIT = (0.0, 0.0, 0.0)
 MODEL_FILES = {
     "README.md", "model_index.json", "pipeline.py", "scheduling_ddpm_custom.py", "ddpm_process.py", "ddpm_few_steps.py",
+    "ddpm_fast_network.py",
     "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
 }  # fmt: skip
 

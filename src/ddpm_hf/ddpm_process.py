@@ -200,7 +200,7 @@ class DDPMProcess:
         # Row t + 1 holds log ᾱ_t, sqrt(ᾱ_t) and sqrt(1 - ᾱ_t), so that t = -1 (clean data, ᾱ = 1) is an ordinary row.
         log_alpha_bar = torch.cat([log_alpha_bar.new_zeros(1), log_alpha_bar])
         table = torch.stack([log_alpha_bar, (log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt()], dim=1)
-        self._tables = {table.device: table}
+        self._tables = {(table.device, table.dtype): table}
         # log β̃ of the chain's second step, which stands in for log 0 at its last step (as in the paper's own code).
         self._log_variance_at_data = float(self._beta_tilde(1, 0).log() if len(self.betas) > 1 else self.betas[0].log())
 
@@ -223,22 +223,23 @@ class DDPMProcess:
 
     # --- coefficients: float64, of the shape of t, on the device of t -----------------------------------------------
 
-    def _row(self, t: Timestep, first: int = 0) -> Tensor:
-        """Log ᾱ_t, sqrt(ᾱ_t) and sqrt(1 - ᾱ_t) for first ≤ t < T, float64 of the shape of t and a last axis of 3."""
+    def _row(self, t: Timestep, first: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Log ᾱ_t, sqrt(ᾱ_t) and sqrt(1 - ᾱ_t) for first ≤ t < T, of the shape of t and a last axis of 3."""
         t = as_timesteps(t)
         if t.device.type == "mps":  # Metal has no float64
             t = t.cpu()
         check_timesteps(t, len(self.betas), first)
-        if t.device not in self._tables:
-            self._tables[t.device] = self._tables[torch.device("cpu")].to(t.device)
-        return self._tables[t.device][t + 1]
+        key = (t.device, dtype)
+        if key not in self._tables:
+            self._tables[key] = self._tables[torch.device("cpu"), torch.float64].to(*key)
+        return self._tables[key][t + 1]
 
     def _log_alpha_bar(self, t: Timestep, first: int = 0) -> Tensor:
         return self._row(t, first)[..., 0]
 
-    def _signal_noise(self, t: Timestep) -> tuple[Tensor, Tensor]:
-        """sqrt(ᾱ_t) and sqrt(1 - ᾱ_t)."""
-        _, signal, noise = self._row(t).unbind(-1)
+    def _signal_noise(self, t: Timestep, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """sqrt(ᾱ_t) and sqrt(1 - ᾱ_t), in the dtype of the arithmetic that follows: what is cast once costs nothing."""
+        _, signal, noise = self._row(t, dtype=dtype).unbind(-1)
         return signal, noise
 
     def _pair(self, t: Timestep, s: Timestep | None) -> tuple[Tensor, Tensor]:
@@ -333,7 +334,7 @@ class DDPMProcess:
 
     def q_sample(self, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
         """A draw from q(x_t | x_0): sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε (Eq. 4), for ε = `noise` of the shape of x_0."""
-        a, b = self._signal_noise(t)
+        a, b = self._signal_noise(t, _compute_dtype(x_0))
         return _like(x_0, a, x_0, b, noise)
 
     def q_step_mean_variance(self, x_prev: Tensor, t: Timestep, s: Timestep | None = None) -> Gaussian:
@@ -368,7 +369,7 @@ class DDPMProcess:
 
     def velocity(self, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
         """V = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x_0 (arXiv 2202.00512, Appendix D)."""
-        a, b = self._signal_noise(t)
+        a, b = self._signal_noise(t, _compute_dtype(x_0))
         return _like(x_0, -b, x_0, a, noise)
 
     def predict_x0(
@@ -606,9 +607,9 @@ def check_timesteps(t: Tensor, num_train_timesteps: int, first: int = 0) -> None
     """Raise a ValueError unless first ≤ t < T; values on a GPU are not inspected."""
     if t.numel() == 0 or not _is_readable(t):
         return
-    lowest, highest = t.aminmax()
+    lowest, highest = map(int, t.aminmax())
     if lowest < first or highest >= num_train_timesteps:
-        wrong = int(lowest if lowest < first else highest)
+        wrong = lowest if lowest < first else highest
         raise ValueError(
             f"timestep {wrong} is out of range: it must lie between {first} and {num_train_timesteps - 1}."
         )
@@ -639,16 +640,16 @@ def _broadcast(coefficient: Tensor, x: Tensor) -> Tensor:
             f"for all, or {x.shape[0]}."
         )
     # Cast before the move: float64 never reaches a device that has none.
-    coefficient = coefficient.to(_compute_dtype(x)).to(x.device, non_blocking=True)
+    coefficient = coefficient.to(dtype=_compute_dtype(x)).to(x.device, non_blocking=True)
     return coefficient.reshape(-1, *(1,) * (x.ndim - 1)) if coefficient.ndim else coefficient
 
 
 def _like(result_like: Tensor, a: Tensor, x: Tensor, b: Tensor | None = None, y: Tensor | None = None) -> Tensor:
     """A x + b y in at least float32, returned in the dtype of `result_like`."""
     dtype = _compute_dtype(result_like)
-    result = _broadcast(a, result_like) * x.to(dtype)
+    result = _broadcast(a, result_like) * x.to(dtype=dtype)
     if b is not None and y is not None:
         if y.shape != x.shape:
             raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(y.shape)} must be equal.")
-        result = result + _broadcast(b, result_like) * y.to(dtype)
-    return result.to(result_like.dtype)
+        result = torch.addcmul(result, _broadcast(b, result_like), y.to(dtype=dtype))
+    return result.to(dtype=result_like.dtype)

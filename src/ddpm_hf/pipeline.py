@@ -24,17 +24,19 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import upload_folder
 from torch import Tensor
 
-# All three names are needed here: diffusers copies only the files that pipeline.py itself imports from.
+# All of these names are needed here: diffusers copies only the files that pipeline.py itself imports from.
+from .ddpm_fast_network import FastNetwork
 from .ddpm_few_steps import Calibration  # noqa: F401
 from .ddpm_process import LEARNED_VARIANCE_TYPES, check_choice, check_integer, check_number
-from .scheduling_ddpm_custom import DDPMSchedulerCustom, check_custom_timesteps, check_eta
+from .scheduling_ddpm_custom import DDPMSchedulerCustom, check_custom_timesteps, check_eta, draw_noise
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-CODE_FILES = ("pipeline.py", "scheduling_ddpm_custom.py", "ddpm_few_steps.py", "ddpm_process.py")
+CODE_FILES = (
+    "pipeline.py", "scheduling_ddpm_custom.py", "ddpm_few_steps.py", "ddpm_process.py", "ddpm_fast_network.py",
+)  # fmt: skip
 
 # All that is ever uploaded of a folder: no training state, no logs, whatever else lies there.
 SHARED_FILES = (
@@ -90,6 +92,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMSchedulerCustom) -> None:
         super().__init__()
+        self._fast_network: FastNetwork | None = None
         if type(scheduler) is DDPMScheduler:
             scheduler = DDPMSchedulerCustom.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -177,6 +180,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
             callback_on_step_end, callback_on_step_end_tensor_inputs, trajectory_every,
         )  # fmt: skip
         labels = self.prepare_class_labels(class_labels, batch_size, guidance_scale)
+        network = self._current_network()
 
         # 2. Choose the trajectory
         self._set_timesteps(num_inference_steps, timesteps)
@@ -184,16 +188,17 @@ class DDPMPipelineCustom(DiffusionPipeline):
 
         # 3. x_T ~ N(0, I), in float32 whatever the network's precision
         device = self._execution_device
-        x_t = randn_tensor(
-            (batch_size, self.unet.config.in_channels, *self._image_size()), generator, device, torch.float32
-        )
-        x_t = x_t * self.scheduler.init_noise_sigma
+        shape = (batch_size, self.unet.config.in_channels, *self._image_size())
+        x_t = draw_noise(shape, generator, device, torch.float32) * self.scheduler.init_noise_sigma
 
         # 4. Denoise step by step
         record, pred_x_0 = _Trajectory(trajectory_every), None
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
+        # The scheduler reads timesteps, the network computes with them: each where it does not wait for the other.
+        network_timesteps, network_dtype = self.scheduler.timesteps.to(device), network.dtype
+        with self.progress_bar(total=len(network_timesteps)) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
-                model_output = self._predict(x_t, t, labels, guidance_scale)
+                x = self.scheduler.scale_model_input(x_t, t).to(network_dtype)
+                model_output = self._predict(network, x, network_timesteps[i], labels, guidance_scale)
                 if solver_order == 2:
                     step_kwargs["previous_x_0"] = pred_x_0
                 output = self.scheduler.step(model_output, t, x_t, **step_kwargs)
@@ -203,7 +208,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
                     tensors = {"latents": x_t, "pred_original_sample": pred_x_0}
                     chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     x_t = (callback_on_step_end(self, i, t, chosen) or {}).get("latents", x_t)
-                record.add(i, t, x_t, pred_x_0, is_last=i == len(self.scheduler.timesteps) - 1)
+                record.add(i, t, x_t, pred_x_0, is_last=i == len(network_timesteps) - 1)
                 progress_bar.update()
 
         # 5. [-1, 1] → images
@@ -214,15 +219,73 @@ class DDPMPipelineCustom(DiffusionPipeline):
 
     # --- the network ------------------------------------------------------------------------------------------------
 
-    def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
-        """The network's prediction at x_t, guided if asked for, in float32."""
-        x = self.scheduler.scale_model_input(x_t, t).to(self.unet.dtype)
+    def enable_fast_sampling(
+        self,
+        num_images: int = 1,
+        num_inference_steps: int | None = None,
+        batch_size: int | None = None,
+        guidance_scale: float = 1.0,
+    ) -> str:
+        """Sample with a twin of the network that is as fast as this machine allows, for a job of this size.
+
+        Half precision where it pays: a bfloat16 network moves pixels by about one of 255 levels, the trajectory stays
+        float32. Compilation where the job is long enough to earn it back. What is saved stays the network itself.
+
+        Args:
+            num_images: N, of the whole job, in batches of one size.
+            num_inference_steps: K; by default T.
+            batch_size: B; by default N. A compiled network is fast for this size alone.
+            guidance_scale: as in the calls to come.
+
+        Returns:
+            What was chosen and why, in a line.
+
+        Raises:
+            ValueError: for a bad argument, or where the network is offloaded.
+        """
+        batch_size = num_images if batch_size is None else batch_size
+        steps = self.scheduler.config.num_train_timesteps if num_inference_steps is None else num_inference_steps
+        for name, value in (("num_images", num_images), ("batch_size", batch_size), ("num_inference_steps", steps)):
+            check_integer(name, value, 1)
+        if hasattr(self.unet, "_hf_hook"):
+            raise ValueError("fast sampling needs the network in one place: leave out the offloading, or this call.")
+        is_guided = self.unet.config.num_class_embeds is not None and guidance_scale != 1
+        self.disable_fast_sampling()  # the twin of before makes room
+        self._fast_network = FastNetwork(
+            self.unet, batch_size * (2 if is_guided else 1), num_calls=steps * (num_images // batch_size)
+        )
+        return self._fast_network.description
+
+    def disable_fast_sampling(self) -> None:
+        """Sample with the network itself again."""
+        self._fast_network = None
+
+    def _current_network(self) -> UNet2DModel | FastNetwork:
+        if self._fast_network is None:
+            return self.unet
+        if not self._fast_network.is_twin_of(self.unet):
+            raise ValueError(
+                "the network was moved or its weights changed after `enable_fast_sampling`: call it again, or "
+                "`disable_fast_sampling`."
+            )
+        return self._fast_network
+
+    def _predict(
+        self,
+        network: UNet2DModel | FastNetwork,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        guidance_scale: float,
+    ) -> Tensor:
+        """The network's prediction at its input x, in its dtype, guided if asked for, in float32."""
+        channels = x.shape[1]
         guided = labels is not None and guidance_scale != 1
         if labels is not None and guided:
             x = torch.cat([x, x])
             labels = torch.cat([labels, torch.full_like(labels, self.unet.config.num_class_embeds - 1)])
-        output = self.unet(x, t, class_labels=labels, return_dict=False)[0].float()
-        prediction, *variance = output.split(x_t.shape[1], dim=1)
+        output = network(x, t, class_labels=labels, return_dict=False)[0].float()
+        prediction, *variance = output.split(channels, dim=1)
         if guided:
             # Guidance extrapolates the prediction alone; the variance stays the conditional one.
             conditional, null = prediction.chunk(2)

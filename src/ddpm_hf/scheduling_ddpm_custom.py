@@ -7,7 +7,6 @@ so that a step is a look-up and a few multiplications.
 
 from __future__ import annotations
 
-import math
 import operator
 import warnings
 from collections.abc import Sequence
@@ -58,26 +57,33 @@ class DDPMSchedulerCustomOutput(BaseOutput):
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
 
+    def __post_init__(self) -> None:  # diffusers' looks up the fields each time, for a tenth of the time of a step
+        self["prev_sample"] = self.prev_sample
+        if self.pred_original_sample is not None:
+            self["pred_original_sample"] = self.pred_original_sample
+
 
 class StepCoefficients(NamedTuple):
-    """One row of the trajectory's table: floats, or tensors of shape (B, 1, …) for per-image timesteps.
+    """One row of the trajectory's table: tensors of shape (), or (B, 1, …) for per-image timesteps.
 
     x̂_0 = x_0_from_x_t · x_t + x_0_from_output · output      (Eq. 15)
     x_s = mean_from_x_0 · x̂_0 + mean_from_x_t · x_t + σ ε      (Eq. 7)
     A second-order step puts x̂_0 + extrapolation · (x̂_0 - previous x̂_0) in place of x̂_0 there.
     σ is `std` for the fixed and optimal variances; for the learned ones noise_scale · exp(log_variance / 2), where the
     learned range interpolates between `log_variance_low` and `log_variance_high`.
+
+    Tensors of shape () lie on the device of the images: numbers would cost twice as much to multiply with.
     """
 
-    x_0_from_x_t: float | Tensor
-    x_0_from_output: float | Tensor
-    mean_from_x_0: float | Tensor
-    mean_from_x_t: float | Tensor
-    std: float | Tensor  # σ of the variances that no network predicts; 0 at the last step
-    noise_scale: float | Tensor  # eta, or 1 for the optimal variance; 0 at the last step, which adds no noise
-    log_variance_low: float | Tensor  # log β̃
-    log_variance_high: float | Tensor  # log β
-    extrapolation: float | Tensor  # 0 at the first and the last step
+    x_0_from_x_t: Tensor
+    x_0_from_output: Tensor
+    mean_from_x_0: Tensor
+    mean_from_x_t: Tensor
+    std: Tensor  # σ of the variances that no network predicts; 0 at the last step
+    noise_scale: Tensor  # eta, or 1 for the optimal variance; 0 at the last step, which adds no noise
+    log_variance_low: Tensor  # log β̃
+    log_variance_high: Tensor  # log β
+    extrapolation: Tensor  # 0 at the first and the last step
 
 
 class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
@@ -271,8 +277,9 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         self._previous = torch.from_numpy(ascending[below])
         above = np.searchsorted(ascending, np.arange(len(self)), side="right")
         self._before = torch.from_numpy(np.append(ascending, -1)[above])  # -1 where the trajectory starts
+        self._last_timestep = int(grid[-1])
         self._tables: dict[tuple[float, torch.device, torch.dtype], Tensor] = {}
-        self._rows: dict[float, list[list[float]]] = {}
+        self._rows: dict[tuple[int, float, torch.device, torch.dtype], StepCoefficients] = {}
 
     def previous_timestep(self, timestep: int | Tensor) -> Tensor:
         """s, the time after `timestep` on the trajectory; -1, the clean data, after the last one. Of its shape."""
@@ -324,28 +331,30 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
                     f"`{name}` has shape {tuple(given.shape)}, but must have that of the sample, {tuple(sample.shape)}."
                 )
         output, raw_variance = split_model_output(model_output, sample, self.variance_type)
-        c = self._coefficients(timestep, sample, eta)
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        c, is_last = self._coefficients(timestep, sample, eta, dtype)
 
         # 1. Predict x_0 (Eq. 15), and keep it in the range of images before anything is computed from it.
-        dtype = torch.promote_types(sample.dtype, torch.float32)
         x_t = sample.to(dtype)
-        x_0 = self.limit_x_0(c.x_0_from_x_t * x_t + c.x_0_from_output * output.to(dtype))
+        x_0 = self.limit_x_0(torch.addcmul(c.x_0_from_x_t * x_t, c.x_0_from_output, output.to(dtype)))
 
         # 2. The mean of x_s (Eq. 7, at x̂_0).
         x_0_on_the_way = x_0 if previous_x_0 is None else x_0 + c.extrapolation * (x_0 - previous_x_0.to(dtype))
-        x_s = c.mean_from_x_0 * x_0_on_the_way + c.mean_from_x_t * x_t
+        x_s = torch.addcmul(c.mean_from_x_t * x_t, c.mean_from_x_0, x_0_on_the_way)
 
         # 3. Noise; none at the last step, and none for DDIM unless its variance is the optimal one.
-        is_silent = isinstance(c.noise_scale, float) and c.noise_scale == 0
-        if not is_silent and (eta > 0 or self.variance_type == "optimal"):
+        if not is_last and (eta > 0 or self.variance_type == "optimal"):
             if variance_noise is None:
-                variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
-            x_s = x_s + self._std(c, raw_variance, dtype) * variance_noise.to(dtype)
+                noise = draw_noise(sample.shape, generator, sample.device, dtype)
+            else:
+                noise = variance_noise.to(dtype)
+            x_s = torch.addcmul(x_s, self._std(c, raw_variance, dtype), noise)
 
-        x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
+        if sample.dtype != dtype:
+            x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
         return DDPMSchedulerCustomOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
 
-    def _std(self, c: StepCoefficients, raw_variance: Tensor | None, dtype: torch.dtype) -> float | Tensor:
+    def _std(self, c: StepCoefficients, raw_variance: Tensor | None, dtype: torch.dtype) -> Tensor:
         """σ of the step."""
         if raw_variance is None:
             return c.std
@@ -380,40 +389,48 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
 
     # --- coefficients -----------------------------------------------------------------------------------------------
 
-    def _coefficients(self, timestep: int | Tensor, sample: Tensor, eta: float) -> StepCoefficients:
-        """The row of the trajectory's table for each timestep, without waiting for a GPU."""
+    def _coefficients(
+        self, timestep: int | Tensor, sample: Tensor, eta: float, dtype: torch.dtype
+    ) -> tuple[StepCoefficients, bool]:
+        """The row of the trajectory's table for each timestep, and whether all of them are known to be the last."""
         if isinstance(timestep, Tensor) and (timestep.is_floating_point() or timestep.dtype == torch.bool):
             raise TypeError(f"timesteps have dtype {timestep.dtype}, but must be integers.")
         on_cpu = not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu")
         if on_cpu and not torch.compiler.is_compiling():
-            if eta not in self._rows:
-                self._rows[eta] = self._table(eta).tolist()
             index = operator.index(timestep)
-            check_integer("timestep", index, 0, len(self) - 1)
-            row = self._rows[eta][index]
-            if row[0] == math.inf:
-                raise ValueError(ZERO_SNR_ERROR)
-            return StepCoefficients(*row)
+            key = (index, eta, sample.device, dtype)
+            if key not in self._rows:
+                self._rows[key] = self._row(*key)
+            return self._rows[key], index <= self._last_timestep
 
         if self.process.has_zero_terminal_snr and self.config.prediction_type == "epsilon":
             raise ValueError(ZERO_SNR_ERROR)
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        key = (eta, sample.device, dtype)
-        if key not in self._tables:
-            self._tables[key] = self._table(eta).to(dtype).to(sample.device)
         t = as_timesteps(timestep)
         check_timesteps(t, len(self))
-        t = t.to(sample.device)
         if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(sample))):
             raise ValueError(
                 f"timesteps have shape {tuple(t.shape)}, but {len(sample)} images need one timestep for all, or "
                 f"{len(sample)}."
             )
-        columns = self._tables[key][t].unbind(-1)
-        return StepCoefficients(*(c.reshape(-1, *(1,) * (sample.ndim - 1)) if c.ndim else c for c in columns))
+        columns = self._table(eta, sample.device, dtype)[t.to(sample.device)].unbind(-1)
+        return StepCoefficients(*(c.reshape(-1, *(1,) * (sample.ndim - 1)) if c.ndim else c for c in columns)), False
 
-    def _table(self, eta: float) -> Tensor:
-        """Coefficients of the step from every t of 0 … T-1 to its successor on the trajectory, float64 of (T, 9)."""
+    @torch.inference_mode(False)  # what is kept must serve outside of it, too
+    def _row(self, index: int, eta: float, device: torch.device, dtype: torch.dtype) -> StepCoefficients:
+        check_integer("timestep", index, 0, len(self) - 1)
+        if self.config.prediction_type == "epsilon" and self.alphas_cumprod[index] == 0:
+            raise ValueError(ZERO_SNR_ERROR)
+        return StepCoefficients(*self._table(eta, device, dtype)[index].unbind())
+
+    def _table(self, eta: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Coefficients of the step from every t of 0 … T-1 to its successor on the trajectory, (T, 9)."""
+        key = (eta, device, dtype)
+        if key not in self._tables:
+            self._tables[key] = self._exact_table(eta).to(dtype).to(device)
+        return self._tables[key]
+
+    def _exact_table(self, eta: float) -> Tensor:
+        """The table in float64, on the CPU."""
         t, s = torch.arange(len(self)), self._previous
         x_0_from_x_t, x_0_from_output = self.process.x_0_coefficients(t, self.config.prediction_type)
         mean_from_x_0, mean_from_x_t, _ = self.process.posterior_coefficients(t, s, eta)
@@ -488,6 +505,19 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
 def check_eta(eta: float) -> None:
     """Raise a ValueError unless eta lies in [0, 1]."""
     check_number("eta", eta, "a number in [0, 1]: 0 is DDIM, 1 is DDPM", lambda v: 0 <= v <= 1)
+
+
+def draw_noise(
+    shape: Sequence[int],
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """ε ~ N(0, I). What generators on the CPU draw follows the work queued on a GPU, which is not waited for."""
+    first = generator[0] if isinstance(generator, list) else generator
+    if device.type == "cuda" and first is not None and first.device.type == "cpu":
+        return randn_tensor(shape, generator, torch.device("cpu"), dtype).pin_memory().to(device, non_blocking=True)
+    return randn_tensor(shape, generator, device, dtype)
 
 
 def _spaced_timesteps(spacing: str, K: int, T: int, steps_offset: int) -> np.ndarray:
