@@ -46,7 +46,7 @@ class FastNetwork:
         self.memory_format = torch.channels_last if is_half else torch.preserve_format
         self._network = copy.deepcopy(unet).eval().requires_grad_(False)
         # Not the `to` of diffusers, which warns of layers to be kept in float32 where there are none.
-        torch.nn.Module.to(self._network, dtype=self.dtype, memory_format=self.memory_format)
+        torch.nn.Module.to(self._network, self.dtype).to(memory_format=self.memory_format)
         self._compiled: Callable[..., tuple[Tensor]] | None = None
         self.description = f"{why}; {self._compile_where_it_pays(num_calls)}"
 

@@ -651,5 +651,5 @@ def _like(result_like: Tensor, a: Tensor, x: Tensor, b: Tensor | None = None, y:
     if b is not None and y is not None:
         if y.shape != x.shape:
             raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(y.shape)} must be equal.")
-        result = torch.addcmul(result, _broadcast(b, result_like), y.to(dtype=dtype))
+        result.addcmul_(_broadcast(b, result_like), y.to(dtype=dtype))
     return result.to(dtype=result_like.dtype)

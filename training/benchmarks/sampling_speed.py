@@ -1,0 +1,114 @@
+"""Sampling at equal steps: diffusers' `DDPMPipeline`, ours, and ours after `enable_fast_sampling`.
+
+    python training/benchmarks/sampling_speed.py --output_dir bench-sampling
+
+Three jobs of 1000 steps on each of three networks of random weights: one image, one batch of 16, and 10,000 images in
+batches of 64. Each is set up for the whole job (`--num_images` of the fast pipeline), and a few steps of it are timed, in
+turns. Beside the times: the error of the fast network's prediction against float32, what share of the machine's fastest
+matrix product the network reaches, and the peak memory of one step at the largest batch.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from networks import NETWORKS, build
+from timing import best_device, flops, markdown_table, matmul_peak, peak_memory, time_in_turns, write_results
+from torch import Tensor
+
+from ddpm_hf import DDPMPipelineCustom
+
+JOBS = {1: 1, 16: 16, 64: 10_000}  # batch size: images of the job
+PEERS = ("stock", "ours", "fast")
+
+
+def pipeline_of(peer: str, network: str, batch_size: int, num_images: int) -> tuple[DDPMPipeline, str]:
+    """A pipeline, ready for the job, and what it says about it."""
+    kind = DDPMPipeline if peer == "stock" else DDPMPipelineCustom
+    pipe = kind(build(network), DDPMScheduler()).to(best_device())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, pipe.enable_fast_sampling(num_images, 1000, batch_size) if peer == "fast" else ""
+
+
+def chain(pipe: DDPMPipeline, batch_size: int, steps: int) -> Callable[[], object]:
+    """A call that samples a batch."""
+    return lambda: pipe(batch_size, num_inference_steps=steps, output_type="np")
+
+
+def sample_once(peer: str, network: str, batch_size: int) -> None:
+    """One step, for another process to measure."""
+    pipe, _ = pipeline_of(peer, network, batch_size, batch_size)
+    chain(pipe, batch_size, 1)()
+
+
+@torch.no_grad()
+def prediction(pipe: DDPMPipeline, batch_size: int) -> Tensor:
+    """ε̂ of the network in use at t = 500 of random numbers."""
+    config, device = pipe.unet.config, pipe.unet.device
+    shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    network = getattr(pipe, "_fast_network", None) or pipe.unet
+    return network(x, torch.tensor(500, device=device), return_dict=False)[0].float()
+
+
+def compare(network: str, batch_size: int, num_images: int, seconds: float, repeats: int) -> dict[str, object]:
+    """One row of the table."""
+    pipes, described = {}, ""
+    for peer in PEERS:
+        started = time.perf_counter()
+        pipes[peer], described = pipeline_of(peer, network, batch_size, num_images)
+        set_up = time.perf_counter() - started
+    print(f"{network}, batch {batch_size}, {num_images} images: {described}", flush=True)
+    chain(pipes["stock"], batch_size, 1)()
+    started = time.perf_counter()
+    chain(pipes["stock"], batch_size, 1)()
+    steps = min(max(round(seconds / (time.perf_counter() - started)), 1), 50)
+    times = time_in_turns({peer: chain(pipe, batch_size, steps) for peer, pipe in pipes.items()}, repeats)
+
+    exact, fast = prediction(pipes["ours"], batch_size), prediction(pipes["fast"], batch_size)
+    work = flops(lambda: prediction(pipes["ours"], batch_size)) * steps
+    peak = matmul_peak(pipes["fast"]._fast_network.dtype)
+    return {
+        "network": network,
+        "batch": batch_size,
+        **{f"{peer}, ms/step": times[peer] / steps * 1e3 for peer in PEERS},
+        "ours × stock": times["stock"] / times["ours"],
+        "fast × stock": times["stock"] / times["fast"],
+        "fast: error of ε̂": float((fast - exact).norm() / exact.norm()),
+        "of peak FLOP/s, ours": work / times["ours"] / matmul_peak(torch.float32),
+        "of peak FLOP/s, fast": work / times["fast"] / peak,
+        "set-up of fast, s": set_up,
+        "fast": described,
+    }
+
+
+def main() -> None:
+    """Print the tables as they come and write `sampling_speed.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--batch_sizes", nargs="+", type=int, choices=list(JOBS), default=list(JOBS))
+    parser.add_argument("--num_images", type=int, help="of every job; default: 1, 16, or 10,000, by batch size")
+    parser.add_argument("--seconds", type=float, default=0.5, help="about what a chain of stock takes")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output_dir", type=Path, default=Path("bench-sampling"))
+    options = parser.parse_args()
+
+    rows, memory = [], []
+    for network in options.networks:
+        for batch_size in options.batch_sizes:
+            num_images = max(options.num_images or JOBS[batch_size], batch_size)
+            rows.append(compare(network, batch_size, num_images, options.seconds, options.repeats))
+            torch.compiler.reset()
+        largest = max(options.batch_sizes)
+        peaks = {f"{peer}, MiB": round(peak_memory(sample_once, peer, network, largest)) for peer in PEERS}
+        memory.append({"network": network, "batch": largest, **peaks})
+        shown = [{key: value for key, value in row.items() if key != "fast"} for row in rows]
+        print(f"\n{markdown_table(shown)}\n\n{markdown_table(memory)}\n", flush=True)
+        write_results(options.output_dir / "sampling_speed.json", {"sampling": rows, "peak_memory": memory})
+
+
+if __name__ == "__main__":
+    main()
