@@ -21,7 +21,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from networks import NETWORKS, build
+from diffusers import UNet2DModel
+from networks import NETWORKS
 from scoring import labelled_digits
 from timing import best_device, flops, markdown_table, matmul_peak, time_in_turns, write_results
 from training_process import OURS, UPDATES_ALONE, TrainingProcess, write_network
@@ -75,7 +76,7 @@ def speed(name: str, options: argparse.Namespace, images: Path, work: Path) -> l
         memory = {peer: process.peak_mib() for peer, process in running_peers.items()}
     size = NETWORKS[name]["sample_size"]
     device = best_device()
-    network = build(name, in_channels=3, out_channels=3).to(device)
+    network = UNet2DModel(**{**NETWORKS[name], "in_channels": 3, "out_channels": 3}).to(device)
     x, t = torch.randn(1, 3, size, size, device=device), torch.zeros(1, dtype=torch.long, device=device)
     per_image = 3 * flops(lambda: network(x, t))  # forward, and twice as much backward
     rows: list[dict[str, object]] = []
