@@ -80,6 +80,7 @@ def train(config: TrainConfig) -> Path:
     unet, optimizer = accelerator.prepare(unet, optimizer)
     network: Any = torch.compile(unet, dynamic=False) if prepared.execution.compiled else unet  # for the losses alone
     ema = build_ema(config, unet)
+    parameters = list(unet.parameters())
     run = Run(config, plan, prepared.scheduler, accelerator, agreement, unet, optimizer, ema, images.label_names)
     if prepared.checkpoint is not None:
         restore(run, prepared.checkpoint)
@@ -130,12 +131,12 @@ def train(config: TrainConfig) -> Path:
                     log.add_losses(losses, t, waited)
 
                 # update weights, unless the gradient is not finite, and after them the EMA
-                grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
                 log.add_gradient(skip_unless_finite(optimizer, grad_norm, accelerator))
                 optimizer.step()
                 optimizer.zero_grad()
                 if run.ema is not None:
-                    run.ema.step(unet.parameters())
+                    run.ema.step(parameters)
                 run.step, run.images_seen = step + 1, run.images_seen + plan.global_batch
                 run.seconds += time.perf_counter() - began
 
