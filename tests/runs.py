@@ -1,11 +1,14 @@
 """Training runs as processes of their own: the digits, made tiny."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+TWO_PROCESSES_ENV = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 DIGITS = ROOT / "training" / "configs" / "digits.yaml"
 TINY_UNET = {
     "block_out_channels": [8, 16],

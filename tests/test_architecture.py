@@ -45,6 +45,7 @@ ARROWS = {
     "plan": {"config"},
     "network": {"config"},
     "interruption": set(),
+    "execution": {"config", "network"},
     "run_state": {"checkpoint", "config", "interruption", "network", "plan", "scheduling_ddpm_custom"},
     "training_log": {"config"},
     "previews": {"network", "pictures", "pipeline", "run_state", "scheduling_ddpm_custom"},
@@ -53,8 +54,8 @@ ARROWS = {
         "scheduling_ddpm_custom", "sharing", "sources",
     },
     "preparation": {
-        "checkpoint", "config", "hub", "interruption", "network", "pictures", "plan", "publishing", "run_folder",
-        "run_state", "scheduling_ddpm_custom", "sources", "training_log",
+        "checkpoint", "config", "execution", "hub", "interruption", "network", "pictures", "plan", "publishing",
+        "run_folder", "run_state", "scheduling_ddpm_custom", "sources", "training_log",
     },
     "training": {
         "checkpoint", "config", "data", "ddpm_process", "interruption", "network", "objectives", "pictures", "pipeline",

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, TINY_OPTIONS, run, train_command
+from runs import ROOT, TINY_OPTIONS, TWO_PROCESSES, TWO_PROCESSES_ENV, run, train_command
 
 from ddpm_hf.checkpoint import checkpoint_steps, load_checkpoint
 
-TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-TWO_PROCESSES_ENV = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 STEPS = 30
 
 

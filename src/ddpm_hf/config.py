@@ -158,8 +158,17 @@ class OptimizationOptions:
     ema_inv_gamma: float = option(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma)^-power.")
     ema_power: float = option(0.75, "EMA warm-up: see --ema_inv_gamma.")
     ema_max_decay: float = option(0.9999, "The largest decay of the EMA.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
-        None, "Precision of the network's forward pass. Default: what `accelerate launch` says, else no."
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(
+        None,
+        "Precision of the network's forward pass; auto is bf16 where it is faster. On a GPU, fp16 and bf16 also let "
+        "float32 products use TF32. Default: what `accelerate launch` says, else no.",
+    )
+    channels_last: Literal["no", "yes", "auto"] = option(
+        "no", "Hold the channels of a pixel side by side, as tensor cores want them; auto does it where it is faster."
+    )
+    compile: Literal["no", "yes", "auto"] = option(
+        "no",
+        "Train through torch.compile; auto does it where that earns back the minutes it takes. Weights stay clean.",
     )
     seed: int = option(0, "Fixes the weights, the order of the data, the noise and the samples.")
     local_rank: int = option(-1, "Accepted for old launchers, and not needed: the environment says it.")
@@ -222,8 +231,9 @@ class TrainConfig(HubOptions, OutputOptions, OptimizationOptions, LossOptions, M
     def __post_init__(self) -> None:
         if isinstance(self.report_to, str):  # `report_to: none` in a YAML file
             self.report_to = [self.report_to]
-        if self.mixed_precision is False:  # `mixed_precision: no` there
-            self.mixed_precision = "no"
+        for name in ("mixed_precision", "channels_last", "compile"):  # `no` and `yes` there
+            if isinstance(getattr(self, name), bool):
+                setattr(self, name, "yes" if getattr(self, name) else "no")
         check_types(self)
         at_least(
             1, self, "resolution", "shuffle_buffer_size", "train_batch_size", "gradient_accumulation_steps",

@@ -119,7 +119,8 @@ class StoredImages(IndexedImages):
     def read(self, requests: Iterable[np.ndarray]) -> Iterator[Batch]:
         """See `IndexedImages.read`."""
         for indices in map(torch.from_numpy, requests):
-            yield Batch(self.pixels[indices], None if self.labels is None else self.labels[indices])
+            labels = None if self.labels is None else self.labels[indices]
+            yield Batch(self.pixels.index_select(0, indices), labels)  # ten times as fast as an index
 
 
 class DecodedImages(IndexedImages):

@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 
 from .checkpoint import MANIFEST, read_progress
 from .config import TrainConfig
+from .execution import Execution, choose_execution, settle_precision
 from .hub import HubTarget
 from .interruption import Agreement
 from .network import build_unet
@@ -40,6 +41,7 @@ class Preparation:
     source: Source | Stream
     plan: Plan
     num_parameters: int
+    execution: Execution
     checkpoint: Path | None  # to go on from
     target: HubTarget | None  # to push to
     notes: list[str]  # for the user
@@ -55,7 +57,8 @@ def prepare(config: TrainConfig) -> Preparation:
     output_dir = Path(config.output_dir)
     checkpoint, notes = prepare_output_dir(output_dir, config)
     check_plotting()
-    accelerator = make_accelerator(config, check_trackers(config))
+    precision = settle_precision(config)
+    accelerator = make_accelerator(config, precision.value, check_trackers(config))
     agreement = Agreement(accelerator.num_processes)
     if not agreement.same(_number_of(checkpoint)):
         raise ValueError(
@@ -84,11 +87,15 @@ def prepare(config: TrainConfig) -> Preparation:
         notes += compare(checkpoint, progress, config, plan, label_names)
     if config.lr_warmup_steps >= plan.max_steps and config.lr_scheduler != "constant":
         notes.append(f"Note: the warm-up of {config.lr_warmup_steps} updates is no shorter than the run.")
+    execution = choose_execution(
+        config, precision, accelerator, unet.num_parameters(), plan.max_steps - plan.steps_before
+    )
+    notes += execution.notes
     check_space(output_dir, CHECKPOINT_BYTES * unet.num_parameters())
     with agreement.together():
         target = check_target(config) if accelerator.is_main_process and not config.dry_run else None
     return Preparation(
-        accelerator, agreement, scheduler, source, plan, unet.num_parameters(), checkpoint, target, notes
+        accelerator, agreement, scheduler, source, plan, unet.num_parameters(), execution, checkpoint, target, notes
     )
 
 
@@ -107,7 +114,7 @@ def dry_run_report(config: TrainConfig, prepared: Preparation) -> str:
     )
 
 
-def make_accelerator(config: TrainConfig, trackers: list[str]) -> Accelerator:
+def make_accelerator(config: TrainConfig, precision: str | None, trackers: list[str]) -> Accelerator:
     """Accelerate's engine, as `accelerate launch` or torchrun has set it up.
 
     Raises:
@@ -119,13 +126,16 @@ def make_accelerator(config: TrainConfig, trackers: list[str]) -> Accelerator:
         "project_config": ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
         "kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     }
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, **options)
+    accelerator = Accelerator(mixed_precision=precision, **options)
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # whatever the environment says
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("`mixed_precision` is 'fp16', which needs a GPU: use bf16 or no.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed is not supported: use FSDP, which shares weights and optimizer as ZeRO does.")
     use_all_cores(accelerator)
+    if accelerator.device.type == "cuda" and accelerator.mixed_precision != "no":
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = True  # all batches have the same shape
     return accelerator
 
 

@@ -71,7 +71,7 @@ class Run:
 def whole_weights(run: Run) -> dict[str, Tensor]:
     """The weights that the network has now, on the CPU of the main process. All processes must call it."""
     weights: dict[str, Any] = get_model_state_dict(run.unet, options=WHOLE)
-    return {name: weight.clone() for name, weight in weights.items()}
+    return {name: weight.clone(memory_format=torch.contiguous_format) for name, weight in weights.items()}
 
 
 def exported_network(run: Run) -> UNet2DModel | None:
@@ -120,6 +120,7 @@ def restore(run: Run, folder: Path) -> None:
     options_of_now = get_optimizer_state_dict(run.unet, run.optimizer.optimizer)["param_groups"]
     optimizer: dict[str, Any] = {"state": dict(moments), "param_groups": options_of_now}
     set_optimizer_state_dict(run.unet, run.optimizer.optimizer, optimizer, options=WHOLE)
+    _order_moments(run.optimizer.optimizer)
     if run.ema is not None and state.ema is not None:
         set_model_state_dict(run.unet, {**state.ema}, options=WHOLE)
         with torch.no_grad():
@@ -134,6 +135,14 @@ def restore(run: Run, folder: Path) -> None:
         run.saved_step = state.step
     run.images_seen, run.seconds = progress["images_seen"], progress["seconds"]
     run.unlogged = progress["unlogged"]
+
+
+def _order_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Lay moments in memory as their weights are, channels last perhaps: the fused AdamW takes that for granted."""
+    for weight, values in optimizer.state.items():
+        for key, value in values.items():
+            if value.shape == weight.shape and value.stride() != weight.stride():
+                values[key] = torch.empty_like(weight).copy_(value)
 
 
 def compare(

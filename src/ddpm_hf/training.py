@@ -11,6 +11,7 @@ import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,6 +67,8 @@ def train(config: TrainConfig) -> Path:
     # 2. Network, optimizer and EMA, new or from a checkpoint
     torch.manual_seed(config.seed)
     unet = build_unet(config, images.num_classes)
+    if prepared.execution.channels_last:
+        unet.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         unet.parameters(),
         lr=config.learning_rate,
@@ -75,7 +78,9 @@ def train(config: TrainConfig) -> Path:
         fused=True,
     )
     unet, optimizer = accelerator.prepare(unet, optimizer)
+    network: Any = torch.compile(unet, dynamic=False) if prepared.execution.compiled else unet  # for the losses alone
     ema = build_ema(config, unet)
+    parameters = list(unet.parameters())
     run = Run(config, plan, prepared.scheduler, accelerator, agreement, unet, optimizer, ema, images.label_names)
     if prepared.checkpoint is not None:
         restore(run, prepared.checkpoint)
@@ -121,17 +126,17 @@ def train(config: TrainConfig) -> Path:
                     seed_part(config.seed, step, micro_step * accelerator.num_processes + rank)
                     x_0, labels = augment(batch, config, images.num_classes, accelerator.device)
                     with accelerator.accumulate(unet):
-                        losses, t = training_losses(unet, run.scheduler.process, x_0, labels, config)
+                        losses, t = training_losses(network, run.scheduler.process, x_0, labels, config)
                         accelerator.backward(losses.mean())
                     log.add_losses(losses, t, waited)
 
                 # update weights, unless the gradient is not finite, and after them the EMA
-                grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
                 log.add_gradient(skip_unless_finite(optimizer, grad_norm, accelerator))
                 optimizer.step()
                 optimizer.zero_grad()
                 if run.ema is not None:
-                    run.ema.step(unet.parameters())
+                    run.ema.step(parameters)
                 run.step, run.images_seen = step + 1, run.images_seen + plan.global_batch
                 run.seconds += time.perf_counter() - began
 
@@ -190,14 +195,19 @@ def augment(
     batch: Batch, config: TrainConfig, num_classes: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """x_0 in [-1, 1], (B, C, H, W), flipped at random if wanted, and labels, of which some are dropped, (B,)."""
-    x_0 = to_unit_range(batch.pixels.to(device, non_blocking=True))
+    x_0 = to_unit_range(to_device(batch.pixels, device))
     if config.random_flip:
         x_0 = random_flip(x_0)
     if batch.labels is None or num_classes is None:
         return x_0, None
-    labels = batch.labels.to(device, non_blocking=True)
+    labels = to_device(batch.labels, device)
     is_dropped = torch.rand(len(labels), device=device) < config.label_dropout
     return x_0, labels.masked_fill(is_dropped, num_classes)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """The values on a device; a GPU copies them while the CPU goes on, which needs pinned memory."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def training_losses(
