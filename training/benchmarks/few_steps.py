@@ -57,11 +57,15 @@ SETTINGS = {
     "optimal variance, best timesteps": (
         DDPMSchedulerCustom, {"variance_type": "optimal"}, {"timesteps": "optimal"}
     ),
-    "recommended": (
+    "second order, eta = 0": (
         DDPMSchedulerCustom, {"variance_type": "fixed_small"}, {"timesteps": "linspace", "eta": 0.0, "solver_order": 2}
+    ),
+    "second order, eta = 1": (
+        DDPMSchedulerCustom, {"variance_type": "fixed_small"}, {"timesteps": "linspace", "eta": 1.0, "solver_order": 2}
     ),
 }  # fmt: skip
 REFERENCE = "stock DDPM, β̃"
+RECOMMENDED = "second order, eta = 0"
 
 
 def labelled_digits() -> tuple[Tensor, Tensor]:
@@ -128,7 +132,7 @@ def plot(results: dict, file: Path) -> None:
     left, right = figure.subplots(1, 2)
     for axes, table, label in ((left, "frechet", "Fréchet distance"), (right, "bits_per_dim", "bits/dim")):
         for name, values in results[table].items():
-            style = {"linewidth": 2.5, "color": "black"} if name == "recommended" else {"linewidth": 1.2}
+            style = {"linewidth": 2.5, "color": "black"} if name == RECOMMENDED else {"linewidth": 1.2}
             axes.plot([int(K) for K in values], list(values.values()), marker="o", label=name, **style)
         axes.set(xlabel="steps K", ylabel=label, xscale="log", yscale="log")
         axes.set_xticks(ticks := results["steps"], [str(K) for K in ticks], minor=False)
