@@ -64,8 +64,8 @@ ARROWS = {
     "card_merge": set(),
     "card": {"calibration", "card_merge", "ddpm_process", "pipeline", "run_folder", "scheduling_ddpm_custom"},
     "evaluation": {
-        "card", "checkpoint", "command_config", "evaluation_phases", "extractors", "metrics", "metrics_file", "pictures",
-        "pipeline", "real_images", "run_folder", "sampling",
+        "card", "checkpoint", "command_config", "evaluation_phases", "extractors", "metrics", "metrics_file",
+        "pictures", "pipeline", "real_images", "run_folder", "sampling",
     },
     "evaluation_phases": {
         "command_config", "evaluation_plots", "extractors", "likelihood_figures", "metrics", "metrics_file", "nearest",

@@ -236,6 +236,7 @@ def test_the_card_has_the_figures_as_the_hub_wants_them(model, extractor):
         "(bits_per_dim",
     ):
         assert words in text
+    assert text.count("| bits/dim, K = 20 |") == 1
     assert str(model) not in text
 
 
