@@ -24,6 +24,8 @@ STOCK_UNET: dict[str, Any] = {
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
 }
 
+FOREACH_PARAMETERS = 1_000_000  # on a CPU: in larger networks, the difference of all weights falls out of its cache
+
 
 def build_unet(config: TrainConfig, num_classes: int | None = None) -> UNet2DModel:
     """The network for the resolution, channels and classes of a run, with weights from torch's global generator.
@@ -110,8 +112,16 @@ def build_ema(config: TrainConfig, unet: torch.nn.Module) -> EMAModel | None:
         use_ema_warmup=True,
         inv_gamma=config.ema_inv_gamma,
         power=config.ema_power,
-        foreach=not any(isinstance(p, DTensor) for p in unet.parameters()),  # of FSDP, which has no such kernels
+        foreach=_has_fast_foreach(list(unet.parameters())),
     )
+
+
+def _has_fast_foreach(parameters: list[torch.nn.Parameter]) -> bool:
+    """Whether kernels over all weights at once are there, and faster than one by one."""
+    if any(isinstance(p, DTensor) for p in parameters):  # of FSDP
+        return False
+    in_cache = sum(p.numel() for p in parameters) <= FOREACH_PARAMETERS
+    return in_cache or any(p.is_cuda for p in parameters)
 
 
 @contextmanager
