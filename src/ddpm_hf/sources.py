@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,6 +76,12 @@ class Stream:
             to_skip = max(0, to_skip - length)
             epoch, to_skip = epoch + 1 + to_skip // length, to_skip % length
 
+    def first_rows(self, count: int, seed: int) -> list[StreamRow]:
+        """The first `count` rows of the first epoch, or all of them if there are fewer."""
+        with _clear_errors(self.name):
+            rows = islice(self._epoch(0, seed), count)
+            return [StreamRow(i, row[self.image_column], self._label(row)) for i, row in enumerate(rows)]
+
     def _epoch(self, epoch: int, seed: int) -> Any:
         shuffled = self.dataset.shuffle(seed=seed, buffer_size=self.buffer_size)
         shuffled.set_epoch(epoch)
@@ -89,8 +96,8 @@ class Stream:
         return label
 
 
-def open_source(config: TrainConfig) -> Source:
-    """The training set of a configuration, nothing of it decoded.
+def open_source(config: TrainConfig, split: str = "train") -> Source:
+    """The training set of a configuration, or another split of its dataset, nothing of it decoded.
 
     Raises:
         ValueError: for a source that does not exist or can't be reached, for columns that it lacks, for no images.
@@ -98,7 +105,7 @@ def open_source(config: TrainConfig) -> Source:
     if config.dataset_name == "digits":
         return _digits(config)
     name = _name(config)
-    dataset = _load(config)
+    dataset = _load(config, split)
     if len(dataset) == 0:
         raise ValueError(f"{name} holds no images.")
     column = _image_column(dataset, config)
@@ -114,15 +121,15 @@ def open_source(config: TrainConfig) -> Source:
     )
 
 
-def open_stream(config: TrainConfig) -> Stream:
-    """The training set of a configuration, to be read one row after the other, again and again.
+def open_stream(config: TrainConfig, split: str = "train") -> Stream:
+    """The training set of a configuration, or another split, to be read one row after the other, again and again.
 
     Raises:
         ValueError: as for `open_source`, and for labels whose number can't be known.
     """
     import datasets
 
-    dataset = _load(config)
+    dataset = _load(config, split)
     label_names = None
     if config.label_column is not None:
         feature = _feature(dataset, config.label_column)
@@ -157,14 +164,14 @@ def _clear_errors(name: str) -> Iterator[None]:
         raise ValueError(f"no images can be read from {name!r}: {text}") from error
 
 
-def _load(config: TrainConfig) -> Any:
+def _load(config: TrainConfig, split: str) -> Any:
     """A `Dataset`, or an `IterableDataset` where streaming is asked for."""
     import datasets
 
     folder = config.train_data_dir
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"`train_data_dir` is {folder!r}, but there is no such folder.")
-    options: dict[str, Any] = {"cache_dir": config.cache_dir, "split": "train", "streaming": config.streaming}
+    options: dict[str, Any] = {"cache_dir": config.cache_dir, "split": split, "streaming": config.streaming}
     with _clear_errors(_name(config)):
         if folder is not None:
             # All files are the training set, also those that `datasets` would take for a test set by their names.
@@ -175,7 +182,7 @@ def _load(config: TrainConfig) -> Any:
         if path.suffix in FILE_BUILDERS:
             return datasets.load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), **options)
         if (path / "dataset_dict.json").is_file():
-            path /= "train"
+            path /= split
         if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
             saved = datasets.load_from_disk(str(path))
             return saved.to_iterable_dataset() if config.streaming else saved
