@@ -32,10 +32,11 @@ class PatchFeatures:
     """
 
     def __init__(self, real: Tensor, seed: int = 0) -> None:
-        """Learn from real images, uint8 of shape (N, C, H, W); the result is a function of them and the seed."""
+        """Learn from real images, uint8 of shape (N, C, H, W) and square; the result is a function of them and the seed."""
         check_integer("number of images", len(real), 2)
         generator = torch.Generator().manual_seed(seed)
-        self.vocabularies = [_Vocabulary.learn(_patches(view), generator) for view in _views(real)]
+        patches = [[_patches(view) for view in _views(batch)] for batch in real.cpu().split(BATCH_SIZE)]
+        self.vocabularies = [_Vocabulary.learn(torch.cat(view), generator) for view in zip(*patches, strict=True)]
         activations = self._activations(real)
         self.mean = activations.mean(0)
         count = min(MAX_FEATURES, max(1, len(real) // 4))  # more than a covariance of N images can tell is noise
