@@ -27,8 +27,8 @@ class PatchFeatures:
     principal components. Large images are looked at twice, in full and at 32 pixels.
 
     On digits, clothes and photographs, the Fréchet distance in these features tells blur, noise, missing classes and
-    images put together from two from real ones (training/benchmarks/README.md); those of random convolutions do not tell
-    noise from photographs. It compares models on the same real images: it has no meaning beyond them.
+    images put together from two from real ones; in those of random convolutions, noisy photographs are as good as real
+    ones (training/benchmarks/README.md). It compares models on the same real images: it has no meaning beyond them.
     """
 
     def __init__(self, real: Tensor) -> None:
