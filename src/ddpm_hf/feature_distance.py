@@ -6,6 +6,8 @@ Features are tensors of shape (N, D), one row per image, of any floating type, o
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -14,12 +16,19 @@ from torch import Tensor
 ROWS = 1000  # at a time, which bounds the memory
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Moments:
     """What the Fréchet distance needs to know of a set: float64 `mean` (D,), `covariance` (D, D), and its size."""
 
     mean: Tensor
     covariance: Tensor
     num_images: int
+
+    @cached_property
+    def root(self) -> Tensor:
+        """R with R Rᵀ = Σ; what rounding has made of eigenvalues that are zero becomes zero."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return vectors * torch.where(values > _rounding(values), values, 0.0).sqrt()
 
 
 class Estimate(NamedTuple):
@@ -27,6 +36,14 @@ class Estimate(NamedTuple):
 
     value: float
     standard_error: float
+
+
+class FrechetEstimate(NamedTuple):
+    """The distance, its standard error as in `Estimate`, and how far it lies above that of endlessly many images."""
+
+    value: float
+    standard_error: float
+    bias: float
 
 
 def moments(features: Tensor) -> Moments:
@@ -50,41 +67,38 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     d² = ‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½). With Σ = R Rᵀ, the trace of (Σ_a Σ_b)^½ is the sum of the
     singular values of R_aᵀ R_b: nothing becomes complex, also without full rank. Equal moments give exactly 0.
     """
-    if torch.equal(a.mean, b.mean) and torch.equal(a.covariance, b.covariance):
-        return 0.0
-    overlap = torch.linalg.svdvals(_root(a.covariance).mT @ _root(b.covariance)).sum()
-    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * overlap
-    return max(0.0, float(distance))
+    return _distance(a, b, torch.linalg.svdvals(a.root.mT @ b.root))
 
 
-def frechet_standard_error(a: Tensor, b: Tensor) -> float:
-    """Standard error of the Fréchet distance of two sets of features, by its influence function.
+def frechet_estimate(features: Tensor, reference_features: Tensor, reference: Moments) -> FrechetEstimate:
+    """The Fréchet distance of a set of features to a reference, and how far it can be trusted.
 
-    The distance is differentiable in both means and covariances, so that its deviation is, to first order, a mean over
-    images of ψ(x) = 2 (μ_a - μ_b)ᵀ(x - μ_a) + (x - μ_a)ᵀ (1 - T)(x - μ_a), where T is the optimal map from the Gaussian
-    of `a` to that of `b`, and of the same with the roles exchanged (Rippl, Munk, Sturm 2016, arXiv 1602.04064).
+    The distance is differentiable in means and covariances, so that its deviation is, to first order, a mean over
+    images of ψ(x) = 2 (μ_a - μ_b)ᵀ(x - μ_a) + (x - μ_a)ᵀ(1 - T)(x - μ_a), where T is the optimal map from the Gaussian
+    of x to the other one; and likewise over the reference (Rippl, Munk, Sturm 2016, arXiv 1602.04064). The standard
+    error is that of these means. A bootstrap would not do: images that are drawn twice make a covariance poorer, which
+    adds the bias once more.
 
-    It says how much the value changes with other samples. It knows nothing of the bias of the value, which is
-    `frechet_bias`. A bootstrap would have it twice: images that are drawn again and again make a covariance poorer.
+    The bias falls as 1/N (Chong, Forsyth 2020, arXiv 1911.07023): half of the images have twice as much of it. So it is
+    what the halves have more, on average, than all images have.
+
+    Args:
+        features: (N, D), N at least 4.
+        reference_features: (M, D), those of `reference`, or a part of them that stands for all.
+        reference: moments of the reference.
     """
-    p, q = moments(a), moments(b)
-    root_p, root_q = _root(p.covariance), _root(q.covariance)
-    U, overlaps, Vh = torch.linalg.svd(root_p.mT @ root_q)
-    U, V = root_p @ U, root_q @ Vh.mT
+    own = moments(features)
+    U, overlaps, Vh = torch.linalg.svd(own.root.mT @ reference.root)
+    value = _distance(own, reference, overlaps)
+
+    U, V = own.root @ U, reference.root @ Vh.mT
     inverse = torch.where(overlaps > _rounding(overlaps), 1 / overlaps, 0.0)
-    p_to_q, q_to_p = (V * inverse) @ V.mT, (U * inverse) @ U.mT
-    return math.sqrt(_variance_of_mean(a, p, q, p_to_q) + _variance_of_mean(b, q, p, q_to_p))
+    there, back = (V * inverse) @ V.mT, (U * inverse) @ U.mT  # T of either side
+    variance = _variance_of_mean(features, own, reference, there)
+    variance += _variance_of_mean(reference_features, reference, own, back)
 
-
-def frechet_bias(features: Tensor, reference: Moments) -> float:
-    """How far the Fréchet distance of N images lies above that of endlessly many, in expectation.
-
-    The bias falls as 1/N (Chong, Forsyth 2020, arXiv 1911.07023), so that halving the images adds once more what all of
-    them have. It is measured on both halves of the images, in the order in which they come; N of 4 at least.
-    """
-    whole = frechet_distance(moments(features), reference)
     halves = [frechet_distance(moments(half), reference) for half in features.tensor_split(2)]
-    return sum(halves) / 2 - whole
+    return FrechetEstimate(value, math.sqrt(variance), sum(halves) / 2 - value)
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> Estimate:
@@ -138,10 +152,11 @@ def _share_among(points: Tensor, manifold: Tensor, k: int) -> float:
     return float(torch.cat(inside).double().mean())
 
 
-def _root(covariance: Tensor) -> Tensor:
-    """R with R Rᵀ = Σ; what rounding has made of eigenvalues that are zero becomes zero."""
-    values, vectors = torch.linalg.eigh(covariance)
-    return vectors * torch.where(values > _rounding(values), values, 0.0).sqrt()
+def _distance(a: Moments, b: Moments, overlaps: Tensor) -> float:
+    if torch.equal(a.mean, b.mean) and torch.equal(a.covariance, b.covariance):
+        return 0.0
+    spread = a.covariance.trace() + b.covariance.trace() - 2 * overlaps.sum()
+    return max(0.0, float((a.mean - b.mean).square().sum() + spread))
 
 
 def _rounding(spectrum: Tensor) -> Tensor:

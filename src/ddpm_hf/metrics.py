@@ -7,14 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from .extractors import INCEPTION, Extractor, Features
-from .feature_distance import (
-    frechet_bias,
-    frechet_distance,
-    frechet_standard_error,
-    kernel_distance,
-    moments,
-    precision_recall,
-)
+from .feature_distance import frechet_estimate, kernel_distance, precision_recall
 from .reference_statistics import Reference, evenly_spaced
 
 INCEPTION_METRICS = ("fid", "kid", "isc", "prc")
@@ -120,8 +113,8 @@ def measure(names: Sequence[str], features: Features, reference: Reference, extr
 
 def _frechet(features: Features, reference: Reference) -> list[Measurement]:
     x, n, m = features.pooled, len(features.pooled), reference.moments.num_images
-    value = frechet_distance(moments(x), reference.moments)
-    margin = NORMAL_95 * frechet_standard_error(x, reference.features)
+    value, error, bias = frechet_estimate(x, reference.features, reference.moments)
+    margin = NORMAL_95 * error
     warnings = [
         f"{count} {images} are too few for a covariance of {x.shape[1]} features"
         for count, images in ((n, "samples"), (m, "real images"))
@@ -130,7 +123,6 @@ def _frechet(features: Features, reference: Reference) -> list[Measurement]:
     if n < USUAL:
         warnings.append(f"N = {n} raises it: compare it with figures of the same N only")
     name = "fid" if features.logits is not None else "fd"
-    bias = frechet_bias(x, reference.moments)
     return [Measurement(name, value, n, m, max(0.0, value - margin), value + margin, None, bias, tuple(warnings))]
 
 

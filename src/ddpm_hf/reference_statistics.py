@@ -154,8 +154,11 @@ def describe(key: Key) -> str:
 
 def _keep(reference: Reference, file: Path) -> None:
     """Write the file, whole or not at all. That it can't be written costs time later, and nothing else."""
-    mean, covariance, _ = reference.moments
-    tensors = {"mean": mean, "covariance": covariance, "features": reference.features.contiguous()}
+    tensors = {
+        "mean": reference.moments.mean,
+        "covariance": reference.moments.covariance,
+        "features": reference.features.contiguous(),
+    }
     metadata = {"key": json.dumps(reference.key), "sha256": _hash(tensors)}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
