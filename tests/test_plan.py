@@ -79,3 +79,14 @@ def test_plans_that_make_no_sense_are_refused():
         plan(train_batch_size=30, gradient_accumulation_steps=2, num_processes=2)
     with pytest.raises(ValueError, match="--max_train_steps"):
         plan(num_images=None)
+
+
+def test_validation_comes_regularly_and_at_the_end_and_says_what_it_costs():
+    p = plan(num_images=1000, max_train_steps=25, eval_steps=10, eval_images=32, train_batch_size=24)
+    assert [done for done in range(1, 26) if p.validation_due(done)] == [10, 20, 25]
+    # 18 network calls for each of 32 images, where ten updates take 3 × 24 × 10.
+    assert p.describe_validation() == (
+        "every 10 updates on 32 images held out of the training set, for 80.0% more network calls"
+    )
+    assert not any(plan(max_train_steps=25).validation_due(done) for done in range(1, 26))
+    assert plan().describe_validation() == "none (--eval_steps)"

@@ -20,6 +20,7 @@ STEPS = 30
 
 def many_kills(output_dir, signals, seed=0):
     options = {**TINY_OPTIONS, "output_dir": str(output_dir), "max_train_steps": STEPS, "checkpointing_steps": 3}
+    options |= {"eval_steps": 10, "eval_images": 16}
     done = run(
         [sys.executable, str(Path(__file__).parent / "many_kills.py"), json.dumps(options), str(signals), str(seed)]
     )
@@ -39,7 +40,9 @@ def assert_same_end(one, other, step, *, exactly=True):
             else:
                 torch.testing.assert_close(tensor, others[name], rtol=1e-2, atol=2e-4)  # Adam amplifies rounding
     if exactly:
-        for name in ("logs/train.jsonl", "samples.png", "unet/diffusion_pytorch_model.safetensors"):
+        files = ["logs/train.jsonl", "samples.png", "unet/diffusion_pytorch_model.safetensors"]
+        files += [p.name for p in one.glob("best_checkpoint.json")]
+        for name in files:
             assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
@@ -103,6 +106,7 @@ def test_a_second_ctrl_c_ends_at_once():
 def test_two_processes_are_one_that_accumulates_twice_as_often(tmp_path):
     """Real gloo processes; and a signal to one of them ends both, to be resumed bit for bit."""
     options = ["--max_train_steps", "8", "--checkpointing_steps", "8", "--save_images_steps", "0"]
+    options += ["--eval_steps", "8", "--eval_images", "17"]
     one = run(train_command(tmp_path / "one", *options, "--gradient_accumulation_steps", "4"))
     assert one.returncode == 0, one.stderr
     wrong_default = {**TWO_PROCESSES_ENV, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}  # the flag is the law
@@ -111,8 +115,10 @@ def test_two_processes_are_one_that_accumulates_twice_as_often(tmp_path):
     assert "updates of 16 images, on 2 × cpu" in two.stdout
     assert_same_end(tmp_path / "one", tmp_path / "two", 8, exactly=False)
     logs = [(tmp_path / name / "logs" / "train.jsonl").read_text() for name in ("one", "two")]
-    losses = [json.loads(log.splitlines()[-1])["loss"] for log in logs]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    trained, measured = zip(*(map(json.loads, log.splitlines()) for log in logs), strict=True)
+    assert trained[0]["loss"] == pytest.approx(trained[1]["loss"], rel=1e-4)
+    assert measured[0] == pytest.approx(measured[1], rel=1e-2)
+    assert {"eval_bits_per_dim", "eval_bits_per_dim_se", "eval_frechet"} <= set(measured[0])
 
     # One of two is told to stop during a preview of both.
     slow = ["--save_images_steps", "30", "--ddpm_num_inference_steps", "1000"]

@@ -256,6 +256,7 @@ def test_a_dry_run_says_what_a_run_would_and_trains_nothing(finished_run, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "updates      12 of 8 images" in done.stdout
     assert "prediction_type: v_prediction" in done.stdout
+    assert "validation   none (--eval_steps)" in done.stdout
     done = run(train_command(output_dir, *options, "--prediction_type", "sample"))
     assert done.returncode == 1
     assert "is of another model" in done.stderr

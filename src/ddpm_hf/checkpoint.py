@@ -24,6 +24,7 @@ from .pipeline import DDPMPipelineCustom
 
 MANIFEST = "manifest.json"
 STATE = "training_state"
+BEST = "best_checkpoint.json"
 PIPELINE_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -50,10 +51,18 @@ def checkpoint_steps(output_dir: Path) -> list[int]:
     return sorted(int(m[1]) for m in matches if m)
 
 
+def best_step(output_dir: Path) -> int | None:
+    """The step of the checkpoint that validation has named the best, if it has named any."""
+    try:
+        return int(json.loads((output_dir / BEST).read_text("utf-8"))["step"])
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def save_checkpoint(
     output_dir: Path, pipeline: DDPMPipelineCustom, state: TrainingState, total_limit: int | None = None
 ) -> Path:
-    """Write `checkpoint-<step>`, then remove the oldest ones beyond `total_limit`.
+    """Write `checkpoint-<step>`, then remove the oldest ones beyond `total_limit`, but for the best one.
 
     Everything is written into a temporary folder, hashed, flushed to the disk and renamed, and a checkpoint loses its
     name before it is removed: what carries the name is complete.
@@ -92,8 +101,10 @@ def _save_checkpoint(
     _sync(output_dir)
 
     if total_limit is not None:
+        best = best_step(output_dir)
         for step in [s for s in checkpoint_steps(output_dir) if s <= state.step][:-total_limit]:
-            remove_checkpoint(output_dir / f"checkpoint-{step}")
+            if step != best:
+                remove_checkpoint(output_dir / f"checkpoint-{step}")
     return final
 
 

@@ -16,6 +16,7 @@ from .options import HelpFormatter, at_least, check_seed, check_types, fraction,
 
 IMAGE_MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}  # Pillow's name → channels
 TRACKERS = ("tensorboard", "wandb", "trackio")
+MIN_EVAL_IMAGES = 16
 SECRETS = ("hub_token",)  # options that are written down nowhere
 
 
@@ -183,7 +184,7 @@ class OutputOptions:
     output_dir: str = option("ddpm-model-64", "Where the pipeline, checkpoints, pictures and logs go.")
     overwrite_output_dir: bool = option(False, "Replace what an earlier run left in the output folder.")
     checkpointing_steps: int = option(500, "Save a checkpoint every so many updates.")
-    checkpoints_total_limit: int | None = option(None, "Keep only so many checkpoints, the newest.")
+    checkpoints_total_limit: int | None = option(None, "Keep only so many checkpoints, the newest, and the best.")
     resume_from_checkpoint: str | None = option(
         None, "`latest` (a new run where there is none), or the path of the checkpoint to go on from."
     )
@@ -210,6 +211,31 @@ class OutputOptions:
 
 
 @dataclass
+class ValidationOptions:
+    """How good the model is while it is trained, on images that it is not trained on."""
+
+    _argument_group_name: ClassVar[str] = "validation"
+
+    eval_steps: int | None = option(
+        None,
+        "Measure the exported weights every so many updates, and at the end: bits/dim of held-out images, and the "
+        "Fréchet distance between them and as many samples. The best checkpoint is kept and named. Default: never.",
+    )
+    eval_images: int = option(256, "How many images: so many are held out, and so many samples are made.")
+    eval_split: str | None = option(
+        None,
+        "The split of the dataset to take them from, e.g. test. Default: they are drawn from the training images, by "
+        "the seed, and not trained on.",
+    )
+    metric_for_best_model: Literal["bits_per_dim", "frechet"] = option(
+        "bits_per_dim", "Which of the two tells the best checkpoint."
+    )
+    load_best_model_at_end: bool = option(
+        False, "Export the best checkpoint at the end, instead of the weights of the last update."
+    )
+
+
+@dataclass
 class HubOptions:
     """Sharing."""
 
@@ -221,11 +247,13 @@ class HubOptions:
     hub_token: str | None = option(None, "The token to push with. Default: that of `hf auth login`.")
 
 
-GROUPS = (DataOptions, ModelOptions, LossOptions, OptimizationOptions, OutputOptions, HubOptions)
+GROUPS = (DataOptions, ModelOptions, LossOptions, OptimizationOptions, OutputOptions, ValidationOptions, HubOptions)
 
 
 @dataclass
-class TrainConfig(HubOptions, OutputOptions, OptimizationOptions, LossOptions, ModelOptions, DataOptions):
+class TrainConfig(
+    HubOptions, ValidationOptions, OutputOptions, OptimizationOptions, LossOptions, ModelOptions, DataOptions
+):
     """Options of `training/train.py`. Names, meanings and defaults are those of diffusers' `train_unconditional.py`."""
 
     def __post_init__(self) -> None:
@@ -239,7 +267,7 @@ class TrainConfig(HubOptions, OutputOptions, OptimizationOptions, LossOptions, M
             1, self, "resolution", "shuffle_buffer_size", "train_batch_size", "gradient_accumulation_steps",
             "num_epochs", "max_train_steps", "ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size",
             "checkpointing_steps", "checkpoints_total_limit", "save_model_epochs", "save_images_epochs",
-            "max_skipped_steps",
+            "max_skipped_steps", "eval_steps",
         )  # fmt: skip
         at_least(
             0, self, "calibration_images", "cache_limit_gb", "dataloader_num_workers", "save_images_steps",
@@ -249,10 +277,12 @@ class TrainConfig(HubOptions, OutputOptions, OptimizationOptions, LossOptions, M
             self, "learning_rate", "max_grad_norm", "ema_inv_gamma", "ema_power", "adam_epsilon", "snr_gamma", "p2_k"
         )
         fraction(self, "adam_beta1", "adam_beta2", "ema_max_decay", "label_dropout")
+        at_least(MIN_EVAL_IMAGES, self, "eval_images")
         check_seed(self.seed)
         self._check_data()
         self._check_model()
         self._check_output()
+        self._check_validation()
 
     def _check_data(self) -> None:
         if self.dataset_name is None and self.train_data_dir is None:
@@ -331,6 +361,23 @@ class TrainConfig(HubOptions, OutputOptions, OptimizationOptions, LossOptions, M
         given = [f"--{name}" for name in ("hub_model_id", "hub_token", "hub_private_repo") if getattr(self, name)]
         if given and not self.push_to_hub:
             raise ValueError(f"{' and '.join(given)} without --push_to_hub: add it, or leave {given[0]} out.")
+
+    def _check_validation(self) -> None:
+        options = fields(ValidationOptions)
+        given = [f"--{f.name}" for f in options if getattr(self, f.name) != f.default]
+        if self.eval_steps is not None:
+            check_seed(self.seed, self.eval_images)
+        elif given:
+            raise ValueError(f"{' and '.join(given)} without --eval_steps: add it, or leave {given[0]} out.")
+        if self.eval_split is not None and (self.train_data_dir is not None or self.dataset_name == "digits"):
+            raise ValueError(
+                f"`eval_split` is {self.eval_split!r}, but {self.train_data_dir or self.dataset_name} has no splits: "
+                "leave it out, and images are held out of the training set."
+            )
+        if self.eval_split is not None and re.match(r"train(\W|$)", self.eval_split):
+            raise ValueError(
+                f"`eval_split` is {self.eval_split!r}, which is trained on: leave it out, or name another."
+            )
 
     @property
     def weighting(self) -> Literal["uniform", "snr", "min_snr", "p2"]:

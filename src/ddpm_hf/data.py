@@ -195,13 +195,7 @@ def load_images(config: TrainConfig, source: Source | Stream | None = None, show
         OSError: if the cache can't be written.
     """
     skip, workers = config.on_bad_image == "skip", config.dataloader_num_workers
-    transform = Transform(
-        config.resolution,
-        str(config.image_mode),
-        config.resize,
-        None if config.center_crop else config.seed,
-        config.preserve_input_precision,
-    )
+    transform = transform_of(config)
     if source is None:
         source = open_stream(config) if config.streaming else open_source(config)
     if isinstance(source, Stream):
@@ -226,6 +220,17 @@ def load_images(config: TrainConfig, source: Source | Stream | None = None, show
     labels = None if source.labels is None else torch.from_numpy(source.labels[survey.readable])
     pixels = torch.from_numpy(cache.pixels(survey))
     return StoredImages(pixels, source.name, labels, source.label_names, survey.unreadable)
+
+
+def transform_of(config: TrainConfig) -> Transform:
+    """What a configuration does to every image."""
+    return Transform(
+        config.resolution,
+        str(config.image_mode),
+        config.resize,
+        None if config.center_crop else config.seed,
+        config.preserve_input_precision,
+    )
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,4 +79,29 @@ def save_loss_curve(steps: Sequence[int], losses: Sequence[float], file: Path) -
     axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
+    figure.savefig(file)
+
+
+def save_validation_curves(entries: Sequence[Mapping[str, float]], best: int, file: Path) -> None:
+    """bits/dim with its standard error and the Fréchet distance against optimizer updates, the best one marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [e["step"] for e in entries]
+    bits, errors, distances, seen = (
+        [e.get(f"eval_{name}", math.nan) for e in entries]
+        for name in ("bits_per_dim", "bits_per_dim_se", "frechet", "frechet_of_training_images")
+    )
+    left.errorbar(steps, bits, errors, color="tab:blue", ecolor="lightgrey", marker=".")
+    left.set_ylabel("bits/dim of held-out images")
+    right.plot(steps, distances, color="tab:blue", marker=".", label="samples")
+    right.plot(steps, seen, color="grey", linestyle="--", label="training images")
+    right.set_ylabel("Fréchet distance to held-out images")
+    right.set_yscale("log")
+    right.legend()
+    for axes in (left, right):
+        axes.axvline(best, color="tab:green", alpha=0.5)
+        axes.set_xlabel("optimizer updates (green: the best)")
+        axes.grid(alpha=0.3, which="both")
     figure.savefig(file)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .config import TrainConfig
 
 MIN_CALIBRATION_IMAGES = 16
+EVAL_CALLS = 8  # network calls for the bits/dim of a held-out image
+EVAL_SAMPLING_STEPS = 10  # and for a sample to compare with it
 IMAGES_PER_EPOCH_OF_A_STREAM = 50_000  # where the number of images is not known, previews need some rhythm
 
 
@@ -92,6 +94,20 @@ class Plan:
             affordable = 3 * self.max_steps * self.global_batch // (20 * self.config.ddpm_num_steps)
             wanted = min(256, affordable) if affordable >= MIN_CALIBRATION_IMAGES else 0
         return min(wanted, self.num_images or wanted)
+
+    def validation_due(self, done: int) -> bool:
+        """Whether the exported weights are measured after update number `done`."""
+        every = self.config.eval_steps
+        return every is not None and (done % every == 0 or done == self.max_steps)
+
+    def describe_validation(self) -> str:
+        """When and on what, and the cost, where a training update takes three network calls for each image."""
+        images, every = self.config.eval_images, self.config.eval_steps
+        if every is None:
+            return "none (--eval_steps)"
+        share = images * (EVAL_CALLS + EVAL_SAMPLING_STEPS) / (3 * self.global_batch * min(every, self.max_steps))
+        place = f"the split {self.config.eval_split}" if self.config.eval_split else "the training set"
+        return f"every {every:,} updates on {images} images held out of {place}, for {share:.1%} more network calls"
 
     def checkpoint_due(self, done: int) -> bool:
         """Whether a checkpoint follows update number `done` (from 1)."""

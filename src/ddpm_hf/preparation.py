@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 from .checkpoint import MANIFEST, read_progress
 from .config import TrainConfig
 from .execution import Execution, choose_execution, settle_precision
+from .held_out import check_still_held_out, held_out_of_training, open_eval_split
 from .hub import HubTarget
 from .interruption import Agreement
 from .network import build_unet
@@ -39,6 +40,7 @@ class Preparation:
     agreement: Agreement
     scheduler: DDPMSchedulerCustom
     source: Source | Stream
+    eval_split: Source | Stream | None  # None: held-out images are taken from the source
     plan: Plan
     num_parameters: int
     execution: Execution
@@ -73,17 +75,19 @@ def prepare(config: TrainConfig) -> Preparation:
     )
     source = open_stream(config) if config.streaming else open_source(config)
     label_names = source.label_names
+    eval_split = open_eval_split(config, source)
     with torch.device("meta"):
         unet = build_unet(config, len(label_names) if label_names else None)
     progress = read_progress(checkpoint) if checkpoint is not None else {}
     plan = Plan(
         config,
-        None if isinstance(source, Stream) else len(source),
+        None if isinstance(source, Stream) else len(source) - held_out_of_training(config),
         accelerator.num_processes,
         progress.get("step", 0),
         progress.get("images_seen", 0),
     )
     if checkpoint is not None:
+        check_still_held_out(progress["config"], config)
         notes += compare(checkpoint, progress, config, plan, label_names)
     if config.lr_warmup_steps >= plan.max_steps and config.lr_scheduler != "constant":
         notes.append(f"Note: the warm-up of {config.lr_warmup_steps} updates is no shorter than the run.")
@@ -91,11 +95,23 @@ def prepare(config: TrainConfig) -> Preparation:
         config, precision, accelerator, unet.num_parameters(), plan.max_steps - plan.steps_before
     )
     notes += execution.notes
+    if config.eval_steps is not None:
+        notes.append(f"Validation {plan.describe_validation()}.")
     check_space(output_dir, CHECKPOINT_BYTES * unet.num_parameters())
     with agreement.together():
         target = check_target(config) if accelerator.is_main_process and not config.dry_run else None
     return Preparation(
-        accelerator, agreement, scheduler, source, plan, unet.num_parameters(), execution, checkpoint, target, notes
+        accelerator,
+        agreement,
+        scheduler,
+        source,
+        eval_split,
+        plan,
+        unet.num_parameters(),
+        execution,
+        checkpoint,
+        target,
+        notes,
     )
 
 
@@ -109,6 +125,7 @@ def dry_run_report(config: TrainConfig, prepared: Preparation) -> str:
         f"images       {plan.num_images or 'a stream'}, decoded {decoded / 2**20:,.0f} MiB\n"
         f"network      {parameters:,} parameters\n"
         f"updates      {plan.max_steps:,} of {plan.global_batch} images\n"
+        f"validation   {plan.describe_validation()}\n"
         f"checkpoint   {CHECKPOINT_BYTES * parameters / 2**20:,.0f} MiB of disk\n"
         "A dry run: nothing was decoded, trained, pushed or written, but what `datasets` keeps in its own cache."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -116,12 +117,15 @@ class Probe:
         state, unet, process = PartialState(), self.pipe.unet, self.pipe.scheduler.process
         was_training = unet.training
         unet.eval()
-        rows = torch.arange(len(self.indices))[state.process_index :: state.num_processes]
-        batches = rows.split(self.batch_size) if len(rows) else ()
+        # Equal numbers of network calls in all processes, so that sharded networks stay in step; doubles are dropped.
+        n = len(self.indices)
+        share = torch.arange(math.ceil(n / state.num_processes)) * state.num_processes + state.process_index
+        batches = share.split(self.batch_size)
         is_quiet = not (show_progress and state.is_main_process)
-        timesteps = timesteps.expand(len(self.indices), -1)
+        timesteps = timesteps.expand(n, -1)
         with tqdm(total=len(batches) * timesteps.shape[1], desc=title, unit="call", disable=is_quiet) as bar:
-            for batch in batches:
+            for places in batches:
+                batch, mine = places % n, int((places < n).sum())
                 x_0, labels = self._load(batch)
                 generators = [torch.Generator().manual_seed(self.seed + int(i)) for i in self.indices[batch]]
                 for column, t in enumerate(timesteps[batch].unbind(1)):
@@ -130,7 +134,9 @@ class Probe:
                         noise = noise.to(x_0.device)
                     x_t = process.q_sample(x_0, t, noise)
                     output = unet(x_t.to(unet.dtype), t.to(x_t.device), class_labels=labels, return_dict=False)[0]
-                    yield Prediction(batch, column, t, x_0, noise, x_t, output.float())
+                    if mine:
+                        rows, *images = (part[:mine] for part in (batch, t, x_0, noise, x_t, output.float()))
+                        yield Prediction(rows, column, *images)
                     bar.update()
         unet.train(was_training)
 

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from .checkpoint import check_whole, checkpoint_steps, latest_checkpoint, remove_checkpoint
+from .checkpoint import BEST, check_whole, checkpoint_steps, latest_checkpoint, remove_checkpoint
 from .pipeline import CODE_FILES, EVALUATION_FILES, DDPMPipelineCustom
 
 if TYPE_CHECKING:
     from .config import TrainConfig
 
 # What a run leaves in its folder, beside checkpoints and the logs: all that --overwrite_output_dir may remove.
-PICTURES = ("samples.png", "real.png", "samples_and_real.png", "loss.png")
-RUN_FILES = ("model_index.json", *CODE_FILES, *PICTURES, *EVALUATION_FILES)
+PICTURES = ("samples.png", "real.png", "samples_and_real.png", "loss.png", "validation.png")
+RUN_FILES = ("model_index.json", *CODE_FILES, *PICTURES, *EVALUATION_FILES, BEST)
 RUN_FOLDERS = ("unet", "scheduler")
 LOG_FILES = ("train.jsonl", "tracker_run", "skipped_images.json")
 

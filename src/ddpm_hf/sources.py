@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,6 +76,12 @@ class Stream:
             to_skip = max(0, to_skip - length)
             epoch, to_skip = epoch + 1 + to_skip // length, to_skip % length
 
+    def first_rows(self, count: int, seed: int) -> list[StreamRow]:
+        """The first `count` rows of the first epoch, or all of them if there are fewer."""
+        with _clear_errors(self.name):
+            rows = islice(self._epoch(0, seed), count)
+            return [StreamRow(i, row[self.image_column], self._label(row)) for i, row in enumerate(rows)]
+
     def _epoch(self, epoch: int, seed: int) -> Any:
         shuffled = self.dataset.shuffle(seed=seed, buffer_size=self.buffer_size)
         shuffled.set_epoch(epoch)
@@ -116,15 +123,15 @@ def open_source(config: TrainConfig, split: str = "train") -> Source:
     )
 
 
-def open_stream(config: TrainConfig) -> Stream:
-    """The training set of a configuration, to be read one row after the other, again and again.
+def open_stream(config: TrainConfig, split: str = "train") -> Stream:
+    """The training set of a configuration, or another split, to be read one row after the other, again and again.
 
     Raises:
         ValueError: as for `open_source`, and for labels whose number can't be known.
     """
     import datasets
 
-    dataset = _load(config)
+    dataset = _load(config, split)
     label_names = None
     if config.label_column is not None:
         feature = _feature(dataset, config.label_column)
@@ -171,7 +178,7 @@ def _clear_errors(name: str) -> Iterator[None]:
         raise ValueError(f"no images can be read from {name!r}: {text}") from error
 
 
-def _load(config: TrainConfig, split: str = "train") -> Any:
+def _load(config: TrainConfig, split: str) -> Any:
     """A `Dataset`, or an `IterableDataset` where streaming is asked for."""
     import datasets
 

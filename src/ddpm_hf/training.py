@@ -19,10 +19,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checkpoint import save_checkpoint
+from .checkpoint import best_step, save_checkpoint
 from .config import TrainConfig
 from .data import Batch, load_images, random_flip, to_uint8, to_unit_range
 from .ddpm_process import DDPMProcess
+from .held_out import hold_out
 from .interruption import Interrupted, Interruption
 from .network import build_ema, build_unet
 from .objectives import detach_mean, l_simple, loss_weight, target, vlb
@@ -34,6 +35,7 @@ from .publishing import calibrate_export, card_facts, publish, pushing
 from .run_folder import clear_output_dir, lock_output_dir, replace_pipeline
 from .run_state import Run, capture, exported_network, restore
 from .training_log import LOG_EVERY, TrainingLog
+from .validation import Validation, describe_best
 
 
 def train(config: TrainConfig) -> Path:
@@ -61,6 +63,9 @@ def train(config: TrainConfig) -> Path:
     with agreement.together():
         lock = lock_output_dir(output_dir) if is_main else None
     images = load_images(config, prepared.source, show_progress=is_main)
+    held_out = None
+    if config.eval_steps is not None:
+        images, held_out = hold_out(config, images, prepared.eval_split)
     if images.has_length and len(images) != plan.num_images:  # some can't be read
         plan = replace(plan, num_images=len(images))
 
@@ -89,6 +94,7 @@ def train(config: TrainConfig) -> Path:
         say("".join(clear_output_dir(output_dir, run.step, config.logging_dir)), end="")
     log = TrainingLog(accelerator, config)
     log.begin(run.step, run.unlogged, images.skipped)
+    validation = Validation(run, log, held_out) if held_out is not None else None
 
     # 3. Train: each rank takes every num_processes-th part of the stream of images
     size, rank = config.train_batch_size, accelerator.process_index
@@ -99,13 +105,17 @@ def train(config: TrainConfig) -> Path:
     with Interruption(agreement) as interruption, pushing(prepared.target) as pusher:
 
         def keep_and_show() -> None:
-            """Save, push, export and preview, whatever is due after the updates that are done."""
+            """Save, push, export, measure and preview, whatever is due after the updates that are done."""
             if plan.checkpoint_due(run.step) or plan.export_due(run.step):
                 is_new = save(run, log)
                 if is_new and pusher is not None:
                     pusher.submit(output_dir / f"checkpoint-{run.step}", card_facts(run, images.source))
             if plan.export_due(run.step):
                 export(run, log)
+            if validation is not None and plan.validation_due(run.step) and not log.is_in_trouble():
+                if validation.measure(interruption.check):
+                    save(run, log)
+                validation.record_best()
             if plan.preview_due(run.step):
                 log.pictures(sample_grids(run, interruption.check), run.step)
 
@@ -146,6 +156,9 @@ def train(config: TrainConfig) -> Path:
                     log.write(bar, run.step, lr=plan.learning_rate(step), grad_norm=grad_norm, **decay)
                 with log.pause():
                     keep_and_show()
+            if config.load_best_model_at_end and best_step(output_dir) is not None:
+                restore(run, output_dir / f"checkpoint-{best_step(output_dir)}")
+                export(run, log)
             grids = sample_grids(run, interruption.check)
             log.pictures(grids, run.step)
         except Interrupted:
@@ -168,12 +181,14 @@ def train(config: TrainConfig) -> Path:
     if lock is not None:
         lock.release()
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    best = f"  best      {describe_best(output_dir)}\n" if validation is not None else ""
     say(
         f"\nDone: {plan.max_steps:,} updates, {minutes} min {seconds:02d} s in all.\n"
         f"  pipeline  {output_dir}{os.sep}\n"
         f"  card      {output_dir / 'README.md'}\n"
         f"  samples   {output_dir / 'samples_and_real.png'}\n"
         f"  loss      {output_dir / 'loss.png'}\n"
+        f"{best}"
         f"Sample more with:\n  ddpm-hf sample {shlex.quote(str(output_dir))} --num_images 64 --seed 1 --output_dir out/"
     )
     return output_dir

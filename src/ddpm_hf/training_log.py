@@ -167,6 +167,16 @@ class TrainingLog:
         bar.set_postfix(loss=loss, images_per_s=f"{speed['images_per_second']:.0f}", data_wait=wait, refresh=False)
         self.accelerator.log({**entry, **speed}, step=step)
 
+    def write_validation(self, step: int, values: dict[str, float]) -> None:
+        """Log what was measured after update `step`, in an entry of its own."""
+        if not self.accelerator.is_main_process:
+            return
+        entry = {"step": step, **{k: v for k, v in values.items() if math.isfinite(v)}}
+        self.entries.append(entry)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+        self.accelerator.log(entry, step=step)
+
     def _check_skipped(self, step: int, is_last: bool) -> None:
         in_a_row, limit = int(self._worst_streak), self.config.max_skipped_steps
         if in_a_row >= limit or (is_last and self.is_in_trouble()):
@@ -188,6 +198,10 @@ class TrainingLog:
                     tracker.writer.add_image(name, np.asarray(grid), step, dataformats="HWC")
                 elif hasattr(tracker, "log_images"):
                     tracker.log_images({name: [np.asarray(grid)]}, step=step)
+
+    def validations(self) -> list[dict[str, Any]]:
+        """What was measured in the whole run, resumed parts included; in the main process only."""
+        return [e for e in self.entries if any(name.startswith("eval_") for name in e)]
 
     def curve(self) -> tuple[list[int], list[float]]:
         """Steps and losses of the whole run, resumed parts included."""
