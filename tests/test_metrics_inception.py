@@ -8,6 +8,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 torch_fidelity = pytest.importorskip("torch_fidelity", exc_type=ImportError, reason="needs the extra [eval]")
@@ -104,6 +105,13 @@ def test_inception_score_of_sure_answers_is_the_number_of_classes():
     (found,) = metrics._inception_score(features, None)
     assert found.value == pytest.approx(10, rel=0.02)
     assert found.low <= found.value <= found.high
+
+
+def test_images_are_resized_as_on_a_machine_without_torchvision(tmp_path):
+    model = transformers.ResNetModel(transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    model.save_pretrained(tmp_path)
+    transformers.CLIPImageProcessor().save_pretrained(tmp_path)
+    assert "resized by CLIPImageProcessorPil" in open_extractor(str(tmp_path), device=torch.device("cpu")).identity
 
 
 class Evil:

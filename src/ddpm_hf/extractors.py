@@ -136,7 +136,7 @@ def _open_transformers(name: str, device: torch.device) -> Extractor:
     model.eval().to(device)
 
     def outputs(images: Tensor) -> tuple[Tensor, str]:
-        inputs = processor(images=list(images), input_data_format="channels_first", return_tensors="pt")
+        inputs = processor(images=list(images), return_tensors="pt")
         return _pool(model, inputs["pixel_values"].to(device), has_pooler)
 
     with torch.no_grad():
