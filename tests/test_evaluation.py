@@ -194,6 +194,9 @@ def test_what_is_finished_is_not_measured_again(model, extractor):
     assert [f["metric"] for f in figures(model)] == [*FIGURES, "bpd"]
     main([*command, "--metrics", "bpd", "--num_likelihood_images", "10"])  # takes the place of the first one
     assert [f["num_images"] for f in figures(model) if f["metric"] == "bpd"] == [20, 10]
+    main([*command, "--metrics", "nearest", "--num_images", "10"])
+    main([*command, "--metrics", "nearest", "--num_images", "5"])  # of the ten that are there
+    assert {f["num_images"] for f in figures(model) if f["metric"] == "nearest"} == {5}
 
 
 def test_figures_of_other_weights_are_forgotten(model, make_unet):
