@@ -104,6 +104,14 @@ def test_of_clip_the_image_embedding_is_taken(tmp_path):
     assert "image embedding" in extractor.identity
 
 
+def test_weights_of_half_precision_are_used_in_float32(resnet, tmp_path):
+    model = ResNetForImageClassification.from_pretrained(resnet).half().eval()
+    folder, x = saved(model, tmp_path / "half"), images(3, size=32)
+    with torch.no_grad():
+        expected = model.float().resnet(x.float() / 127.5 - 1).pooler_output.flatten(1)
+    torch.testing.assert_close(open_extractor(folder, device=CPU)(x).pooled, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_identity_changes_with_weights_and_resizing_and_holds_no_path(resnet, tmp_path):
     first = open_extractor(resnet, device=CPU).identity
     assert open_extractor(resnet, device=CPU).identity == first
