@@ -162,7 +162,7 @@ def test_held_out_images_are_what_is_measured_on(model, extractor, tmp_path):
     assert bpd["num_images"] == 12
     pipe = DDPMPipelineCustom.from_pretrained(model)
     test = torch.stack([torch.full((1, 8, 8), 200 + i, dtype=torch.uint8) for i in (0, 1, 10, 11, *range(2, 10))])
-    assert bpd["value"] == pytest.approx(bits_per_dim(pipe, test, show_progress=False).total, rel=0.2)
+    assert bpd["value"] == pytest.approx(bits_per_dim(pipe, test, show_progress=False).total, rel=1e-4)
     assert [f["settings"]["data"]["split"] for f in distances] == ["train", "test"]
     assert distances[0]["value"] != distances[1]["value"]
 
@@ -194,6 +194,9 @@ def test_what_is_finished_is_not_measured_again(model, extractor):
     assert [f["metric"] for f in figures(model)] == [*FIGURES, "bpd"]
     main([*command, "--metrics", "bpd", "--num_likelihood_images", "10"])  # takes the place of the first one
     assert [f["num_images"] for f in figures(model) if f["metric"] == "bpd"] == [20, 10]
+    main([*command, "--metrics", "nearest", "--num_images", "10"])
+    main([*command, "--metrics", "nearest", "--num_images", "5"])  # of the ten that are there
+    assert {f["num_images"] for f in figures(model) if f["metric"] == "nearest"} == {5}
 
 
 def test_figures_of_other_weights_are_forgotten(model, make_unet):

@@ -151,10 +151,21 @@ def make_samples(job: Evaluation) -> Samples:
     """The samples: made now, or found where an earlier run has left them."""
     config, options = job.config, {"class_labels": job.class_labels, **job.call_options}
     folder = job.folder("samples", describe_sampling(job.pipeline, config.seed, config.batch_size, **options))
-    sample_to_folder(job.pipeline, folder, config.num_images, config.seed, config.batch_size, format="npz", **options)
-    with np.load(folder / "samples.npz") as stored:
-        pixels = torch.from_numpy(stored["arr_0"]).permute(0, 3, 1, 2).contiguous()
+    pixels = _stored_samples(folder)
+    if len(pixels) < config.num_images:
+        sample_to_folder(
+            job.pipeline, folder, config.num_images, config.seed, config.batch_size, format="npz", **options
+        )
+        pixels = _stored_samples(folder)
     return Samples(pixels[: config.num_images], job.extractor, config.batch_size)
+
+
+def _stored_samples(folder: Path) -> Tensor:
+    file = folder / "samples.npz"
+    if not file.is_file():
+        return torch.empty(0)
+    with np.load(file) as stored:
+        return torch.from_numpy(stored["arr_0"]).permute(0, 3, 1, 2).contiguous()
 
 
 def measure_quality(job: Evaluation, samples: Samples) -> None:
