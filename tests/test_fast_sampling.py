@@ -2,12 +2,15 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, ddpm_fast_network
+from ddpm_hf.cli import main
 from ddpm_hf.ddpm_fast_network import FastNetwork
 
 
@@ -87,6 +90,26 @@ def test_guided_sampling_is_compiled_for_both_halves(make_pipeline, compilation)
     described = pipe.enable_fast_sampling(10**6, 1000, batch_size=2, guidance_scale=3.0)
     assert "compiled for batches of 4" in described
     torch.testing.assert_close(pipe(2, generators(0, 1), **options).images, plain, rtol=0, atol=1e-5)
+
+
+def test_the_command_says_what_it_chose_and_makes_the_same_images(make_pipeline, tmp_path, capsys):
+    make_pipeline().save_pretrained(tmp_path / "model")
+    command = ["sample", str(tmp_path / "model"), "--num_images", "3", "--steps", "3", "--batch_size", "2"]
+    for name, options in (("plain", []), ("fast", ["--fast"])):
+        main([*command, "--output_dir", str(tmp_path / name), *options])
+    assert "Fast sampling: float32 (0.0 M parameters); not compiled (3 network calls are too few)." in (
+        capsys.readouterr().out
+    )
+    plain, fast = (np.asarray(Image.open(tmp_path / name / "grid.png")).astype(int) for name in ("plain", "fast"))
+    assert abs(plain - fast).max() <= 1
+
+
+def test_a_folder_says_in_which_precision_it_was_filled(make_pipeline, half_precision, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "model")
+    command = ["sample", str(tmp_path / "model"), "--steps", "2", "--output_dir", str(tmp_path / "out")]
+    main([*command, "--num_images", "1", "--batch_size", "1", "--fast"])
+    with pytest.raises(SystemExit, match="`dtype` was 'bfloat16' and is 'float32'"):
+        main([*command, "--num_images", "2", "--batch_size", "1"])
 
 
 # --- what is chosen ------------------------------------------------------------------------------------------------
