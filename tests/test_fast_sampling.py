@@ -1,8 +1,10 @@
 """Fast sampling: the same images up to the precision it names, of a network that stays what it was."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -10,6 +12,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, ddpm_fast_network
+from ddpm_hf.batch_size import fitting_batch_size
 from ddpm_hf.cli import main
 from ddpm_hf.ddpm_fast_network import FastNetwork
 
@@ -135,6 +138,16 @@ def test_a_compiler_that_fails_costs_nothing_but_the_compilation(make_pipeline, 
 def test_a_cpu_that_gains_nothing_by_half_precision_stays_in_float32(make_unet, half_precision, monkeypatch):
     monkeypatch.setattr(ddpm_fast_network, "HALF_PRECISION_GAIN", 1e9)
     assert FastNetwork(make_unet(), 1, 1).dtype == torch.float32
+
+
+def test_batches_fit_the_memory(make_unet, monkeypatch):
+    """Half of the memory may hold activations. (The paper's network needs 11.2 MiB per image; the rule says 16.)"""
+    unet = make_unet(sample_size=32)
+    per_image = 32 * 32 * 32 * 4 * 4  # 32 feature maps of 32×32 and 4 channels, in float32
+    for images, expected in ((1000, 64), (64, 64), (63, 32), (1, 1), (0.5, 1)):
+        total = int(2 * images * per_image)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))
+        assert fitting_batch_size(unet) == expected
 
 
 # --- the network stays what it was ---------------------------------------------------------------------------------

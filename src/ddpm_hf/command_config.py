@@ -28,7 +28,10 @@ class SampleConfig:
     solver_order: Literal[1, 2] = option(1, "2 corrects steps by the change of x̂_0: much better in few steps.")
     class_label: list[int] | None = option(None, "For class-conditional models: labels, used in turn.")
     guidance_scale: float = option(1.0, "Classifier-free guidance; 1 is off.")
-    batch_size: int = option(64, "Images per forward pass and process. Changes images by rounding only.")
+    batch_size: int | None = option(
+        None,
+        "Images per forward pass and process; changes images by rounding only. Default: 64 (GPU: 256), or what fits.",
+    )
     device: str | None = option(None, "cpu, cuda, mps, …; default: the best one present.")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the network.")
     fast: bool = option(False, "Half precision and compilation where they pay on this machine; says what it chose.")
