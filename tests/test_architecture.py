@@ -35,6 +35,7 @@ ARROWS = {
     "options": set(),
     "config": {"options"},
     "command_config": {"options"},
+    "batch_size": set(),
     "pictures": set(),
     "checkpoint": {"pipeline"},
     "run_folder": {"checkpoint", "config", "pipeline"},
@@ -93,8 +94,8 @@ ARROWS = {
         "source_improved", "source_network",
     },
     "commands": {
-        "calibration", "card", "command_config", "convert", "data", "evaluation", "hub", "loading", "pipeline",
-        "real_images", "run_folder", "sample_folder", "sharing",
+        "batch_size", "calibration", "card", "command_config", "convert", "data", "evaluation", "hub", "loading",
+        "pipeline", "real_images", "run_folder", "sample_folder", "sharing",
     },
     "cli": {"command_config", "commands", "options"},
     "__init__": {"card", "ddpm_process", "pipeline", "scheduling_ddpm_custom"},

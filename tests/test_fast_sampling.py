@@ -1,14 +1,19 @@
 """Fast sampling: the same images up to the precision it names, of a network that stays what it was."""
 
 import functools
-import math
+from types import SimpleNamespace
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, ddpm_fast_network
+from ddpm_hf.batch_size import fitting_batch_size
+from ddpm_hf.cli import main
 from ddpm_hf.ddpm_fast_network import FastNetwork
 
 
@@ -29,7 +34,7 @@ def make_pipeline(make_unet):
 @pytest.fixture
 def half_precision(monkeypatch):
     """Half precision pays for every network on any machine."""
-    monkeypatch.setattr(ddpm_fast_network, "HALF_PRECISION_WORK", 0)
+    monkeypatch.setattr(ddpm_fast_network, "HALF_PRECISION_PARAMETERS", 0)
     monkeypatch.setattr(ddpm_fast_network, "HALF_PRECISION_GAIN", 0.0)
 
 
@@ -90,6 +95,26 @@ def test_guided_sampling_is_compiled_for_both_halves(make_pipeline, compilation)
     torch.testing.assert_close(pipe(2, generators(0, 1), **options).images, plain, rtol=0, atol=1e-5)
 
 
+def test_the_command_says_what_it_chose_and_makes_the_same_images(make_pipeline, tmp_path, capsys):
+    make_pipeline().save_pretrained(tmp_path / "model")
+    command = ["sample", str(tmp_path / "model"), "--num_images", "3", "--steps", "3", "--batch_size", "2"]
+    for name, options in (("plain", []), ("fast", ["--fast"])):
+        main([*command, "--output_dir", str(tmp_path / name), *options])
+    assert "Fast sampling: float32 (0.0 M parameters); not compiled (3 network calls are too few)." in (
+        capsys.readouterr().out
+    )
+    plain, fast = (np.asarray(Image.open(tmp_path / name / "grid.png")).astype(int) for name in ("plain", "fast"))
+    assert abs(plain - fast).max() <= 1
+
+
+def test_a_folder_says_in_which_precision_it_was_filled(make_pipeline, half_precision, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "model")
+    command = ["sample", str(tmp_path / "model"), "--steps", "2", "--output_dir", str(tmp_path / "out")]
+    main([*command, "--num_images", "1", "--batch_size", "1", "--fast"])
+    with pytest.raises(SystemExit, match="`dtype` was 'bfloat16' and is 'float32'"):
+        main([*command, "--num_images", "2", "--batch_size", "1"])
+
+
 # --- what is chosen ------------------------------------------------------------------------------------------------
 
 
@@ -110,17 +135,19 @@ def test_a_compiler_that_fails_costs_nothing_but_the_compilation(make_pipeline, 
     assert pipe(2, generators(0, 1), 3, "pt").images.isfinite().all()
 
 
-def test_half_precision_is_for_much_work_per_call(make_unet, monkeypatch):
-    monkeypatch.setattr(ddpm_fast_network, "HALF_PRECISION_GAIN", 0.0)
-    unet = make_unet()
-    images = math.ceil(ddpm_fast_network.HALF_PRECISION_WORK / (unet.num_parameters() * 8 * 8))
-    assert FastNetwork(unet, images - 1, 1).dtype == torch.float32
-    assert FastNetwork(unet, images, 1).dtype == torch.bfloat16
-
-
 def test_a_cpu_that_gains_nothing_by_half_precision_stays_in_float32(make_unet, half_precision, monkeypatch):
     monkeypatch.setattr(ddpm_fast_network, "HALF_PRECISION_GAIN", 1e9)
     assert FastNetwork(make_unet(), 1, 1).dtype == torch.float32
+
+
+def test_batches_fit_the_memory(make_unet, monkeypatch):
+    """Half of the memory may hold activations. (The paper's network needs 11.2 MiB per image; the rule says 16.)"""
+    unet = make_unet(sample_size=32)
+    per_image = 32 * 32 * 32 * 4 * 4  # 32 feature maps of 32×32 and 4 channels, in float32
+    for images, expected in ((1000, 64), (64, 64), (63, 32), (1, 1), (0.5, 1)):
+        total = int(2 * images * per_image)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))
+        assert fitting_batch_size(unet) == expected
 
 
 # --- the network stays what it was ---------------------------------------------------------------------------------

@@ -465,6 +465,22 @@ def test_narrow_integers_are_timesteps_too(dtype):
     assert scheduler.timesteps.tolist() == [100, 3]
 
 
+@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
+@pytest.mark.parametrize("timestep", [500, torch.tensor([500, 3])])
+def test_gradients_pass_through_a_step_also_after_sampling(variance_type, timestep):
+    """What sampling keeps for the next step, under inference_mode too, is no obstacle to autograd."""
+    scheduler = DDPMSchedulerCustom(variance_type=variance_type, clip_sample=False)
+    x, noise = torch.randn(2, 2, 1, 2, 2, dtype=torch.float64)
+    output = torch.randn(2, 2 if variance_type == "learned_range" else 1, 2, 2, dtype=torch.float64)
+    with torch.inference_mode():
+        scheduler.step(output, timestep, x)
+
+    def step(output, x):
+        return scheduler.step(output, timestep, x, variance_noise=noise).prev_sample
+
+    assert torch.autograd.gradcheck(step, (output.requires_grad_(), x.requires_grad_()))
+
+
 def test_eta_is_as_precise_as_the_rest():
     scheduler = DDPMSchedulerCustom()
     zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)

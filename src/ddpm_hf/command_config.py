@@ -69,7 +69,10 @@ class SampleConfig(SamplingOptions):
     seed: int = option(0, "Image i comes from the random numbers of seed + i.")
     output_dir: str = option("samples", "Folder for the images and their grid. What is there already is gone on with.")
     format: Literal["png", "npz"] = option("png", "Numbered PNGs, or one samples.npz with arr_0 (N, H, W, C).")
-    batch_size: int = option(64, "Images per forward pass and process. Changes images by rounding only.")
+    batch_size: int | None = option(
+        None,
+        "Images per forward pass and process; changes images by rounding only. Default: 64 (GPU: 256), or what fits.",
+    )
     device: str | None = option(None, "cpu, cuda, mps, …; default: the best one present.")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the network.")
     fast: bool = option(False, "Half precision and compilation where they pay on this machine; says what it chose.")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 def sample(model: str, config: SampleConfig) -> Path:
     """Fill the output folder with images and `grid.png`, by all processes; returns the folder."""
+    from .batch_size import fitting_batch_size
     from .run_folder import check_writable
     from .sample_folder import sample_to_folder
 
@@ -31,10 +32,11 @@ def sample(model: str, config: SampleConfig) -> Path:
     check_writable(output_dir)
     state = _processes()
     pipeline = _pipeline_for_samples(model, config)
+    batch_size = config.batch_size or fitting_batch_size(pipeline.unet)
     if config.fast:
         share = max(config.num_images // state.num_processes, 1)
-        batch_size = min(config.batch_size, config.num_images)
-        described = pipeline.enable_fast_sampling(share, config.num_inference_steps, batch_size, config.guidance_scale)
+        rows = min(batch_size, config.num_images)
+        described = pipeline.enable_fast_sampling(share, config.num_inference_steps, rows, config.guidance_scale)
         if state.is_main_process:
             print(f"Fast sampling: {described}.")
     made = sample_to_folder(
@@ -42,7 +44,7 @@ def sample(model: str, config: SampleConfig) -> Path:
         output_dir,
         config.num_images,
         config.seed,
-        config.batch_size,
+        batch_size,
         format=config.format,
         class_labels=config.class_label,
         **_call_options(config),

@@ -15,15 +15,15 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-# Parameters × pixels × images of a call, about its multiplications, below which a CPU spends more on converting
-# activations than half precision saves: one image of 2.7 M parameters at 32×32, or 16 of 0.7 M at 16×16.
-HALF_PRECISION_WORK = 2.5e9
+# Below, a CPU spends more on converting activations than it gains in multiplications.
+HALF_PRECISION_PARAMETERS = 2_000_000
 HALF_PRECISION_GAIN = 1.5  # of matrix products, the least that outweighs the conversions
 # What compiling takes, and the least part of a network call that it saves, by device.
 COMPILATION_SECONDS = {"cpu": 90, "cuda": 60}
 COMPILED_SAVING = 0.25
 # On a CPU, only what a small network does beside its multiplications is worth compiling.
 COMPILED_PARAMETERS = {"cpu": 5_000_000, "cuda": float("inf")}
+LEAST_COMPILED_GAIN = 1.05  # else the twin stays as it was
 # Measuring what compilation would save takes three calls, too many of a job of fewer calls than these.
 MEASURED_CALLS = 100
 
@@ -43,12 +43,11 @@ class FastNetwork:
 
     def __init__(self, unet: UNet2DModel, batch_size: int, num_calls: int) -> None:
         self.batch_size, self._weights = batch_size, _state_of(unet)
-        self.dtype, why = _choose_dtype(unet, batch_size)
-        is_half = self.dtype != torch.float32
-        self.memory_format = torch.channels_last if is_half else torch.preserve_format
+        self.dtype, why = _choose_dtype(unet)
         self._network = copy.deepcopy(unet).eval().requires_grad_(False)
-        # Not the `to` of diffusers, which warns of layers to be kept in float32 where there are none.
-        torch.nn.Module.to(self._network, self.dtype).to(memory_format=self.memory_format)
+        if self.dtype != torch.float32:
+            # Not the `to` of diffusers, which warns of layers to be kept in float32 where there are none.
+            torch.nn.Module.to(self._network, self.dtype).to(memory_format=torch.channels_last)
         self._compiled: Callable[..., tuple[Tensor]] | None = None
         self.description = f"{why}; {self._compile_where_it_pays(num_calls)}"
 
@@ -57,7 +56,7 @@ class FastNetwork:
         self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, return_dict: bool = False
     ) -> tuple[Tensor]:
         """The prediction (B, C, H, W), in the dtype of the network, for x of any floating dtype and its timestep."""
-        x = x.to(dtype=self.dtype, memory_format=self.memory_format)
+        x = x.to(self.dtype)
         if self._compiled is None or len(x) != self.batch_size:
             return self._network(x, t, class_labels=class_labels, return_dict=False)
         torch.compiler.cudagraph_mark_step_begin()  # the output of the last call may be overwritten
@@ -78,43 +77,49 @@ class FastNetwork:
         saved = num_calls * seconds * COMPILED_SAVING
         if saved < 2 * cost:
             return f"not compiled (about {cost} s, to save {saved:.0f} s of {num_calls} network calls)"
-        mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs, with static buffers
+        gain, failure = self._compile(seconds)
+        if gain > LEAST_COMPILED_GAIN:
+            return f"compiled for batches of {self.batch_size} ({gain:.2f} times as fast)"
+        self._compiled = None
+        if self.dtype == torch.float32:
+            self._network.to(memory_format=torch.contiguous_format)
+        return f"not compiled ({failure or f'tried: {gain:.2f} times as fast'})"
+
+    def _compile(self, seconds: float) -> tuple[float, str]:
+        """How many times as fast as before the compiled network is; 0 and the error where there is no compiler."""
+        self._network.to(memory_format=torch.channels_last)  # compiled, it pays in float32 too
+        mode = "reduce-overhead" if self._network.device.type == "cuda" else None  # CUDA graphs, with static buffers
         try:
             self._compiled = torch.compile(self._network, fullgraph=True, dynamic=False, mode=mode)
-            compiled_seconds = self._seconds_per_call()
-        except Exception as error:  # whatever compilers raise, and there may be none
-            self._compiled = None
-            return f"not compiled ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
-        if compiled_seconds > 0.95 * seconds:
-            self._compiled = None
-            return f"not compiled (tried: {seconds / compiled_seconds:.2f} times as fast)"
-        return f"compiled for batches of {self.batch_size} ({seconds / compiled_seconds:.2f} times as fast)"
+            return seconds / self._seconds_per_call(), ""
+        except Exception as error:  # whatever compilers raise
+            return 0.0, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
     def _seconds_per_call(self) -> float:
         """Of the faster of two calls, after one that allocates or compiles."""
         config, device = self._network.config, self._network.device
-        x = torch.randn(self.batch_size, config.in_channels, *_image_size(self._network), device=device)
+        size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+        x = torch.randn(self.batch_size, config.in_channels, *size, device=device)
         t = torch.zeros((), dtype=torch.long, device=device)
         labels = torch.zeros(self.batch_size, dtype=torch.long, device=device) if config.num_class_embeds else None
         self(x, t, labels)
         return min(_seconds(lambda: self(x, t, labels), device) for _ in range(2))
 
 
-def _choose_dtype(unet: UNet2DModel, batch_size: int) -> tuple[torch.dtype, str]:
+def _choose_dtype(unet: UNet2DModel) -> tuple[torch.dtype, str]:
     """The dtype that the network is fastest in, and why."""
     if unet.dtype != torch.float32:
         return unet.dtype, f"{_name(unet.dtype)}, as it was loaded"
     if unet.device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
         return dtype, f"{_name(dtype)}, channels last"
-    height, width = _image_size(unet)
-    size = f"{unet.num_parameters() / 1e6:.1f} M parameters, {batch_size} × {height} × {width} pixels"
-    if unet.device.type != "cpu" or unet.num_parameters() * batch_size * height * width < HALF_PRECISION_WORK:
-        return torch.float32, f"float32 ({size})"
+    millions = f"{unet.num_parameters() / 1e6:.1f} M parameters"
+    if unet.device.type != "cpu" or unet.num_parameters() < HALF_PRECISION_PARAMETERS:
+        return torch.float32, f"float32 ({millions})"
     gain = _bfloat16_gain()
     if gain < HALF_PRECISION_GAIN:
         return torch.float32, f"float32 (this CPU multiplies bfloat16 {gain:.1f} times as fast)"
-    return torch.bfloat16, f"bfloat16, channels last ({size}, multiplied {gain:.1f} times as fast)"
+    return torch.bfloat16, f"bfloat16, channels last ({millions}, multiplied {gain:.1f} times as fast)"
 
 
 def _bfloat16_gain() -> float:
@@ -122,12 +127,6 @@ def _bfloat16_gain() -> float:
     full, half = torch.randn(512, 512), torch.randn(512, 512).bfloat16()
     pairs = [(_seconds(lambda: full @ full, full.device), _seconds(lambda: half @ half, half.device)) for _ in range(8)]
     return min(f for f, _ in pairs) / min(h for _, h in pairs)
-
-
-def _image_size(unet: UNet2DModel) -> tuple[int, int]:
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -238,8 +238,9 @@ class DDPMPipelineCustom(DiffusionPipeline):
     ) -> str:
         """Sample with a twin of the network that is as fast as this machine allows, for a job of this size.
 
-        Half precision where it pays: a bfloat16 network moves pixels by about one of 255 levels, the trajectory stays
-        float32. Compilation where the job is long enough to earn it back. What is saved stays the network itself.
+        Half precision where it pays, on a trajectory that stays float32: bfloat16 moves most pixels by less than one of
+        255 levels, and a few by many. Compilation where the job is long enough to earn it back; it changes images by
+        rounding alone. What is saved stays the network itself.
 
         Args:
             num_images: N, of the whole job, in batches of one size.
