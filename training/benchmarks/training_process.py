@@ -8,10 +8,12 @@ import re
 import signal
 import subprocess
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 from networks import NETWORKS
 
 OURS = str(Path(__file__).parents[1] / "train.py")
@@ -39,7 +41,6 @@ class TrainingProcess:
             env={**os.environ, "TQDM_MININTERVAL": "0", "PYTHONPATH": SOURCE},
             stdout=self.log.open("w"),
             stderr=subprocess.PIPE,
-            start_new_session=True,
         )
         threading.Thread(target=self._read, daemon=True).start()
         self._wait_for(3)
@@ -59,18 +60,19 @@ class TrainingProcess:
 
     def peak_mib(self) -> float:
         """The largest memory that one of its processes has had: resident, on the CPU."""
-        peaks = [0]
-        for status in Path("/proc").glob("[0-9]*/status"):
-            try:
-                is_mine = os.getpgid(int(status.parent.name)) == self.process.pid
-                peaks += map(int, re.findall(r"VmHWM:\s*(\d+)", status.read_text())) if is_mine else ()
-            except OSError:  # it has ended meanwhile
-                continue
-        return max(peaks) / 2**10
+        statuses = [Path(f"/proc/{process.pid}/status").read_text() for process in self._family()]
+        return max(int(status.split("VmHWM:")[1].split()[0]) for status in statuses) / 2**10
+
+    def _family(self) -> list[psutil.Process]:
+        """The process and all that it has started: torchrun puts its workers into sessions of their own."""
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
 
     def _signal(self, signum: int) -> None:
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signum)
+            for process in self._family():
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signum)
 
     def _wait_for(self, updates: int) -> None:
         with self._changed:
