@@ -229,6 +229,7 @@ def test_the_card_has_the_figures_as_the_hub_wants_them(model, extractor):
     assert bpd.metric_value == pytest.approx(stored["value"], rel=1e-3)
     assert bpd.metric_args["images"] == 10
     assert bpd.metric_args["ema"] is True
+    assert "N = 24 raises it" in next(r for r in results if r.metric_type == "fd").metric_args["notes"]
     assert (bpd.dataset_name, bpd.dataset_split) == ("scikit-learn digits", "train")
     for words in (
         "bits/dim, K = 20",

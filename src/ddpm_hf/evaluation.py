@@ -126,7 +126,7 @@ def prepare(
     extractor = None
     if extracted or config.feature_extractor is not None:
         weights = config.inception_weights and Path(config.inception_weights)
-        extractor = open_extractor(config.feature_extractor, inception_weights=weights or None)
+        extractor = open_extractor(config.feature_extractor, inception_weights=weights or None, device=pipeline.device)
     train, unseen = load_real_images(pipeline.unet, config, PartialState().is_main_process)
     for data in filter(None, (train, unseen)):
         check_metrics(extracted, config.feature_extractor, config.num_images, len(data.pixels))

@@ -97,11 +97,12 @@ def circumstances(figure: dict[str, Any]) -> dict[str, Any]:
     interval = [_short(figure[name]) for name in ("low", "high") if name in figure]
     said = {
         "standard_error": _short(figure.get("standard_error")),
-        "interval_95": interval or None,
+        "95 % interval": interval or None,
         "std": _short(figure.get("std")),
         "images": figure["num_images"],
         "real_images": figure.get("num_reference"),
         **{name: chain.get(name) for name in names},
+        "notes": "; ".join(figure["warnings"]) or None,
     }
     return {name: value for name, value in said.items() if value is not None}
 
