@@ -93,7 +93,8 @@ def test_sample_command_writes_numbered_pngs_and_a_grid(finished_run, tmp_path):
         out = tmp_path / f"out{batch_size}"
         done = run([*command, str(model), *options, "--batch_size", str(batch_size), "--output_dir", str(out)])
         assert done.returncode == 0, done.stderr
-        assert sorted(p.name for p in out.iterdir()) == [*(f"{i:05d}.png" for i in range(5)), "grid.png"]
+        seen = sorted(p.name for p in out.glob("[!.]*"))
+        assert seen == [*(f"{i:05d}.png" for i in range(5)), "grid.png", "sampling.json"]
         arrays[batch_size] = [np.asarray(Image.open(out / f"{i:05d}.png")).astype(int) for i in range(5)]
         assert arrays[batch_size][0].shape == (16, 16)
     for one, other in zip(arrays[5], arrays[2], strict=True):
