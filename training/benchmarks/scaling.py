@@ -78,7 +78,7 @@ def main() -> None:
                 **setting,
                 "ms per update": 1000 * seconds[str(i)] / options.updates,
                 "images/s": setting["batch"] * options.updates / seconds[str(i)],
-                "peak MiB of a process": run.peak_mib(),
+                "peak host MiB of a process": run.peak_mib(),
             }
             for i, (setting, run) in enumerate(zip(settings, runs, strict=True))
         ]

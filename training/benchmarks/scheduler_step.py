@@ -86,7 +86,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
 def main() -> None:
     """Print two tables and write `scheduler_step.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output_dir", type=Path, default=Path("bench-scheduler"))
     options = parser.parse_args()
 

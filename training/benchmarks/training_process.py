@@ -27,7 +27,10 @@ UPDATES_ALONE = [
 
 
 class TrainingProcess:
-    """`train_unconditional.py`, or ours, as a process. It is stopped, by the kernel, but for the time of `advance`."""
+    """`train_unconditional.py`, or ours, as a process. It is stopped, by the kernel, but for the time of `advance`.
+
+    On a GPU, kernels that it queued before it was stopped still run, in the time of whoever comes next.
+    """
 
     def __init__(self, command: list[str], log: Path, progress: str = r"Training:[^\r]*? (\d+)/\d+ \[") -> None:
         self.command, self.log, self.progress = command, log, re.compile(progress)
@@ -59,7 +62,7 @@ class TrainingProcess:
         self._signal(signal.SIGSTOP)
 
     def peak_mib(self) -> float:
-        """The largest memory that one of its processes has had: resident, on the CPU."""
+        """The largest memory that one of its processes has had: resident, of the host, never of a GPU."""
         statuses = [Path(f"/proc/{process.pid}/status").read_text() for process in self._family()]
         return max(int(status.split("VmHWM:")[1].split()[0]) for status in statuses) / 2**10
 

@@ -86,7 +86,7 @@ def speed(name: str, options: argparse.Namespace, images: Path, work: Path) -> l
             {
                 "network": name, "peer": peer, "batch": batch, "images/s": rate,
                 "× stock": seconds["stock"] / duration if "stock" in seconds else None,
-                "GFLOP/s": rate * per_image / 1e9, "peak MiB": memory[peer],
+                "GFLOP/s": rate * per_image / 1e9, "peak host MiB": memory[peer],
             }
         )  # fmt: skip
     return rows
