@@ -58,7 +58,7 @@ def main() -> None:
     """Time, print a table, write `scaling.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=list(NETWORKS), default="small")
-    parser.add_argument("--updates", type=int, default=5, help="in a turn")
+    parser.add_argument("--updates", type=int, default=4, help="in a turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags of train.py")
     parser.add_argument("--output_dir", type=Path, default=Path("bench-scaling"))

@@ -28,9 +28,9 @@ from timing import best_device, flops, markdown_table, matmul_peak, time_in_turn
 from training_process import OURS, UPDATES_ALONE, TrainingProcess, write_network
 from training_quality import write_images
 
-# Images per update, and updates per turn: some seconds on two CPU cores, and on a GPU.
+# Images per update, and updates per turn: a second or two on two CPU cores, some on a GPU.
 TURNS = {
-    "cpu": {"tiny": (16, 40), "small": (16, 10), "paper": (8, 2)},
+    "cpu": {"tiny": (16, 20), "small": (16, 5), "paper": (4, 2)},
     "cuda": {"tiny": (512, 100), "small": (256, 100), "paper": (128, 100)},
 }
 AUTO = ["--mixed_precision", "auto", "--channels_last", "auto"]
