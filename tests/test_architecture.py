@@ -52,7 +52,7 @@ ARROWS = {
     },
     "network": {"config"},
     "interruption": set(),
-    "execution": {"config", "network"},
+    "execution": {"config", "ddpm_fast_network", "network"},
     "run_state": {"checkpoint", "config", "interruption", "network", "plan", "scheduling_ddpm_custom"},
     "training_log": {"config"},
     "previews": {"network", "pictures", "pipeline", "run_state", "scheduling_ddpm_custom"},
@@ -95,7 +95,7 @@ ARROWS = {
     },
     "commands": {
         "batch_size", "calibration", "card", "command_config", "convert", "data", "evaluation", "hub", "loading",
-        "pipeline", "real_images", "run_folder", "sample_folder", "sharing",
+        "pipeline", "real_images", "run_folder", "sample_files", "sample_folder", "sampling", "sharing",
     },
     "cli": {"command_config", "commands", "options"},
     "__init__": {"card", "ddpm_process", "pipeline", "scheduling_ddpm_custom"},

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddpm_hf import ddpm_process, execution
 from ddpm_hf.checkpoint import load_checkpoint
 from ddpm_hf.config import TrainConfig, parse_train_config
-from ddpm_hf.execution import choose_channels_last, choose_compile, choose_precision, has_bf16
+from ddpm_hf.execution import choose_channels_last, choose_compile, choose_precision
 from ddpm_hf.training import train
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -50,7 +50,7 @@ def largest_difference(one, other):
 @pytest.mark.parametrize("native", [True, False])
 def test_half_precision_is_taken_where_it_is_native_and_never_fp16(native, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
-    monkeypatch.setattr(execution, "has_bf16", lambda device: native)
+    monkeypatch.setattr(execution, "cpu_has_bfloat16", lambda: native)
     wanted = "bf16" if native else "no"
     assert choose_precision(GPU, SMALL).value == wanted
     assert choose_precision(CPU, LARGE).value == wanted
@@ -68,7 +68,7 @@ def test_channels_last_and_compilation_are_taken_where_they_pay():
 
 
 def test_only_a_cpu_is_asked_for_its_instructions():
-    assert not has_bf16(torch.device("mps"))
+    assert choose_precision(torch.device("mps"), LARGE).value == "no"
 
 
 def test_auto_says_in_a_line_what_it_took_and_why_and_the_default_says_nothing(tmp_path, capsys):

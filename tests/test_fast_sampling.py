@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,7 +36,7 @@ def make_pipeline(make_unet):
 def half_precision(monkeypatch):
     """Half precision pays for every network on any machine."""
     monkeypatch.setattr(ddpm_fast_network, "HALF_PRECISION_PARAMETERS", 0)
-    monkeypatch.setattr(ddpm_fast_network, "HALF_PRECISION_GAIN", 0.0)
+    monkeypatch.setattr(ddpm_fast_network, "cpu_has_bfloat16", lambda: True)
 
 
 @pytest.fixture
@@ -48,8 +49,13 @@ def compilation(monkeypatch):
     torch.compiler.reset()
 
 
-def _compile(compile_, *arguments, mode, **options):
-    return compile_(*arguments, backend="eager", **options)
+def _compile(compile_, *arguments, mode, graphs=None, **options):
+    def trace(graph, inputs):
+        if graphs is not None:
+            graphs.append(graph)
+        return graph.forward
+
+    return compile_(*arguments, backend=trace, **options)
 
 
 # --- the same images -----------------------------------------------------------------------------------------------
@@ -84,6 +90,19 @@ def test_compiled_network_gives_the_same_images_at_every_batch_size(make_pipelin
     assert "compiled for batches of 2 (10.00 times" in pipe.enable_fast_sampling(10**6, 1000, batch_size=2)
     for n, images in zip((2, 3), plain, strict=True):  # the last batch of a job is seldom a full one
         torch.testing.assert_close(pipe(n, generators(*range(n)), 5, "pt").images, images, rtol=0, atol=1e-5)
+
+
+def test_one_compilation_serves_the_trial_and_the_job(make_pipeline, half_precision, monkeypatch):
+    graphs = []
+    monkeypatch.setattr(torch, "compile", functools.partial(_compile, torch.compile, graphs=graphs))
+    times = iter([1.0, 0.1])
+    measure = FastNetwork._seconds_per_call
+    monkeypatch.setattr(FastNetwork, "_seconds_per_call", lambda self: (measure(self), next(times))[1])
+    pipe = make_pipeline(num_class_embeds=4)
+    pipe.enable_fast_sampling(10**6, 1000, batch_size=2)
+    pipe(2, generators(0, 1), 3, class_labels=1)
+    assert len(graphs) == 1
+    torch.compiler.reset()
 
 
 def test_guided_sampling_is_compiled_for_both_halves(make_pipeline, compilation):
@@ -136,7 +155,7 @@ def test_a_compiler_that_fails_costs_nothing_but_the_compilation(make_pipeline, 
 
 
 def test_a_cpu_that_gains_nothing_by_half_precision_stays_in_float32(make_unet, half_precision, monkeypatch):
-    monkeypatch.setattr(ddpm_fast_network, "HALF_PRECISION_GAIN", 1e9)
+    monkeypatch.setattr(ddpm_fast_network, "cpu_has_bfloat16", lambda: False)
     assert FastNetwork(make_unet(), 1, 1).dtype == torch.float32
 
 
@@ -166,13 +185,15 @@ def test_what_is_saved_is_the_network_itself(make_pipeline, half_precision, comp
         assert torch.equal(saved[name], value)
 
 
-@pytest.mark.parametrize("change", ["step", "convert", "replace"])
+@pytest.mark.parametrize("change", ["step", "ema", "convert", "replace"])
 def test_a_twin_of_other_weights_is_refused(make_pipeline, make_unet, change):
     pipe = make_pipeline()
     pipe.enable_fast_sampling(2, 5)
     if change == "step":
         pipe.unet(torch.randn(1, 3, 8, 8), 5).sample.sum().backward()
         torch.optim.SGD(pipe.unet.parameters(), 0.1).step()
+    elif change == "ema":
+        EMAModel([p * 1.01 for p in pipe.unet.parameters()]).copy_to(pipe.unet.parameters())
     elif change == "convert":
         pipe.to(dtype=torch.bfloat16)
     else:
@@ -221,7 +242,7 @@ def test_network_and_update_are_one_graph(make_unet, solver_order):
     arguments = (x_t, torch.tensor(500), noise, previous if solver_order == 2 else None)
     expected = step(*arguments)
     torch.compiler.reset()
-    actual = torch.compile(step, fullgraph=True, backend="eager")(*arguments)
+    actual = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 

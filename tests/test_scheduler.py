@@ -634,3 +634,16 @@ def test_bad_steps_are_refused():
         scheduler.step(x, 5, x, eta=1.5)
     with pytest.raises(ValueError, match="need"):
         scheduler.step(torch.cat([x, x], 1), 5, x)
+
+
+def test_tables_that_inference_mode_has_made_serve_training_too():
+    scheduler, x = DDPMSchedulerCustom(), torch.randn(2, 3, 4, 4)
+    scheduler.set_timesteps(1000)
+    with torch.inference_mode():
+        scheduler.step(x, torch.tensor([999, 899]), x)
+        scheduler.add_noise(x, x, 3)
+    leaf = x.clone().requires_grad_()
+    scheduler.step(leaf, 999, x).prev_sample.sum().backward()
+    scheduler.step(leaf, torch.tensor([999, 899]), x).prev_sample.sum().backward()
+    scheduler.add_noise(leaf, x, 3).sum().backward()
+    assert leaf.grad is not None

@@ -26,15 +26,19 @@ def sample(model: str, config: SampleConfig) -> Path:
     """Fill the output folder with images and `grid.png`, by all processes; returns the folder."""
     from .batch_size import fitting_batch_size
     from .run_folder import check_writable
+    from .sample_files import image_files
     from .sample_folder import sample_to_folder
+    from .sampling import trajectory
 
     output_dir = Path(config.output_dir)
     check_writable(output_dir)
     state = _processes()
-    pipeline = _pipeline_for_samples(model, config)
+    pipeline, call_options = _pipeline_for_samples(model, config), _call_options(config)
+    trajectory(pipeline, config.class_label, **call_options)  # mistakes are told before anything is compiled
     batch_size = config.batch_size or fitting_batch_size(pipeline.unet)
     if config.fast:
-        share = max(config.num_images // state.num_processes, 1)
+        missing = config.num_images - len(image_files(output_dir, config.format).present())
+        share = max(missing // state.num_processes, 1)
         rows = min(batch_size, config.num_images)
         described = pipeline.enable_fast_sampling(share, config.num_inference_steps, rows, config.guidance_scale)
         if state.is_main_process:
@@ -47,7 +51,7 @@ def sample(model: str, config: SampleConfig) -> Path:
         batch_size,
         format=config.format,
         class_labels=config.class_label,
-        **_call_options(config),
+        **call_options,
     )
     if state.is_main_process:
         earlier = config.num_images - made

@@ -1,8 +1,8 @@
 """A network's twin that samples faster: half precision, memory layout and compilation, each where it pays.
 
 The network itself stays as it is, and so does what is saved of it. The trajectory stays float32: only the network's own
-arithmetic changes. What is chosen depends on the device, the network and the length of the job, and is the same for
-every process of a job; compilation alone, which changes outputs by no more than rounding, depends on measured times.
+arithmetic changes. What is chosen depends on the device, the network and the length of the job; compilation, which
+changes outputs by no more than rounding, depends on measured times, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 
 # Below, a CPU spends more on converting activations than it gains in multiplications.
 HALF_PRECISION_PARAMETERS = 2_000_000
-HALF_PRECISION_GAIN = 1.5  # of matrix products, the least that outweighs the conversions
 # What compiling takes, and the least part of a network call that it saves, by device.
 COMPILATION_SECONDS = {"cpu": 90, "cuda": 60}
 COMPILED_SAVING = 0.25
@@ -29,7 +28,7 @@ MEASURED_CALLS = 100
 
 
 class FastNetwork:
-    """The twin of a network, called as the network is, for inference alone.
+    """The twin of a network, called as the network is, for inference alone and by one thread alone.
 
     Args:
         unet: the network. It is copied; when its weights change, `is_twin_of` tells.
@@ -51,7 +50,7 @@ class FastNetwork:
         self._compiled: Callable[..., tuple[Tensor]] | None = None
         self.description = f"{why}; {self._compile_where_it_pays(num_calls)}"
 
-    @torch.inference_mode()
+    @torch.no_grad()  # inference mode would make tensors of another kind, for which it would be compiled again
     def __call__(
         self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, return_dict: bool = False
     ) -> tuple[Tensor]:
@@ -93,13 +92,14 @@ class FastNetwork:
             self._compiled = torch.compile(self._network, fullgraph=True, dynamic=False, mode=mode)
             return seconds / self._seconds_per_call(), ""
         except Exception as error:  # whatever compilers raise
-            return 0.0, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            reason, *_ = str(error).strip().splitlines() or ["without a message"]
+            return 0.0, f"{type(error).__name__}: {reason}"
 
     def _seconds_per_call(self) -> float:
         """Of the faster of two calls, after one that allocates or compiles."""
         config, device = self._network.config, self._network.device
         size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
-        x = torch.randn(self.batch_size, config.in_channels, *size, device=device)
+        x = torch.zeros(self.batch_size, config.in_channels, *size, device=device)
         t = torch.zeros((), dtype=torch.long, device=device)
         labels = torch.zeros(self.batch_size, dtype=torch.long, device=device) if config.num_class_embeds else None
         self(x, t, labels)
@@ -111,22 +111,20 @@ def _choose_dtype(unet: UNet2DModel) -> tuple[torch.dtype, str]:
     if unet.dtype != torch.float32:
         return unet.dtype, f"{_name(unet.dtype)}, as it was loaded"
     if unet.device.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         return dtype, f"{_name(dtype)}, channels last"
     millions = f"{unet.num_parameters() / 1e6:.1f} M parameters"
     if unet.device.type != "cpu" or unet.num_parameters() < HALF_PRECISION_PARAMETERS:
         return torch.float32, f"float32 ({millions})"
-    gain = _bfloat16_gain()
-    if gain < HALF_PRECISION_GAIN:
-        return torch.float32, f"float32 (this CPU multiplies bfloat16 {gain:.1f} times as fast)"
-    return torch.bfloat16, f"bfloat16, channels last ({millions}, multiplied {gain:.1f} times as fast)"
+    if not cpu_has_bfloat16():
+        return torch.float32, "float32 (this CPU has no bfloat16 instructions)"
+    return torch.bfloat16, f"bfloat16, channels last ({millions})"
 
 
-def _bfloat16_gain() -> float:
-    """How many times as fast this CPU multiplies matrices of bfloat16: 3 or more, or at most 1 without such units."""
-    full, half = torch.randn(512, 512), torch.randn(512, 512).bfloat16()
-    pairs = [(_seconds(lambda: full @ full, full.device), _seconds(lambda: half @ half, half.device)) for _ in range(8)]
-    return min(f for f, _ in pairs) / min(h for _, h in pairs)
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16: else it computes in float32 and converts."""
+    checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16"))
+    return any(check is not None and check() for check in checks)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -139,7 +137,8 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 def _state_of(unet: UNet2DModel) -> tuple[object, ...]:
     """What changes when weights are moved, converted, replaced or written to."""
-    return tuple((p.data_ptr(), p.dtype, p._version) for p in unet.parameters())
+    norms = torch.stack([p.detach().float().norm() for p in unet.parameters()]).tolist()
+    return tuple((p.data_ptr(), p.dtype, norm) for p, norm in zip(unet.parameters(), norms, strict=True))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -231,8 +231,10 @@ class DDPMProcess:
         check_timesteps(t, len(self.betas), first)
         key = (t.device, dtype)
         if key not in self._tables:
-            self._tables[key] = self._tables[torch.device("cpu"), torch.float64].to(*key)
-        return self._tables[key][t + 1]
+            with torch.inference_mode(False):  # what is kept must serve outside of it, too
+                self._tables[key] = self._tables[torch.device("cpu"), torch.float64].to(*key)
+        # Not table[t + 1], which reads a single t from the device.
+        return self._tables[key].index_select(0, (t + 1).reshape(-1)).reshape(*t.shape, 3)
 
     def _log_alpha_bar(self, t: Timestep, first: int = 0) -> Tensor:
         return self._row(t, first)[..., 0]
@@ -651,5 +653,5 @@ def _like(result_like: Tensor, a: Tensor, x: Tensor, b: Tensor | None = None, y:
     if b is not None and y is not None:
         if y.shape != x.shape:
             raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(y.shape)} must be equal.")
-        result.addcmul_(_broadcast(b, result_like), y.to(dtype=dtype))
+        result = torch.addcmul(result, _broadcast(b, result_like), y.to(dtype=dtype))
     return result.to(dtype=result_like.dtype)

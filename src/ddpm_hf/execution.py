@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, parse_flag_from_env
 
 from .config import TrainConfig
+from .ddpm_fast_network import cpu_has_bfloat16
 from .network import build_unet
 
 BF16_PARAMETERS = 2_000_000  # on a CPU: in smaller networks, converting costs what multiplying saves
@@ -40,7 +41,7 @@ def settle_precision(config: TrainConfig) -> Choice:
         return Choice(config.mixed_precision)
     with torch.device("meta"):
         unet = build_unet(config, 1 if config.label_column else None)
-    return choose_precision(PartialState().device, unet.num_parameters())
+    return choose_precision(_device(), unet.num_parameters())
 
 
 def choose_execution(
@@ -78,7 +79,7 @@ def choose_precision(device: torch.device, num_parameters: int) -> Choice:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Choice("bf16", "which this GPU computes in")
         return Choice("no", "because this GPU lacks bf16, and fp16 may overflow")
-    if not has_bf16(device):
+    if device.type != "cpu" or not cpu_has_bfloat16():
         return Choice("no", f"because this {device.type} has no bf16 instructions")
     if num_parameters < BF16_PARAMETERS:
         return Choice("no", f"because below {BF16_PARAMETERS:,} parameters bf16 gains little on a CPU")
@@ -107,7 +108,7 @@ def choose_compile(device: torch.device, updates: int) -> Choice:
     return Choice("yes", f"which {updates:,} updates earn back")
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether a CPU has instructions for bf16: else it computes in float32 and converts."""
-    checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16"))
-    return device.type == "cpu" and any(check is not None and check() for check in checks)
+def _device() -> torch.device:
+    """The kind of device that Accelerate will choose; to ask it would start its processes, without our time limit."""
+    present = None if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.current_accelerator()
+    return present or torch.device("cpu")

@@ -193,12 +193,12 @@ class DDPMPipelineCustom(DiffusionPipeline):
         network = self._current_network()
 
         # 2. Choose the trajectory
-        self._set_timesteps(num_inference_steps, timesteps)
+        self.set_timesteps(num_inference_steps, timesteps)
         step_kwargs = self._step_kwargs(generator, eta)
 
         # 3. x_T ~ N(0, I), in float32 whatever the network's precision
         device = self._execution_device
-        shape = (batch_size, self.unet.config.in_channels, *self._image_size())
+        shape = (batch_size, self.unet.config.in_channels, *self.image_size())
         x_t = draw_noise(shape, generator, device, torch.float32) * self.scheduler.init_noise_sigma
 
         # 4. Denoise step by step
@@ -240,7 +240,8 @@ class DDPMPipelineCustom(DiffusionPipeline):
 
         Half precision where it pays, on a trajectory that stays float32: bfloat16 moves most pixels by less than one of
         255 levels, and a few by many. Compilation where the job is long enough to earn it back; it changes images by
-        rounding alone. What is saved stays the network itself.
+        rounding alone. What is saved stays the network itself. Attention processors and hooks that are set later have
+        no effect; a compiled network must be used by the thread that made it.
 
         Args:
             num_images: N, of the whole job, in batches of one size.
@@ -252,14 +253,17 @@ class DDPMPipelineCustom(DiffusionPipeline):
             What was chosen and why, in a line.
 
         Raises:
-            ValueError: for a bad argument, or where the network is offloaded.
+            ValueError: for a bad argument, or where the network is offloaded or cast layer by layer.
         """
         batch_size = num_images if batch_size is None else batch_size
         steps = self.scheduler.config.num_train_timesteps if num_inference_steps is None else num_inference_steps
         for name, value in (("num_images", num_images), ("batch_size", batch_size), ("num_inference_steps", steps)):
             check_integer(name, value, 1)
-        if hasattr(self.unet, "_hf_hook"):
-            raise ValueError("fast sampling needs the network in one place: leave out the offloading, or this call.")
+        if hasattr(self.unet, "_hf_hook") or hasattr(self.unet, "_diffusers_hook"):
+            raise ValueError(
+                "fast sampling needs the network in one place and precision: leave out the offloading, or this call."
+            )
+        self.image_size()  # known, or told how to be
         is_guided = self.unet.config.num_class_embeds is not None and guidance_scale != 1
         self.disable_fast_sampling()  # the twin of before makes room
         self._fast_network = FastNetwork(
@@ -312,7 +316,12 @@ class DDPMPipelineCustom(DiffusionPipeline):
             return prediction
         return torch.cat([prediction, *variance], dim=1)
 
-    def _image_size(self) -> tuple[int, int]:
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the images.
+
+        Raises:
+            ValueError: where the network does not know it, or can't halve it as often as it does.
+        """
         size = self.unet.config.sample_size
         if size is None:
             raise ValueError("the network's configuration has no `sample_size`: set unet.config.sample_size.")
@@ -402,7 +411,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
         if labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool):
             raise ValueError(f"`class_labels` have dtype {labels.dtype}, but must be integers.")
         if labels.ndim == 0:
-            labels = labels.expand(batch_size)
+            labels = labels.repeat(batch_size)
         if labels.shape != (batch_size,):
             raise ValueError(
                 f"`class_labels` have shape {tuple(labels.shape)}, but `batch_size` is {batch_size}: pass one "
@@ -413,8 +422,14 @@ class DDPMPipelineCustom(DiffusionPipeline):
             raise ValueError(f"`class_labels` has {wrong}, but every label must lie between 0 and {num_classes - 1}.")
         return labels.to(self._execution_device, torch.long)
 
-    def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | str | None) -> None:
-        """Set the scheduler's trajectory. Timesteps stay on the CPU: reading one never waits for a GPU."""
+    def set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | str | None) -> None:
+        """Set the scheduler's trajectory, by the arguments of a call.
+
+        Timesteps stay on the CPU: reading one never waits for a GPU.
+
+        Raises:
+            ValueError: for what can't be followed.
+        """
         T = self.scheduler.config.num_train_timesteps
         if timesteps is None or isinstance(timesteps, str):
             steps = T if num_inference_steps is None else num_inference_steps
@@ -450,7 +465,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
     def _postprocess(self, x_0: Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | Tensor:
         if not x_0.isfinite().all():
             warnings.warn(
-                f"the images hold NaN or infinity: the network, in {self.unet.dtype}, overflows or is damaged. "
+                f"the images hold NaN or infinity: the network, in {self.sampling_dtype}, overflows or is damaged. "
                 "Use bfloat16 instead of float16, or float32.",
                 stacklevel=3,
             )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 import torch
@@ -133,6 +133,11 @@ class NpzFile:
 
     def _shard(self, images: range) -> Path:
         return self._shards / f"{images.start:08d}.npy"
+
+
+def image_files(folder: Path, format: Literal["png", "npz"]) -> PngFiles | NpzFile:
+    """The images in a folder, kept in this format."""
+    return PngFiles(folder) if format == "png" else NpzFile(folder)
 
 
 @contextmanager

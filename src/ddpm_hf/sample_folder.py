@@ -17,7 +17,7 @@ from accelerate import PartialState
 from .pictures import image_grid
 from .pipeline import DDPMPipelineCustom
 from .run_folder import check_writable, lock_output_dir
-from .sample_files import NpzFile, PngFiles, write_whole
+from .sample_files import NpzFile, PngFiles, image_files, write_whole
 from .sampling import describe_sampling, image_batches, sample_pixels
 
 RECORD = "sampling.json"
@@ -68,7 +68,7 @@ def sample_to_folder(
     check_writable(output_dir)
     record = describe_sampling(pipeline, seed, batch_size, class_labels, **call_options)
     _check_origin(output_dir, record)
-    files = PngFiles(output_dir) if format == "png" else NpzFile(output_dir)
+    files = image_files(output_dir, format)
     present = files.present()
     _check_number(output_dir, present, num_images)
     batches = image_batches(num_images, batch_size)

@@ -2,8 +2,8 @@
 
 The images are made in batches, and batch b holds images [bB, (b + 1)B) whoever makes it, now or after a restart. So
 the bits of an image depend on the model, the options, the seed, the batch size B and the kind of device, and on nothing
-else. Among batch sizes they agree up to the rounding of the network: in float32 nearly every pixel is the same, in half
-precision many differ by a level or more.
+else but whether a fast network is compiled. That, and the batch size, changes them by the rounding of the network: in
+float32 nearly every pixel is the same, in half precision many differ by a level or more.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _sample_batches(
             if images.isnan().any():
                 raise ValueError(
                     f"image {batch[int(images.isnan().flatten(1).any(1).nonzero()[0])]} holds NaN: the network, in "
-                    f"{pipeline.unet.dtype}, overflows or is damaged. Use bfloat16 instead of float16, or float32."
+                    f"{pipeline.sampling_dtype}, overflows or is damaged. Use bfloat16 instead of float16, or float32."
                 )
             yield batch, (images * 255).round().to(torch.uint8).cpu()
 
@@ -123,7 +123,8 @@ def trajectory(
         ValueError: for bad timesteps, labels or guidance. All the labels: that of image 900 may be a mistake too.
     """
     pipeline.prepare_class_labels(class_labels or None, len(class_labels) if class_labels else 1, guidance_scale)
-    pipeline._set_timesteps(num_inference_steps, timesteps)
+    pipeline.image_size()  # known, or told how to be
+    pipeline.set_timesteps(num_inference_steps, timesteps)
     return pipeline.scheduler.timesteps.tolist()
 
 

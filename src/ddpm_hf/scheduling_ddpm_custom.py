@@ -413,10 +413,10 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
                 f"timesteps have shape {tuple(t.shape)}, but {len(sample)} images need one timestep for all, or "
                 f"{len(sample)}."
             )
-        columns = self._table(eta, sample.device, dtype)[t.to(sample.device)].unbind(-1)
+        rows = self._table(eta, sample.device, dtype).index_select(0, t.to(sample.device).reshape(-1))
+        columns = rows.reshape(*t.shape, rows.shape[-1]).unbind(-1)  # not table[t], which reads a single t from the device
         return StepCoefficients(*(c.reshape(-1, *(1,) * (sample.ndim - 1)) if c.ndim else c for c in columns)), False
 
-    @torch.inference_mode(False)  # what is kept must serve outside of it, too
     def _row(self, index: int, eta: float, device: torch.device, dtype: torch.dtype) -> StepCoefficients:
         check_integer("timestep", index, 0, len(self) - 1)
         is_pure_noise = self.process.has_zero_terminal_snr and index == len(self) - 1
@@ -424,12 +424,16 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
             raise ValueError(ZERO_SNR_ERROR)
         return StepCoefficients(*self._table(eta, device, dtype)[index].unbind())
 
+    @torch.inference_mode(False)  # what is kept must serve outside of it, too
     def _table(self, eta: float, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Coefficients of the step from every t of 0 … T-1 to its successor on the trajectory, (T, 9)."""
         key = (eta, device, dtype)
-        if key not in self._tables:
-            self._tables[key] = self._exact_table(eta).to(dtype).to(device)
-        return self._tables[key]
+        if key in self._tables:
+            return self._tables[key]
+        table = self._exact_table(eta).to(dtype).to(device)
+        if not torch.compiler.is_compiling():  # what a graph computes, its next call may overwrite
+            self._tables[key] = table
+        return table
 
     def _exact_table(self, eta: float) -> Tensor:
         """The table in float64, on the CPU."""
