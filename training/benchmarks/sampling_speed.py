@@ -79,7 +79,8 @@ def compare(network: str, batch_size: int, num_images: int, seconds: float, repe
         pipes[peer], described, set_up = pipeline_of(peer, network, batch_size, num_images)
     print(f"{network}, batch {batch_size}, {num_images} images: {described}", flush=True)
     one_step = seconds_of(chain(pipes["stock"], batch_size, 1), LONG * seconds)
-    steps = min(max(round(seconds / one_step), 1), 50)
+    # As many as time allows: what a chain costs once, such as the check of the weights, is little of 1000 steps.
+    steps = min(max(round(seconds / one_step), 1), STEPS)
     chains = {peer: chain(pipe, batch_size, steps) for peer, pipe in pipes.items()}
     times = time_in_turns(chains, 1 if one_step > LONG * seconds else repeats)
     whole = STEPS / steps * num_images / batch_size  # chains of a job
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--batch_sizes", nargs="+", type=int, choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--num_images", type=int, help="of every job; default: 1, 16, or 10,000, by batch size")
-    parser.add_argument("--seconds", type=float, default=0.2, help="about what a chain of stock takes")
+    parser.add_argument("--seconds", type=float, default=0.3, help="about what a chain of stock takes")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output_dir", type=Path, default=Path("bench-sampling"))
     options = parser.parse_args()
