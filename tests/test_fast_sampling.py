@@ -186,7 +186,7 @@ def test_what_is_saved_is_the_network_itself(make_pipeline, half_precision, comp
 
 
 @pytest.mark.parametrize("change", ["step", "ema", "convert", "replace"])
-def test_a_twin_of_other_weights_is_refused(make_pipeline, make_unet, change):
+def test_a_twin_of_other_weights_is_refused(make_pipeline, make_unet, half_precision, change):
     pipe = make_pipeline()
     pipe.enable_fast_sampling(2, 5)
     if change == "step":
@@ -258,7 +258,7 @@ class Lookups(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_no_step_looks_at_a_value(make_pipeline, fast):
+def test_no_step_looks_at_a_value(make_pipeline, half_precision, fast):
     """Before the first step and after the last there are some: are all images finite?"""
     pipe = make_pipeline()
     if fast:

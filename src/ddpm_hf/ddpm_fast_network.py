@@ -61,6 +61,11 @@ class FastNetwork:
         torch.compiler.cudagraph_mark_step_begin()  # the output of the last call may be overwritten
         return self._compiled(x, t, class_labels=class_labels, return_dict=False)
 
+    @property
+    def is_faster(self) -> bool:
+        """Whether it differs from the network at all."""
+        return self.dtype != torch.float32 or self._compiled is not None
+
     def is_twin_of(self, unet: UNet2DModel) -> bool:
         """Whether the network still has the weights, in the place, that this one was made from."""
         return self._weights == _state_of(unet)

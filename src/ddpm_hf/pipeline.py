@@ -266,10 +266,9 @@ class DDPMPipelineCustom(DiffusionPipeline):
         self.image_size()  # known, or told how to be
         is_guided = self.unet.config.num_class_embeds is not None and guidance_scale != 1
         self.disable_fast_sampling()  # the twin of before makes room
-        self._fast_network = FastNetwork(
-            self.unet, batch_size * (2 if is_guided else 1), num_calls=steps * (num_images // batch_size)
-        )
-        return self._fast_network.description
+        twin = FastNetwork(self.unet, batch_size * (2 if is_guided else 1), steps * (num_images // batch_size))
+        self._fast_network = twin if twin.is_faster else None
+        return twin.description
 
     def disable_fast_sampling(self) -> None:
         """Sample with the network itself again."""
