@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -271,16 +272,57 @@ def test_results_of_others_stay_beside_ours(make_model):
     folder = make_model()
     write_card(folder, FACTS)
     edit(folder, ("      value: 3.17", "      value: 3.2"))
-    own = {"task": {"type": "unconditional-image-generation"}, "dataset": {"name": "Mine", "type": "mine"}}
-    card = ModelCard(card_of(folder))
-    data = metadata(str(card))
-    data["model-index"][0]["results"].append({**own, "metrics": [{"type": "kid", "value": 0.5}]})
-    text = card_of(folder).split("---", 2)[2]
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(data)}---{text}", "utf-8")
+    add_result(folder, "kid", 0.5)
     inception = EvalResult("unconditional-image-generation", "cifar10", "CIFAR-10", "inception_score", 9.46)
-    results = metadata(write_card(folder, CardFacts(results=[FID, inception])).read_text("utf-8"))["model-index"][0]
-    values = {m["type"]: m["value"] for r in results["results"] for m in r["metrics"]}
-    assert values == {"fid": 3.2, "kid": 0.5, "inception_score": 9.46}
+    write_card(folder, CardFacts(results=[FID, inception]))
+    assert published(folder) == ("digits", {"fid": 3.2, "kid": 0.5, "inception_score": 9.46})
+
+
+def add_result(folder, kind, value):
+    """What a person writes into the metadata by hand."""
+    _, front, text = card_of(folder).split("---", 2)
+    data = yaml.safe_load(front)
+    place = {"task": {"type": "unconditional-image-generation"}, "dataset": {"name": "Mine", "type": "mine"}}
+    data["model-index"][0]["results"].append({**place, "metrics": [{"type": kind, "value": value}]})
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(data)}---{text}", "utf-8")
+
+
+def published(folder):
+    """The name and the values of the metadata."""
+    (index,) = metadata(card_of(folder)).get("model-index") or [{"name": None, "results": []}]
+    return index["name"], {m["type"]: m["value"] for r in index["results"] for m in r["metrics"]}
+
+
+def test_a_figure_of_other_weights_goes_where_the_folder_was_renamed(make_model, tmp_path):
+    results = CardFacts(results=[FID])
+    write_card(make_model(), results)
+    folder = (tmp_path / "model").rename(tmp_path / "renamed")
+    write_card(folder, results)
+    assert published(folder) == ("renamed", {"fid": 3.17})
+    make_model("renamed", bias=1.0)
+    assert "model-index" not in metadata(card_of(folder))
+    assert "3.17" not in card_of(folder)
+
+
+def test_a_figure_of_other_weights_goes_where_a_person_has_added_one(make_model):
+    folder = make_model()
+    write_card(folder, CardFacts(results=[FID]))
+    add_result(folder, "kid", 0.5)
+    make_model(bias=1.0)
+    assert published(folder) == ("model", {"kid": 0.5})
+    write_card(folder, CardFacts(results=[replace(FID, metric_value=2.9)]))
+    assert published(folder) == ("model", {"kid": 0.5, "fid": 2.9})
+
+
+def test_a_name_and_a_removal_of_a_persons_stay_and_do_not_keep_other_figures(make_model):
+    folder = make_model()
+    inception = EvalResult("unconditional-image-generation", "cifar10", "CIFAR-10", "inception_score", 9.46)
+    write_card(folder, CardFacts(results=[FID, inception]))
+    edit(folder, ("- name: model", "- name: Mine"), ("    - type: fid\n      value: 3.17\n      name: FID (50k)\n", ""))
+    write_card(folder)
+    assert published(folder) == ("Mine", {"inception_score": 9.46})
+    make_model(bias=1.0)
+    assert published(folder) == (None, {})
 
 
 @pytest.mark.parametrize("own", [b"---\na: [1\n---\n# Mine", b"---\n- a\n---\n# Mine", b"# M\xefne"])

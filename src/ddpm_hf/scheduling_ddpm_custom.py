@@ -414,7 +414,9 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
                 f"{len(sample)}."
             )
         rows = self._table(eta, sample.device, dtype).index_select(0, t.to(sample.device).reshape(-1))
-        columns = rows.reshape(*t.shape, rows.shape[-1]).unbind(-1)  # not table[t], which reads a single t from the device
+        columns = rows.reshape(*t.shape, rows.shape[-1]).unbind(
+            -1
+        )  # not table[t], which reads a single t from the device
         return StepCoefficients(*(c.reshape(-1, *(1,) * (sample.ndim - 1)) if c.ndim else c for c in columns)), False
 
     def _row(self, index: int, eta: float, device: torch.device, dtype: torch.dtype) -> StepCoefficients:
