@@ -1,5 +1,6 @@
 """The model card: what it says is so, its code runs, the Hub takes it, and a person's words stay."""
 
+import json
 import os
 import re
 import subprocess
@@ -17,6 +18,9 @@ from huggingface_hub import EvalResult, ModelCard
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
 from ddpm_hf.card import CardFacts, write_card
+from ddpm_hf.pipeline import EVALUATION_FILES
+from ddpm_hf.sampling import hash_weights
+from ddpm_hf.stored_weights import evaluation_files, weights_digest
 
 FID = EvalResult("unconditional-image-generation", "cifar10", "CIFAR-10", "fid", 3.17, metric_name="FID (50k)")
 FACTS = CardFacts(
@@ -157,6 +161,59 @@ def test_values_do_not_break_the_page(make_model):
     assert "| `x` | `a\\|b --> &lt;b>` |" in card
     assert "{{ 7*7 }}" in card
     assert card.count("<!--") == card.count("-->") - 1  # that of the option
+
+
+def evaluated(folder, *figures, weights=None):
+    """What an evaluation leaves: its record, and every picture that there may be."""
+    chain = {"weights": weights or weights_digest(folder)}
+    entries = [{"metric": metric, "settings": {"chain": chain, **settings}} for metric, settings in figures]
+    (folder / "metrics.json").write_text(json.dumps({"figures": entries}))
+    for name in EVALUATION_FILES[1:]:
+        (folder / name).write_bytes(b"of an evaluation")
+    return folder
+
+
+BPD, NEAREST, FEATURES = ("bpd", {}), ("nearest", {}), ("nearest", {"extractor": "a model"})
+OF_BPD = ["likelihood.json", "bits_per_dim.png", "rate_distortion.png"]
+
+
+@pytest.mark.parametrize(
+    ("figures", "names"),
+    [
+        ([BPD, NEAREST, FEATURES], list(EVALUATION_FILES[1:])),
+        ([BPD], OF_BPD),
+        ([("bpd", {"calls_per_image": 4})], OF_BPD[:2]),
+        ([NEAREST], ["nearest.png"]),
+        ([FEATURES, ("fd", {"extractor": "a model"})], ["nearest_features.png"]),
+    ],
+)
+def test_pictures_stand_beside_figures_of_the_same_weights(make_model, figures, names):
+    folder = evaluated(make_model(), *figures)
+    assert evaluation_files(folder) == ["metrics.json", *names]
+    card = write_card(folder, CardFacts(results=[FID])).read_text("utf-8")
+    assert set(re.findall(r"\((\w+\.png)\)", card)) == {name for name in names if name.endswith(".png")}
+
+
+def test_pictures_of_other_weights_are_not_shown(make_model):
+    folder = evaluated(make_model(), BPD, NEAREST, FEATURES)
+    make_model(bias=1.0)
+    assert evaluation_files(folder) == []
+    assert ".png" not in write_card(folder, CardFacts(results=[FID])).read_text("utf-8")
+
+
+def test_weights_are_known_by_their_values_too(make_model):
+    folder = make_model()
+    values = hash_weights(DDPMPipelineCustom.from_pretrained(folder).unet)
+    assert evaluation_files(evaluated(folder, BPD, weights=values)) == ["metrics.json", *OF_BPD]
+    make_model(bias=1.0)
+    assert evaluation_files(folder) == []
+
+
+@pytest.mark.parametrize("own", ['{"accuracy": 1}', "[]", "{", '{"figures": [1]}', '{"figures": []}'])
+def test_a_persons_own_figures_are_no_evaluation(make_model, own):
+    folder = evaluated(make_model(), BPD)
+    (folder / "metrics.json").write_text(own)
+    assert evaluation_files(folder) == []
 
 
 # --- its code ------------------------------------------------------------------------------------------------------

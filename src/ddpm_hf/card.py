@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from .calibration import recommended_steps, steps_table
 from .card_merge import merge_cards, parse_card, stamp
 from .ddpm_process import LEARNED_VARIANCE_TYPES
-from .pipeline import EVALUATION_FILES
 from .run_folder import replace_text
 from .scheduling_ddpm_custom import DDPMSchedulerCustom
+from .stored_weights import evaluation_files, weights_digest
 
-PICTURES = ("samples.png", "real.png", "loss.png", *(name for name in EVALUATION_FILES if name.endswith(".png")))
+PICTURES = ("samples.png", "real.png", "loss.png")
 EXAMPLE_STEPS = 100
 
 # Options that say where files lie, who pushes or what is shown, but nothing about the model.
@@ -118,15 +117,6 @@ def _place(result: EvalResult) -> tuple[object, ...]:
     return result.unique_identifier, result.metric_type, result.metric_name
 
 
-def weights_digest(folder: Path) -> str:
-    """A hash that tells one set of weights from another."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("unet/*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
 def render_card(folder: Path, facts: CardFacts) -> str:
     """The text of a new card for the pipeline in `folder`."""
     model = describe_model(folder)
@@ -148,7 +138,7 @@ def render_card(folder: Path, facts: CardFacts) -> str:
         model=model,
         title=facts.repo_id.split("/")[-1] if facts.repo_id else "DDPM",
         source=facts.repo_id or ".",
-        pictures=[name for name in PICTURES if (folder / name).is_file()],
+        pictures=[*(name for name in PICTURES if (folder / name).is_file()), *evaluation_files(folder)],
         example_steps=min(EXAMPLE_STEPS, model["T"]),
         labels=", class_labels=0" if model["classes"] else "",
         few_steps=min(25, model["T"]),
