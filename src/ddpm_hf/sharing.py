@@ -135,11 +135,13 @@ def _commit(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, messag
         revision = f"refs/pr/{pull}" if pull else None
     head = api.model_info(repo_id, revision=revision)
     remote = {sibling.rfilename for sibling in head.siblings or []}
-    is_new = _update_card(api, stage, target, facts, head.sha if "README.md" in remote else None)
+    other_weights = _update_card(api, stage, target, facts, head.sha if "README.md" in remote else None)
 
     files = sorted(p for p in stage.rglob("*") if p.is_file() and is_shared(p.relative_to(stage).as_posix()))
     names = {p.relative_to(stage).as_posix(): p for p in files}
-    stale = {n for n in remote if fnmatch(n, "unet/diffusion_pytorch_model*") or (is_new and n in EVALUATION_FILES)}
+    stale = {
+        n for n in remote if fnmatch(n, "unet/diffusion_pytorch_model*") or (other_weights and n in EVALUATION_FILES)
+    }
     commit = api.create_commit(
         repo_id,
         [CommitOperationAdd(name, str(file)) for name, file in names.items()]
