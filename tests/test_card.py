@@ -393,6 +393,17 @@ def test_a_card_that_can_not_be_read_is_not_touched(make_model, own):
     assert (folder / "README.md").read_bytes() == own
 
 
+@pytest.mark.parametrize("own", ["5", "{name: x}", "[x]", "[{name: x, results: [1]}]"])
+def test_results_that_can_not_be_read_are_named(make_model, own):
+    folder = make_model()
+    (folder / "README.md").write_text(f"---\nmodel-index: {own}\n---\n# Mine", "utf-8")
+    with pytest.raises(ValueError, match="`model-index` of README.md is no list of results: mend it"):
+        write_card(folder, FACTS)
+    assert own in card_of(folder)
+    write_card(folder)  # nothing to add
+    assert metadata(card_of(folder))["model-index"] == yaml.safe_load(own)
+
+
 def test_the_wheel_ships_the_template(tmp_path):
     project = Path(__file__).parents[1]
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]

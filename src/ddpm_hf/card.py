@@ -75,7 +75,8 @@ def write_card(folder: Path, facts: CardFacts | Mapping[str, Any] | None = None)
         The card's path.
 
     Raises:
-        ValueError: where the card that is there is no UTF-8, or its metadata no YAML mapping. It is not touched.
+        ValueError: where the card that is there is no UTF-8, or its metadata no YAML mapping or their `model-index`
+            no list. It is not touched.
     """
     file = folder / "README.md"
     try:

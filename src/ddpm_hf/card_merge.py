@@ -147,7 +147,10 @@ def _merge_results(generated: list[dict], existing: list[dict], new: list[dict])
             for metric in result.get("metrics") or []
         }
 
-    before, now, fresh = by_metric(generated), by_metric(existing), by_metric(new)
+    try:
+        before, now, fresh = by_metric(generated), by_metric(existing), by_metric(new)
+    except (AttributeError, TypeError) as error:
+        raise ValueError("the `model-index` of README.md is no list of results: mend it, or remove it.") from error
     own = {k for k in before | now if now.get(k) != before.get(k)}  # changed, added or removed by a person
     kept = {k: v for k, v in now.items() if k in fresh or k in own}  # which also keeps the order
     together: dict[str, dict] = {}

@@ -139,13 +139,12 @@ def _commit(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, messag
 
     files = sorted(p for p in stage.rglob("*") if p.is_file() and is_shared(p.relative_to(stage).as_posix()))
     names = {p.relative_to(stage).as_posix(): p for p in files}
-    stale = {
-        n for n in remote if fnmatch(n, "unet/diffusion_pytorch_model*") or (other_weights and n in EVALUATION_FILES)
-    }
+    replaced = ("unet/diffusion_pytorch_model*", *(EVALUATION_FILES if other_weights else ()))
+    stale = {n for n in remote - set(names) if any(fnmatch(n, pattern) for pattern in replaced)}  # of another model
     commit = api.create_commit(
         repo_id,
         [CommitOperationAdd(name, str(file)) for name, file in names.items()]
-        + [CommitOperationDelete(name) for name in sorted(stale - set(names))],  # of another model
+        + [CommitOperationDelete(name) for name in sorted(stale)],
         commit_message=message,
         revision=revision,
         create_pr=target.create_pr and pull is None,
