@@ -69,7 +69,8 @@ ARROWS = {
         "pipeline", "preparation", "previews", "publishing", "run_folder", "run_state", "training_log", "validation",
     },
     "card_merge": set(),
-    "card": {"calibration", "card_merge", "ddpm_process", "pipeline", "run_folder", "scheduling_ddpm_custom"},
+    "stored_weights": {"pipeline", "sampling"},
+    "card": {"calibration", "card_merge", "ddpm_process", "run_folder", "scheduling_ddpm_custom", "stored_weights"},
     "evaluation": {
         "card", "checkpoint", "command_config", "evaluation_phases", "extractors", "metrics", "metrics_file",
         "pictures", "pipeline", "real_images", "run_folder", "sampling",
@@ -84,7 +85,7 @@ ARROWS = {
     "nearest": {"probing"},
     "real_images": {"command_config", "config", "data", "images", "sources"},
     "hub": set(),
-    "sharing": {"card", "card_merge", "hub", "loading", "pipeline"},
+    "sharing": {"card", "card_merge", "hub", "loading", "pipeline", "stored_weights"},
     "background_push": {"card", "hub", "sharing"},
     "source_network": set(),
     "source_ho": {"source_network"},

@@ -1,10 +1,12 @@
 """The model card: what it says is so, its code runs, the Hub takes it, and a person's words stay."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,9 @@ from huggingface_hub import EvalResult, ModelCard
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
 from ddpm_hf.card import CardFacts, write_card
+from ddpm_hf.pipeline import EVALUATION_FILES
+from ddpm_hf.sampling import hash_weights
+from ddpm_hf.stored_weights import evaluation_files, weights_digest
 
 FID = EvalResult("unconditional-image-generation", "cifar10", "CIFAR-10", "fid", 3.17, metric_name="FID (50k)")
 FACTS = CardFacts(
@@ -158,6 +163,59 @@ def test_values_do_not_break_the_page(make_model):
     assert card.count("<!--") == card.count("-->") - 1  # that of the option
 
 
+def evaluated(folder, *figures, weights=None):
+    """What an evaluation leaves: its record, and every picture that there may be."""
+    chain = {"weights": weights or weights_digest(folder)}
+    entries = [{"metric": metric, "settings": {"chain": chain, **settings}} for metric, settings in figures]
+    (folder / "metrics.json").write_text(json.dumps({"figures": entries}))
+    for name in EVALUATION_FILES[1:]:
+        (folder / name).write_bytes(b"of an evaluation")
+    return folder
+
+
+BPD, NEAREST, FEATURES = ("bpd", {}), ("nearest", {}), ("nearest", {"extractor": "a model"})
+OF_BPD = ["likelihood.json", "bits_per_dim.png", "rate_distortion.png"]
+
+
+@pytest.mark.parametrize(
+    ("figures", "names"),
+    [
+        ([BPD, NEAREST, FEATURES], list(EVALUATION_FILES[1:])),
+        ([BPD], OF_BPD),
+        ([("bpd", {"calls_per_image": 4})], OF_BPD[:2]),
+        ([NEAREST], ["nearest.png"]),
+        ([FEATURES, ("fd", {"extractor": "a model"})], ["nearest_features.png"]),
+    ],
+)
+def test_pictures_stand_beside_figures_of_the_same_weights(make_model, figures, names):
+    folder = evaluated(make_model(), *figures)
+    assert evaluation_files(folder) == ["metrics.json", *names]
+    card = write_card(folder, CardFacts(results=[FID])).read_text("utf-8")
+    assert set(re.findall(r"\((\w+\.png)\)", card)) == {name for name in names if name.endswith(".png")}
+
+
+def test_pictures_of_other_weights_are_not_shown(make_model):
+    folder = evaluated(make_model(), BPD, NEAREST, FEATURES)
+    make_model(bias=1.0)
+    assert evaluation_files(folder) == []
+    assert ".png" not in write_card(folder, CardFacts(results=[FID])).read_text("utf-8")
+
+
+def test_weights_are_known_by_their_values_too(make_model):
+    folder = make_model()
+    values = hash_weights(DDPMPipelineCustom.from_pretrained(folder).unet)
+    assert evaluation_files(evaluated(folder, BPD, weights=values)) == ["metrics.json", *OF_BPD]
+    make_model(bias=1.0)
+    assert evaluation_files(folder) == []
+
+
+@pytest.mark.parametrize("own", ['{"accuracy": 1}', "[]", "{", '{"figures": [1]}', '{"figures": []}'])
+def test_a_persons_own_figures_are_no_evaluation(make_model, own):
+    folder = evaluated(make_model(), BPD)
+    (folder / "metrics.json").write_text(own)
+    assert evaluation_files(folder) == []
+
+
 # --- its code ------------------------------------------------------------------------------------------------------
 
 
@@ -271,16 +329,57 @@ def test_results_of_others_stay_beside_ours(make_model):
     folder = make_model()
     write_card(folder, FACTS)
     edit(folder, ("      value: 3.17", "      value: 3.2"))
-    own = {"task": {"type": "unconditional-image-generation"}, "dataset": {"name": "Mine", "type": "mine"}}
-    card = ModelCard(card_of(folder))
-    data = metadata(str(card))
-    data["model-index"][0]["results"].append({**own, "metrics": [{"type": "kid", "value": 0.5}]})
-    text = card_of(folder).split("---", 2)[2]
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(data)}---{text}", "utf-8")
+    add_result(folder, "kid", 0.5)
     inception = EvalResult("unconditional-image-generation", "cifar10", "CIFAR-10", "inception_score", 9.46)
-    results = metadata(write_card(folder, CardFacts(results=[FID, inception])).read_text("utf-8"))["model-index"][0]
-    values = {m["type"]: m["value"] for r in results["results"] for m in r["metrics"]}
-    assert values == {"fid": 3.2, "kid": 0.5, "inception_score": 9.46}
+    write_card(folder, CardFacts(results=[FID, inception]))
+    assert published(folder) == ("digits", {"fid": 3.2, "kid": 0.5, "inception_score": 9.46})
+
+
+def add_result(folder, kind, value):
+    """What a person writes into the metadata by hand."""
+    _, front, text = card_of(folder).split("---", 2)
+    data = yaml.safe_load(front)
+    place = {"task": {"type": "unconditional-image-generation"}, "dataset": {"name": "Mine", "type": "mine"}}
+    data["model-index"][0]["results"].append({**place, "metrics": [{"type": kind, "value": value}]})
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(data)}---{text}", "utf-8")
+
+
+def published(folder):
+    """The name and the values of the metadata."""
+    (index,) = metadata(card_of(folder)).get("model-index") or [{"name": None, "results": []}]
+    return index["name"], {m["type"]: m["value"] for r in index["results"] for m in r["metrics"]}
+
+
+def test_a_figure_of_other_weights_goes_where_the_folder_was_renamed(make_model, tmp_path):
+    results = CardFacts(results=[FID])
+    write_card(make_model(), results)
+    folder = (tmp_path / "model").rename(tmp_path / "renamed")
+    write_card(folder, results)
+    assert published(folder) == ("renamed", {"fid": 3.17})
+    make_model("renamed", bias=1.0)
+    assert "model-index" not in metadata(card_of(folder))
+    assert "3.17" not in card_of(folder)
+
+
+def test_a_figure_of_other_weights_goes_where_a_person_has_added_one(make_model):
+    folder = make_model()
+    write_card(folder, CardFacts(results=[FID]))
+    add_result(folder, "kid", 0.5)
+    make_model(bias=1.0)
+    assert published(folder) == ("model", {"kid": 0.5})
+    write_card(folder, CardFacts(results=[replace(FID, metric_value=2.9)]))
+    assert published(folder) == ("model", {"kid": 0.5, "fid": 2.9})
+
+
+def test_a_name_and_a_removal_of_a_persons_stay_and_do_not_keep_other_figures(make_model):
+    folder = make_model()
+    inception = EvalResult("unconditional-image-generation", "cifar10", "CIFAR-10", "inception_score", 9.46)
+    write_card(folder, CardFacts(results=[FID, inception]))
+    edit(folder, ("- name: model", "- name: Mine"), ("    - type: fid\n      value: 3.17\n      name: FID (50k)\n", ""))
+    write_card(folder)
+    assert published(folder) == ("Mine", {"inception_score": 9.46})
+    make_model(bias=1.0)
+    assert published(folder) == (None, {})
 
 
 @pytest.mark.parametrize("own", [b"---\na: [1\n---\n# Mine", b"---\n- a\n---\n# Mine", b"# M\xefne"])
@@ -292,6 +391,17 @@ def test_a_card_that_can_not_be_read_is_not_touched(make_model, own):
     with pytest.warns(UserWarning, match="the model is saved, but not its card"):
         DDPMPipelineCustom.from_pretrained(folder).save_pretrained(folder)
     assert (folder / "README.md").read_bytes() == own
+
+
+@pytest.mark.parametrize("own", ["5", "{name: x}", "[x]", "[{name: x, results: [1]}]"])
+def test_results_that_can_not_be_read_are_named(make_model, own):
+    folder = make_model()
+    (folder / "README.md").write_text(f"---\nmodel-index: {own}\n---\n# Mine", "utf-8")
+    with pytest.raises(ValueError, match="`model-index` of README.md is no list of results: mend it"):
+        write_card(folder, FACTS)
+    assert own in card_of(folder)
+    write_card(folder)  # nothing to add
+    assert metadata(card_of(folder))["model-index"] == yaml.safe_load(own)
 
 
 def test_the_wheel_ships_the_template(tmp_path):

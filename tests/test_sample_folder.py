@@ -189,6 +189,46 @@ def test_images_of_other_weights_or_of_unknown_origin_are_not_mixed(make_pipe, t
         fill(pipe, tmp_path, 2)
 
 
+def damage(file, how):
+    content = bytearray(file.read_bytes())
+    if how == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "another array":
+        np.savez(file, features=np.zeros(3))
+    elif how == "other numbers":
+        np.savez(file, np.zeros((4, 8, 8, 1), np.float32))
+    elif how == "other shape":
+        np.savez(file, np.zeros(4, np.uint8))
+    elif how == "pickle":
+        np.savez(file, np.array([{}], dtype=object))
+
+
+@pytest.mark.parametrize("format", ["png", "npz"])
+@pytest.mark.parametrize("how", ["truncated", "empty", "another array", "other numbers", "other shape", "pickle"])
+def test_a_file_that_is_damaged_or_of_others_is_named_and_stays(how, format, make_pipe, tmp_path):
+    pipe = make_pipe()
+    fill(pipe, tmp_path, 4, format="npz")
+    damage(tmp_path / "samples.npz", how)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"samples\.npz' is damaged, or was not written .*another --output_dir"):
+        fill(pipe, tmp_path, 8, format=format)
+    assert contents(tmp_path) == before
+
+
+def test_pixels_that_have_changed_on_the_disk_are_not_taken_over(make_pipe, tmp_path):
+    """The file opens, so that only a checksum can tell."""
+    pipe = make_pipe()
+    fill(pipe, tmp_path, 4, format="npz")
+    content = bytearray((tmp_path / "samples.npz").read_bytes())
+    content[200] ^= 1  # behind the header of `arr_0`
+    (tmp_path / "samples.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"samples\.npz' is damaged.*CRC"):
+        fill(pipe, tmp_path, 8, format="npz")
+    assert (tmp_path / "samples.npz").read_bytes() == content
+
+
 def test_a_disk_without_room_and_a_folder_that_is_none_are_refused_before_anything(make_pipe, tmp_path):
     pipe = make_pipe()
     calls = count_calls(pipe.unet)

@@ -1,6 +1,7 @@
 """Pushing, with the real client against a Hub on this machine that breaks in every way that the real one does."""
 
 import contextlib
+import json
 import logging
 import re
 import shutil
@@ -17,9 +18,12 @@ from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
 from ddpm_hf.background_push import BackgroundPusher
 from ddpm_hf.card import CardFacts, write_card
 from ddpm_hf.hub import HubTarget, PushError, check_push_access
+from ddpm_hf.pipeline import EVALUATION_FILES
 from ddpm_hf.sharing import push_folder, resume_command, try_push
+from ddpm_hf.stored_weights import weights_digest
 
 TOKEN = "hf_ThisIsTheSecretOfTheTests"
+BPD = EvalResult("unconditional-image-generation", "digits", "digits", "bpd", 2.5)
 NO_WAIT = (0.0, 0.0, 0.0)
 MODEL_FILES = {
     "README.md", "model_index.json", "pipeline.py", "scheduling_ddpm_custom.py", "ddpm_process.py", "ddpm_few_steps.py",
@@ -114,6 +118,38 @@ def test_weights_of_another_model_do_not_stay(hub, make_model):
     hub.add_repo("me/model", {**there, "their-notes.md": b"stays"})
     push(make_model())
     assert set(hub.repos["me/model"].files()) == MODEL_FILES | {".gitattributes", "their-notes.md"}
+
+
+def evaluated(folder):
+    figures = [{"metric": m, "settings": {"chain": {"weights": weights_digest(folder)}}} for m in ("bpd", "nearest")]
+    (folder / "metrics.json").write_text(json.dumps({"figures": figures}))
+    for name in EVALUATION_FILES[1:]:
+        (folder / name).write_bytes(b"of an evaluation")
+    return folder
+
+
+OF_EVALUATION = set(EVALUATION_FILES) - {"nearest_features.png"}  # which no figure was measured with
+
+
+def test_an_evaluation_goes_up_with_its_weights_alone(hub, make_model):
+    folder, repo = evaluated(make_model()), lambda: hub.repos["me/model"]
+    push(folder, facts=CardFacts(results=[BPD]))
+    assert set(repo().files()) == MODEL_FILES | OF_EVALUATION | {".gitattributes"}
+    shown = set(re.findall(r"\((\w+\.png)\)", repo().files()["README.md"].decode()))
+    assert shown == {name for name in OF_EVALUATION if name.endswith(".png")}
+    push(make_model("the same"))
+    assert set(repo().files()) >= OF_EVALUATION
+    make_model(bias=1.0)  # trained on, in the same folder
+    push(folder)
+    assert set(repo().files()) == MODEL_FILES | {".gitattributes"}
+    assert b".png" not in repo().files()["README.md"]
+    assert (folder / "nearest.png").exists()
+
+
+def test_figures_in_a_repository_without_a_card_of_ours_stay(hub, make_model):
+    hub.add_repo("me/model", {"metrics.json": b"{}", "README.md": b"# Mine"})
+    push(make_model())
+    assert hub.repos["me/model"].files()["metrics.json"] == b"{}"
 
 
 def test_targets(hub, make_model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from .calibration import recommended_steps, steps_table
 from .card_merge import merge_cards, parse_card, stamp
 from .ddpm_process import LEARNED_VARIANCE_TYPES
-from .pipeline import EVALUATION_FILES
 from .run_folder import replace_text
 from .scheduling_ddpm_custom import DDPMSchedulerCustom
+from .stored_weights import evaluation_files, weights_digest
 
-PICTURES = ("samples.png", "real.png", "loss.png", *(name for name in EVALUATION_FILES if name.endswith(".png")))
+PICTURES = ("samples.png", "real.png", "loss.png")
 EXAMPLE_STEPS = 100
 
 # Options that say where files lie, who pushes or what is shown, but nothing about the model.
@@ -76,7 +75,8 @@ def write_card(folder: Path, facts: CardFacts | Mapping[str, Any] | None = None)
         The card's path.
 
     Raises:
-        ValueError: where the card that is there is no UTF-8, or its metadata no YAML mapping. It is not touched.
+        ValueError: where the card that is there is no UTF-8, or its metadata no YAML mapping or their `model-index`
+            no list. It is not touched.
     """
     file = folder / "README.md"
     try:
@@ -118,15 +118,6 @@ def _place(result: EvalResult) -> tuple[object, ...]:
     return result.unique_identifier, result.metric_type, result.metric_name
 
 
-def weights_digest(folder: Path) -> str:
-    """A hash that tells one set of weights from another."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("unet/*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
 def render_card(folder: Path, facts: CardFacts) -> str:
     """The text of a new card for the pipeline in `folder`."""
     model = describe_model(folder)
@@ -148,7 +139,7 @@ def render_card(folder: Path, facts: CardFacts) -> str:
         model=model,
         title=facts.repo_id.split("/")[-1] if facts.repo_id else "DDPM",
         source=facts.repo_id or ".",
-        pictures=[name for name in PICTURES if (folder / name).is_file()],
+        pictures=[*(name for name in PICTURES if (folder / name).is_file()), *evaluation_files(folder)],
         example_steps=min(EXAMPLE_STEPS, model["T"]),
         labels=", class_labels=0" if model["classes"] else "",
         few_steps=min(25, model["T"]),

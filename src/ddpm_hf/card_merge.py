@@ -18,6 +18,7 @@ from huggingface_hub.utils import yaml_dump
 
 SECTION = re.compile(r"<!-- ddpm-hf:(?P<name>\w+) -->\s*(?P<text>.*?)\s*<!-- /ddpm-hf:(?P=name) -->", re.DOTALL)
 RECORD = re.compile(r"\n*<!-- ddpm-hf generated the sections above: (\{.*\}) -->\n*")
+RESULTS = "model-index"
 AUTOMATIC = "This model card has been automatically generated"  # of diffusers' push_to_hub: nobody wrote that card
 
 
@@ -117,20 +118,23 @@ def merge_metadata(generated: dict[str, Any], existing: dict[str, Any], new: dic
     merged = {k: v for k, v in existing.items() if k in new or v != generated.get(k)}
     for key, value in new.items():
         before, now = generated.get(key), existing.get(key)
-        if key == "model-index":
-            merged[key] = _merge_results(before or [], now or [], value)
-        elif isinstance(value, list):
+        if isinstance(value, list):
             before, now = _as_list(before), _as_list(now)
             removed = [v for v in before if v not in now]
             added = [v for v in now if v not in before]
             merged[key] = [v for v in value if v not in removed and v not in added] + added
         elif now == before or (key not in existing and key not in generated):
             merged[key] = value
+    if RESULTS in generated or RESULTS in new:
+        merged[RESULTS] = _merge_results(*(data.get(RESULTS) or [] for data in (generated, existing, new)))
     return {key: value for key, value in merged.items() if value not in (None, [])}
 
 
 def _merge_results(generated: list[dict], existing: list[dict], new: list[dict]) -> list[dict]:
-    """The results of a `model-index`: a new figure replaces the same metric on the same data if nobody changed it."""
+    """The results of a `model-index`: those that were generated give way to the new ones, a person's stay.
+
+    Each result, and the model's name, is compared by itself, so that an edit of one does not preserve the others.
+    """
 
     def by_metric(index: list[dict]) -> dict[str, dict]:
         return {
@@ -143,16 +147,25 @@ def _merge_results(generated: list[dict], existing: list[dict], new: list[dict])
             for metric in result.get("metrics") or []
         }
 
-    before, now, fresh = by_metric(generated), by_metric(existing), by_metric(new)
-    unchanged = {k: v for k, v in fresh.items() if k not in now or now[k] == before.get(k)}
+    try:
+        before, now, fresh = by_metric(generated), by_metric(existing), by_metric(new)
+    except (AttributeError, TypeError) as error:
+        raise ValueError("the `model-index` of README.md is no list of results: mend it, or remove it.") from error
+    own = {k for k in before | now if now.get(k) != before.get(k)}  # changed, added or removed by a person
+    kept = {k: v for k, v in now.items() if k in fresh or k in own}  # which also keeps the order
     together: dict[str, dict] = {}
-    for result in {**now, **unchanged}.values():
+    for result in {**kept, **{k: v for k, v in fresh.items() if k not in own}}.values():
         key = json.dumps([result.get("task"), result.get("dataset")])
         if key in together:
             together[key]["metrics"] += result["metrics"]
         else:
             together[key] = {**result, "metrics": list(result["metrics"])}
-    return [{**(existing or new)[0], "results": list(together.values())}]
+    if not together:
+        return []
+    model = {**(existing or new)[0], "results": list(together.values())}
+    if new and model.get("name") == (generated or [{}])[0].get("name"):
+        model["name"] = new[0]["name"]
+    return [model]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -142,7 +143,20 @@ def image_files(folder: Path, format: Literal["png", "npz"]) -> PngFiles | NpzFi
 
 @contextmanager
 def _open_pixels(file: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
-    """The bytes of `arr_0`, and its shape."""
-    with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as stream:
-        np.lib.format.read_magic(stream)
-        yield stream, np.lib.format.read_array_header_1_0(stream)[0]
+    """The bytes of `arr_0`, and its shape.
+
+    Raises:
+        ValueError: for a file that holds no such images, or whose bytes are not those that were written.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as stream:
+            np.lib.format.read_magic(stream)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            if dtype != np.uint8 or len(shape) != 4:
+                raise ValueError(f"arr_0 is {dtype} of shape {shape}, not uint8 of shape (N, H, W, C)")
+            yield stream, shape
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{str(file)!r} is damaged, or was not written by `ddpm-hf sample` ({error}): move it away, or choose "
+            "another --output_dir."
+        ) from error

@@ -18,13 +18,14 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-from .card import CardFacts, combine_facts, known_facts, weights_digest, write_card
+from .card import CardFacts, combine_facts, known_facts, write_card
 from .card_merge import merge_cards, parse_card
 from .hub import WAITS, HubTarget, PushError, Say, check_push_access, explain, readable_errors, retry
 from .loading import load_pipeline, stored_dtype
-from .pipeline import SHARED_FILES
+from .pipeline import EVALUATION_FILES, SHARED_FILES
+from .stored_weights import evaluation_files, weights_digest
 
-EXTRAS = ("README.md", "samples.png", "real.png", "samples_and_real.png", "loss.png", "metrics.json")
+EXTRAS = ("README.md", "samples.png", "real.png", "samples_and_real.png", "loss.png", *EVALUATION_FILES)
 STAGE = ".ddpm-hf-push-"
 
 
@@ -81,6 +82,8 @@ def resume_command(folder: Path, target: HubTarget) -> str:
 def export_model(folder: Path, destination: Path) -> None:
     """Write the model of `folder` as a new pipeline, with its card and pictures, in the precision of its weights.
 
+    Files of an evaluation come along where it was one of these weights.
+
     Raises:
         ValueError: where there is no model, or a damaged one.
     """
@@ -91,6 +94,8 @@ def export_model(folder: Path, destination: Path) -> None:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, destination / name)
     pipeline.save_pretrained(destination)
+    for name in set(EVALUATION_FILES).difference(evaluation_files(destination)):
+        (destination / name).unlink(missing_ok=True)
 
 
 def push_export(
@@ -130,11 +135,12 @@ def _commit(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, messag
         revision = f"refs/pr/{pull}" if pull else None
     head = api.model_info(repo_id, revision=revision)
     remote = {sibling.rfilename for sibling in head.siblings or []}
-    _update_card(api, stage, target, facts, head.sha if "README.md" in remote else None)
+    other_weights = _update_card(api, stage, target, facts, head.sha if "README.md" in remote else None)
 
     files = sorted(p for p in stage.rglob("*") if p.is_file() and is_shared(p.relative_to(stage).as_posix()))
     names = {p.relative_to(stage).as_posix(): p for p in files}
-    stale = {n for n in remote - set(names) if fnmatch(n, "unet/diffusion_pytorch_model*")}  # of another model
+    replaced = ("unet/diffusion_pytorch_model*", *(EVALUATION_FILES if other_weights else ()))
+    stale = {n for n in remote - set(names) if any(fnmatch(n, pattern) for pattern in replaced)}  # of another model
     commit = api.create_commit(
         repo_id,
         [CommitOperationAdd(name, str(file)) for name, file in names.items()]
@@ -149,17 +155,22 @@ def _commit(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, messag
     return commit.pr_url or str(commit.commit_url)
 
 
-def _update_card(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, head: str | None) -> None:
-    """The card of the export, with what is known on the Hub of the same weights and what was edited there."""
+def _update_card(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, head: str | None) -> bool:
+    """The card of the export, with what is known on the Hub of the same weights and what was edited there.
+
+    Returns:
+        Whether the card on the Hub was of other weights.
+    """
     if head is None:
         write_card(stage, facts)
-        return
+        return False
     with tempfile.TemporaryDirectory() as folder:
         file = api.hf_hub_download(target.repo_id, "README.md", revision=head, local_dir=folder)
         content = Path(file).read_bytes()
     try:
         remote = content.decode("utf-8-sig")
-        edited = parse_card(remote).is_edited()
+        card = parse_card(remote)
+        edited = card.is_edited()
     except ValueError as error:
         raise ValueError(f"the card of {target.repo_id!r} on the Hub can't be read: {error}") from error
     local = stage / "README.md"
@@ -168,6 +179,7 @@ def _update_card(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, h
     write_card(stage, combine_facts(combine_facts(known_facts(remote, weights), here), facts))
     if edited:
         local.write_text(merge_cards(remote, local.read_text("utf-8")), "utf-8")
+    return card.record.get("weights", weights) != weights
 
 
 def _open_pull(api: HfApi, repo_id: str, title: str) -> int | None:
