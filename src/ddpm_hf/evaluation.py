@@ -128,7 +128,7 @@ def prepare(
     """
     check_plotting()
     figures = MetricsFile(place / "metrics.json", hash_weights(pipeline.unet))
-    pipeline.to(getattr(torch, config.dtype))
+    torch.nn.Module.to(pipeline.unet, getattr(torch, config.dtype))  # diffusers' own warns, of no module at all
     channels = pipeline.unet.config.in_channels
     metrics = config.chosen_metrics or default_metrics(config.feature_extractor, channels)
     extracted = [name for name in metrics if name not in EXTRACTOR_FREE]
@@ -168,7 +168,7 @@ def _check_likelihood(pipeline: DDPMPipelineCustom, config: EvaluateConfig) -> N
     if not isinstance(pipeline.scheduler, DDPMSchedulerCustom):
         raise ValueError(
             f"the model's scheduler is a {type(pipeline.scheduler).__name__}, but bits/dim are those of a "
-            "DDPMScheduler: leave bpd out, as in --metrics nearest, or name a DDPMScheduler in the model's model_index.json."
+            "DDPMScheduler: leave bpd out, as in --metrics nearest, or name a DDPMScheduler in its model_index.json."
         )
     K, calls = config.likelihood_steps or len(pipeline.scheduler), config.calls_per_image
     if calls is not None and calls >= K:
