@@ -73,7 +73,7 @@ ARROWS = {
     "card": {"calibration", "card_merge", "ddpm_process", "run_folder", "scheduling_ddpm_custom", "stored_weights"},
     "evaluation": {
         "card", "checkpoint", "command_config", "evaluation_phases", "extractors", "metrics", "metrics_file",
-        "pictures", "pipeline", "real_images", "run_folder", "sampling",
+        "pictures", "pipeline", "real_images", "run_folder", "sampling", "scheduling_ddpm_custom",
     },
     "evaluation_phases": {
         "command_config", "evaluation_plots", "extractors", "likelihood_figures", "metrics", "metrics_file", "nearest",

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
 from card_rules import card_errors
+from diffusers import DDIMScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
@@ -55,6 +57,14 @@ def model(make_unet, tmp_path):
 
 def save_model(unet, folder):
     DDPMPipelineCustom(unet, DDPMSchedulerCustom(20, beta_schedule="squaredcos_cap_v2")).save_pretrained(folder)
+    return folder
+
+
+def save_noise(folder, count, seed):
+    """A folder of 8×8 images that have nothing in common."""
+    folder.mkdir()
+    for i, pixels in enumerate(np.random.default_rng(seed).integers(0, 256, (count, 8, 8), np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
     return folder
 
 
@@ -130,11 +140,8 @@ def test_sample_figures_are_those_of_the_files(model, extractor):
 
 def test_a_model_that_hands_out_its_training_images_is_found_out(make_unet, tmp_path):
     """Training on a handful of images, then measured against them and against unseen ones of the same kind."""
-    rng = np.random.default_rng(0)
-    for kind, count in (("train", 40), ("unseen", 40)):
-        (tmp_path / kind).mkdir()
-        for i in range(count):
-            Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(tmp_path / kind / f"{i}.png")
+    for kind, seed in (("train", 0), ("unseen", 1)):
+        save_noise(tmp_path / kind, 40, seed)
     model = save_model(make_unet(channels=1), tmp_path / "model")
     command = ["evaluate", str(model), "--train_data_dir", str(tmp_path / "train"), "--test_data_dir",
                str(tmp_path / "unseen"), "--metrics", "nearest", "--num_images", "16", "--steps", "2"]  # fmt: skip
@@ -192,11 +199,43 @@ def test_what_is_finished_is_not_measured_again(model, extractor):
     assert not list(model.glob("evaluation/likelihood-*"))
     main([*command, "--metrics", "bpd", "--likelihood_steps", "5"])
     assert [f["metric"] for f in figures(model)] == [*FIGURES, "bpd"]
-    main([*command, "--metrics", "bpd", "--num_likelihood_images", "10"])  # takes the place of the first one
-    assert [f["num_images"] for f in figures(model) if f["metric"] == "bpd"] == [20, 10]
     main([*command, "--metrics", "nearest", "--num_images", "10"])
     main([*command, "--metrics", "nearest", "--num_images", "5"])  # of the ten that are there
-    assert {f["num_images"] for f in figures(model) if f["metric"] == "nearest"} == {5}
+    assert [f["num_images"] for f in figures(model) if f["metric"] == "nearest"] == [24, 24, 10, 10, 5, 5]
+
+
+def test_a_quick_look_leaves_a_published_figure_alone(model):
+    """Whatever makes figures incomparable lets them stand side by side, in the card as well; chance does not."""
+    command = ["evaluate", str(model), *QUICK, "--metrics", "bpd,nearest"]
+    main(command)
+    (published, *_) = figures(model)
+    others = (
+        ["--num_likelihood_images", "10"], ["--calls_per_image", "4"], ["--likelihood_steps", "5"],
+        ["--dtype", "bfloat16"], ["--variance_type", "fixed_large"],
+        ["--spacing", "trailing", "--likelihood_steps", "5"],
+    )  # fmt: skip
+    for options in others:
+        main([*command, *options, "--metrics", "bpd"])
+    for options in (["--num_images", "9"], ["--eta", "0"], ["--solver_order", "2"], ["--spacing", "trailing"]):
+        main([*command, *options, "--metrics", "nearest"])
+    found = figures(model)
+    assert [f["metric"] for f in found] == ["bpd", "nearest", *["bpd"] * 6, *["nearest"] * 4]
+    assert found[0] == published
+    assert "bfloat16" in {f["settings"]["chain"]["dtype"] for f in found}
+    text = (model / "README.md").read_text("utf-8")
+    results = ModelCard(text).data.eval_results
+    assert len({r.metric_name for r in results}) == len(results) == len(found)
+    main([*command, "--metrics", "bpd", "--seed", "1"])
+    assert len(figures(model)) == len(found)
+    assert published not in figures(model)
+
+
+def test_figures_of_unseen_images_do_not_replace_those_of_training_images(model, tmp_path):
+    folder = save_noise(tmp_path / "unseen", 12, seed=0)
+    command = ["evaluate", str(model), *QUICK, "--metrics", "bpd,nearest"]
+    main(command)
+    main([*command, "--test_data_dir", str(folder), "--cache_dir", str(tmp_path / "cache")])
+    assert [f["metric"] for f in figures(model)] == ["bpd", "nearest"] * 2
 
 
 def test_figures_of_other_weights_are_forgotten(model, make_unet):
@@ -224,11 +263,17 @@ def test_the_card_has_the_figures_as_the_hub_wants_them(model, extractor):
     text = (model / "README.md").read_text("utf-8")
     assert card_errors(text) == []
     results = ModelCard(text).data.eval_results
-    assert sorted(r.metric_type for r in results) == sorted(["fid", *FIGURES])
-    bpd, stored = (next(r for r in results if r.metric_type == "bpd"), figures(model)[-1])
+    assert sorted(r.metric_type for r in results) == sorted(["fid", "bpd", *FIGURES])
+    bpd, stored = (next(r for r in results if "N = 10" in (r.metric_name or "")), figures(model)[-1])
     assert bpd.metric_value == pytest.approx(stored["value"], rel=1e-3)
     assert bpd.metric_args["images"] == 10
     assert bpd.metric_args["ema"] is True
+    assert bpd.metric_args["dtype"] == "float32"
+    assert bpd.metric_args["torch"] == version("torch")
+    fd = next(r for r in results if r.metric_type == "fd")
+    assert (
+        fd.metric_args["extractor"] == next(f for f in figures(model) if f["metric"] == "fd")["settings"]["extractor"]
+    )
     assert "N = 24 raises it" in next(r for r in results if r.metric_type == "fd").metric_args["notes"]
     assert (bpd.dataset_name, bpd.dataset_split) == ("scikit-learn digits", "train")
     for words in (
@@ -240,7 +285,6 @@ def test_the_card_has_the_figures_as_the_hub_wants_them(model, extractor):
         "(bits_per_dim",
     ):
         assert words in text
-    assert text.count("| bits/dim, K = 20 |") == 1
     assert str(model) not in text
 
 
@@ -251,6 +295,26 @@ def test_the_card_is_left_alone_where_that_is_asked_for(model, tmp_path):
     assert (model / "README.md").read_bytes() == before
     assert figures(tmp_path / "out")[0]["value"] == figures(model)[0]["value"]
     assert not (tmp_path / "out" / "README.md").exists()
+
+
+def test_whether_weights_are_an_average_is_asked_of_the_models_own_card(model, tmp_path):
+    write_card(model, CardFacts(options={"use_ema": True}))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_bytes(b"\xff notes of somebody")
+    command = ["evaluate", str(model), *QUICK, "--metrics", "bpd", "--output_dir", str(out)]
+    main(command)
+    before = figures(out)
+    assert before[0]["ema"] is True
+    (model / "README.md").unlink()
+    shutil.rmtree(out / "evaluation")
+    main(command)  # nobody knows it now, which changes no figure
+    assert figures(out) == before
+    assert not list(out.glob("evaluation/likelihood-*"))
+    (model / "README.md").write_bytes(b"\xff")
+    with pytest.raises(SystemExit, match=r"model/README\.md.*UTF-8"):
+        main(["evaluate", str(model), *QUICK, "--metrics", "bpd", "--seed", "1"])
+    assert not (model / "metrics.json").exists()
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------
@@ -271,6 +335,11 @@ def test_the_card_is_left_alone_where_that_is_asked_for(model, tmp_path):
         (["--dataset", "digits", "--steps", "21"], "num_inference_steps.*21"),
         (["--dataset", "digits", "--likelihood_steps", "21", "--metrics", "bpd"], "num_inference_steps.*21"),
         (["--dataset", "digits", "--metrics", "bpd", "--variance_type", "optimal"], "ddpm-hf calibrate"),
+        (["--dataset", "digits", "--metrics", "bpd", "--calls_per_image", "20"], "calls_per_image.*20 steps.*leave"),
+        (["--dataset", "digits", "--test_data_dir", "{digits}"], "test_data_dir.*all of them are training images"),
+        (["--train_data_dir", "{digits}", "--test_data_dir", "{digits}"], "test_data_dir.*training images.*leave"),
+        (["--dataset", "{digits}", "--test_split", "train"], "test_split.*training images.*leave"),
+        (["--dataset", "{digits}", "--test_split", "train[:20]"], "test_split.*20 images.*training images.*leave"),
         (["--dataset", "digits", "--class_label", "1"], "unconditional"),
         (
             ["--dataset", "digits", "--metrics", "fd", "--num_images", "3", "--feature_extractor", "{extractor}"],
@@ -284,7 +353,10 @@ def test_bad_options_end_in_one_line_before_anything_is_made(options, message, m
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     shutil.copytree(model, tmp_path / "other")
-    places = {"extractor": extractor, **{name: tmp_path / name for name in ("empty", "file", "other")}}
+    (tmp_path / "digits").mkdir()
+    for i, pixels in enumerate(digits(DDPMPipelineCustom.from_pretrained(model).unet)[:40, 0].numpy()):
+        Image.fromarray(pixels).save(tmp_path / "digits" / f"{i:02d}.png")
+    places = {"extractor": extractor, **{name: tmp_path / name for name in ("empty", "file", "other", "digits")}}
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         main(["evaluate", str(model), *(option.format(**places) for option in options)])
     assert not (model / "evaluation").exists()
@@ -305,6 +377,37 @@ def test_models_and_data_that_do_not_fit_are_refused(make_unet, tmp_path):
         main(["evaluate", str(deep), *QUICK])
     with pytest.raises(SystemExit, match="--output_dir"):
         main(["evaluate", "google/ddpm-cifar10-32", *QUICK])
+
+
+def test_images_of_both_sets_are_counted(model, tmp_path):
+    train, unseen = save_noise(tmp_path / "train", 12, 0), save_noise(tmp_path / "unseen", 12, 1)
+    for i in range(3):
+        shutil.copy(train / f"{i}.png", unseen / f"{i + 20}.png")
+    main(["evaluate", str(model), "--train_data_dir", str(train), "--test_data_dir", str(unseen), *QUICK[2:],
+          "--metrics", "bpd,nearest", "--cache_dir", str(tmp_path / "cache")])  # fmt: skip
+    bpd, nearest = figures(model)
+    for figure in (bpd, nearest):
+        assert any("3 of the 15 images of unseen (test) are training images" in said for said in figure["warnings"])
+    assert any("20% of the held-out images are copies" in said for said in nearest["warnings"])
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_transparent_images_have_no_features_but_neighbours(channels, make_unet, extractor, tmp_path):
+    model = save_model(make_unet(channels=channels), tmp_path / "model")
+    nowhere = ["--train_data_dir", "/nowhere", "--feature_extractor", str(extractor)]
+    with pytest.raises(SystemExit, match=f"{channels} channels.*--metrics bpd,nearest"):
+        main(["evaluate", str(model), *nowhere, "--metrics", "nearest"])
+    main(["evaluate", str(model), *QUICK, "--likelihood_steps", "2"])
+    assert [f["metric"] for f in figures(model)] == ["bpd", "nearest"]
+
+
+def test_a_scheduler_without_a_likelihood_is_refused_where_that_is_asked_for(make_unet, tmp_path):
+    model = tmp_path / "model"
+    DDPMPipelineCustom(make_unet(channels=1), DDIMScheduler(20)).save_pretrained(model)
+    with pytest.raises(SystemExit, match="DDIMScheduler.*--metrics nearest"):
+        main(["evaluate", str(model), *QUICK])
+    main(["evaluate", str(model), *QUICK, "--metrics", "nearest"])
+    assert [f["metric"] for f in figures(model)] == ["nearest"]
 
 
 def test_a_file_of_somebody_else_is_not_overwritten(model):

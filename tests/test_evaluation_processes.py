@@ -1,6 +1,7 @@
 """Evaluations by several processes, and such that are killed, end with the figures of one that was neither."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,3 +79,19 @@ def test_two_processes_find_what_one_does(evaluation, tmp_path):
             assert figure["settings"] == expected["settings"]
         else:
             assert figure == expected
+
+
+@pytest.mark.slow
+def test_processes_agree_on_what_is_missing(evaluation, tmp_path):
+    """The other process sees no metrics.json, and would wait for the main one in every phase."""
+    options, one = evaluation
+    for rank in (0, 1):
+        shutil.copytree(one, tmp_path / str(rank))
+    (tmp_path / "1" / "metrics.json").unlink()
+    (tmp_path / "evaluate.py").write_text(
+        "import os, sys; from ddpm_hf.cli import main\n"
+        "main(['evaluate', *sys.argv[1:-1], '--output_dir', os.path.join(sys.argv[-1], os.environ['RANK'])])\n"
+    )
+    result = run([*TORCHRUN, str(tmp_path / "evaluate.py"), *options, str(tmp_path)], env=ENVIRONMENT, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert figures(tmp_path / "0") == figures(one)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ddpm_hf import nearest
+from ddpm_hf.evaluation_plots import save_neighbours
 from ddpm_hf.nearest import nearest_neighbours, nearness
 
 QUIET = {"show_progress": False}
@@ -75,6 +76,43 @@ def test_the_standard_error_covers_the_truth():
     found = [nearness(torch.rand(200), torch.rand(300)) for _ in range(400)]
     within = [abs(f.share - 0.05) < 2 * f.standard_error for f in found]
     assert 0.92 < sum(within) / 400 < 0.99
+
+
+def test_copies_are_found_where_the_data_has_copies_itself():
+    """A tenth of the held-out images are in the training set: nothing is nearer than that, but as near."""
+    held_out = torch.cat([torch.zeros(30), torch.rand(270) + 1])
+    copier = nearness(torch.zeros(50), held_out)
+    assert (copier.share, copier.threshold, copier.expected) == (1, 0, pytest.approx(0.1))
+    assert nearness(torch.ones(50), held_out).share == 0
+    assert nearness(torch.ones(50), held_out + 1).expected == 0.05
+
+
+def test_copies_are_copies_in_features_too():
+    """Long vectors of float32, and the same from a batch of another size, which rounds otherwise."""
+    features = torch.randn(40, 2048) * 30
+    rounded = features * (1 + 1e-7 * torch.randn(40, 2048))
+    found = nearest_neighbours(torch.cat([features, rounded, features + 1e-3]), features, 1, **QUIET).distances[:, 0]
+    assert (found[:80] == 0).all()
+    assert found[80:].tolist() == pytest.approx([1e-3 * 2048**0.5] * 40, rel=0.01)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_extremes_of_a_share_are_not_certain(share):
+    """Of 500 samples, none or all are near: a true share of 0.3 % less is likely enough to lie within two errors."""
+    result = nearness(torch.full((500,), 1 - share), torch.rand(100_000))
+    assert result.share == share
+    assert 0.0018 < result.standard_error < 0.004
+
+
+def test_only_the_neighbours_that_are_shown_are_looked_up(tmp_path):
+    samples, train = photographs(100, 0), photographs(50, 1)
+    found, distances = torch.full((100, 3), 10**6), torch.rand(100) + 1
+    found[:16], found[-16:], distances[-16:] = 1, 2, 0.5
+    save_neighbours(samples, train, found, distances, tmp_path / "a.png")
+    save_neighbours(samples, train, found.clamp(max=7), distances, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    save_neighbours(samples, train, found.clamp(max=1), distances, tmp_path / "c.png")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
 
 
 def test_bad_input_is_refused():

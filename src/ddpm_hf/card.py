@@ -79,13 +79,18 @@ def write_card(folder: Path, facts: CardFacts | Mapping[str, Any] | None = None)
             no list. It is not touched.
     """
     file = folder / "README.md"
-    try:
-        existing = file.read_text("utf-8-sig") if file.is_file() else None
-    except UnicodeDecodeError as error:
-        raise ValueError("README.md is no text in UTF-8: mend it, or remove the file.") from error
-    text = update_card(existing, folder, facts if isinstance(facts, CardFacts) else CardFacts(**(facts or {})))
-    replace_text(file, text)
+    facts = facts if isinstance(facts, CardFacts) else CardFacts(**(facts or {}))
+    replace_text(file, update_card(read_card(folder), folder, facts))
     return file
+
+
+def read_card(folder: Path) -> str | None:
+    """The text of the README.md of a folder, if it has one. Raises a ValueError where it is no UTF-8."""
+    file = folder / "README.md"
+    try:
+        return file.read_text("utf-8-sig") if file.is_file() else None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(file)!r} is no text in UTF-8: mend it, or remove the file.") from error
 
 
 def update_card(existing: str | None, folder: Path, facts: CardFacts) -> str:

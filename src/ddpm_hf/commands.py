@@ -33,7 +33,7 @@ def sample(model: str, config: SampleConfig) -> Path:
     output_dir = Path(config.output_dir)
     check_writable(output_dir)
     state = _processes()
-    pipeline, call_options = _pipeline_for_samples(model, config), _call_options(config)
+    pipeline, call_options = _pipeline_for_samples(model, config, config.dtype), _call_options(config)
     trajectory(pipeline, config.class_label, **call_options)  # mistakes are told before anything is compiled
     batch_size = config.batch_size or fitting_batch_size(pipeline.unet)
     if config.fast:
@@ -62,11 +62,12 @@ def sample(model: str, config: SampleConfig) -> Path:
 def evaluate(model: str, config: EvaluateConfig) -> Path:
     """Measure a model, and write `metrics.json`, pictures and its card; returns the path of `metrics.json`."""
     from .evaluation import evaluate as measure
-    from .evaluation import evaluation_place
+    from .evaluation import evaluation_place, is_average
 
-    place = evaluation_place(model, config.output_dir)
+    place, ema = evaluation_place(model, config.output_dir), is_average(Path(model))
     state = _processes()
-    file = measure(_pipeline_for_samples(model, config), place, config, _call_options(config))
+    pipeline = _pipeline_for_samples(model, config, "float32")  # figures are of the weights that are stored
+    file = measure(pipeline, place, config, _call_options(config), ema)
     if state.is_main_process:
         print(f"The figures are in {file}, pictures beside it.")
     return file
@@ -142,14 +143,14 @@ def _processes() -> PartialState:
     return PartialState(cpu=cpu, timeout=timedelta(days=7))  # whoever is done first waits for the others
 
 
-def _pipeline_for_samples(model: str, config: SampleConfig | EvaluateConfig) -> DDPMPipelineCustom:
+def _pipeline_for_samples(model: str, config: SampleConfig | EvaluateConfig, dtype: str) -> DDPMPipelineCustom:
     """The model on its device, with the spacing and the variance that the options name."""
     import torch  # takes seconds: --help and mistakes answer at once
 
     from .loading import load_pipeline
 
     device = _device(config.device) if config.device else _processes().device
-    pipeline = load_pipeline(model, config.revision, getattr(torch, config.dtype)).to(device)
+    pipeline = load_pipeline(model, config.revision, getattr(torch, dtype)).to(device)
     chosen = {"timestep_spacing": config.timestep_spacing, "variance_type": config.variance_type}
     changes = {name: value for name, value in chosen.items() if value != "model"}
     if changes.get("timestep_spacing") == "optimal":  # no spacing that a configuration may hold

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from .card import CardFacts, known_facts, weights_digest, write_card
+from .card import CardFacts, known_facts, read_card, weights_digest, write_card
 from .checkpoint import MANIFEST
 from .command_config import EvaluateConfig
 from .evaluation_phases import (
@@ -23,7 +23,7 @@ from .evaluation_phases import (
     measure_nearness,
     measure_quality,
 )
-from .extractors import INCEPTION, open_extractor
+from .extractors import CHANNELS, INCEPTION, open_extractor
 from .metrics import INCEPTION_METRICS, OTHER_METRICS, check_metrics
 from .metrics_file import MetricsFile, eval_result, markdown_table
 from .pictures import check_plotting
@@ -31,22 +31,30 @@ from .pipeline import DDPMPipelineCustom
 from .real_images import load_real_images
 from .run_folder import check_writable, lock_output_dir
 from .sampling import hash_weights, trajectory
+from .scheduling_ddpm_custom import DDPMSchedulerCustom
 
 SAMPLE_FREE = {"bpd"}  # metrics that need no samples
 EXTRACTOR_FREE = {"bpd", "nearest"}
 
 
-def evaluate(pipeline: DDPMPipelineCustom, place: Path, config: EvaluateConfig, call_options: dict[str, Any]) -> Path:
+def evaluate(
+    pipeline: DDPMPipelineCustom,
+    place: Path,
+    config: EvaluateConfig,
+    call_options: dict[str, Any],
+    ema: bool | None = None,
+) -> Path:
     """Measure a model, and write `metrics.json` and pictures; where `place` is its folder, its card, too.
 
     What an earlier run with these options has finished is not measured again; one that was killed is gone on with.
     All processes must call it; they share the work.
 
     Args:
-        pipeline: with a `DDPMSchedulerCustom`, on its device.
+        pipeline: on its device, with its weights as they are stored; they are cast to `config.dtype`.
         place: the folder for the results.
         config: what to measure, on what.
         call_options: how samples are made: `num_inference_steps`, `timesteps`, `eta`, `solver_order`, `guidance_scale`.
+        ema: whether the weights are an average, where that is known.
 
     Returns:
         The path of `metrics.json`.
@@ -57,11 +65,12 @@ def evaluate(pipeline: DDPMPipelineCustom, place: Path, config: EvaluateConfig, 
     """
     # 1. Everything that can be wrong
     state = PartialState()
-    job = prepare(pipeline, place, config, call_options)
+    job = prepare(pipeline, place, config, call_options, ema)
 
     # 2. What it will cost
     if state.is_main_process:
-        tqdm.write("\n".join([*(f"Note: {note}." for note in job.train.notes), estimate(job)]))
+        notes = dict.fromkeys(note for data in (job.train, job.unseen) if data for note in data.notes)
+        tqdm.write("\n".join([*(f"Note: {note}." for note in notes), estimate(job)]))
     state.wait_for_everyone()  # all know what is there, before it becomes more
 
     # 3. Measure
@@ -106,7 +115,11 @@ def evaluation_place(model: str, output_dir: str | None) -> Path:
 
 
 def prepare(
-    pipeline: DDPMPipelineCustom, place: Path, config: EvaluateConfig, call_options: dict[str, Any]
+    pipeline: DDPMPipelineCustom,
+    place: Path,
+    config: EvaluateConfig,
+    call_options: dict[str, Any],
+    ema: bool | None = None,
 ) -> Evaluation:
     """Check everything, cheap things first, and load the images.
 
@@ -115,16 +128,26 @@ def prepare(
     """
     check_plotting()
     figures = MetricsFile(place / "metrics.json", hash_weights(pipeline.unet))
-    metrics = config.chosen_metrics or default_metrics(config.feature_extractor)
+    torch.nn.Module.to(pipeline.unet, getattr(torch, config.dtype))  # diffusers' own warns, of no module at all
+    channels = pipeline.unet.config.in_channels
+    metrics = config.chosen_metrics or default_metrics(config.feature_extractor, channels)
     extracted = [name for name in metrics if name not in EXTRACTOR_FREE]
     check_metrics(extracted, config.feature_extractor, config.num_images)
+    needs_extractor = bool(extracted) or config.feature_extractor is not None
+    if needs_extractor and channels not in CHANNELS:
+        raise ValueError(
+            f"the model's images have {channels} channels, but feature extractors know 1 (grayscale) and 3 (RGB): pass "
+            "--metrics bpd,nearest, without --feature_extractor."
+        )
+    if "bpd" in metrics:
+        _check_likelihood(pipeline, config)
     classes = pipeline.unet.config.num_class_embeds
     if classes is not None and config.label_column is None:
         raise ValueError(
             f"the model is conditional on {classes} classes: name the column of the labels, as in --label_column label."
         )
     extractor = None
-    if extracted or config.feature_extractor is not None:
+    if needs_extractor:
         weights = config.inception_weights and Path(config.inception_weights)
         extractor = open_extractor(config.feature_extractor, inception_weights=weights or None, device=pipeline.device)
     train, unseen = load_real_images(pipeline.unet, config, PartialState().is_main_process)
@@ -137,15 +160,29 @@ def prepare(
         labels = list(range(train.num_classes or classes))
     for steps in (call_options["num_inference_steps"], config.likelihood_steps):
         trajectory(pipeline, labels, **call_options | {"num_inference_steps": steps})  # which checks it
-    ema = _is_average(place)
     return Evaluation(pipeline, place, config, metrics, train, unseen, extractor, call_options, labels, figures, ema)
 
 
-def default_metrics(feature_extractor: str | None) -> list[str]:
-    """What can be measured with what is installed and named."""
+def _check_likelihood(pipeline: DDPMPipelineCustom, config: EvaluateConfig) -> None:
+    """Raise a ValueError for a model without a likelihood, and for an estimate by more calls than the chain has."""
+    if not isinstance(pipeline.scheduler, DDPMSchedulerCustom):
+        raise ValueError(
+            f"the model's scheduler is a {type(pipeline.scheduler).__name__}, but bits/dim are those of a "
+            "DDPMScheduler: leave bpd out, as in --metrics nearest, or name a DDPMScheduler in its model_index.json."
+        )
+    K, calls = config.likelihood_steps or len(pipeline.scheduler), config.calls_per_image
+    if calls is not None and calls >= K:
+        raise ValueError(
+            f"`calls_per_image` is {calls}, but an estimate needs fewer calls than the {K} steps of the chain: lower "
+            "it, or leave --calls_per_image out for the exact bound."
+        )
+
+
+def default_metrics(feature_extractor: str | None, channels: int) -> list[str]:
+    """What can be measured on images of so many channels, with what is installed and named."""
     if feature_extractor is not None and feature_extractor != INCEPTION:
         return ["bpd", *OTHER_METRICS, "nearest"]
-    has_inception = importlib.util.find_spec("torch_fidelity") is not None
+    has_inception = channels in CHANNELS and importlib.util.find_spec("torch_fidelity") is not None
     return ["bpd", *(INCEPTION_METRICS if has_inception else ()), "nearest"]
 
 
@@ -183,10 +220,12 @@ def time_network_call(pipeline: DDPMPipelineCustom, batch_size: int) -> float:
     return time.perf_counter() - started
 
 
-def _is_average(place: Path) -> bool | None:
-    """Whether the model's weights are an average (EMA), if its card knows."""
-    card = place / "README.md"
-    if not card.is_file():
-        return None
-    options = known_facts(card.read_text("utf-8"), weights_digest(place)).options
+def is_average(model: Path) -> bool | None:
+    """Whether the weights of a saved pipeline are an average (EMA); None where its own card does not know.
+
+    Raises:
+        ValueError: for a card that can't be read.
+    """
+    card = read_card(model) if (model / "model_index.json").is_file() else None
+    options = None if card is None else known_facts(card, weights_digest(model)).options
     return None if options is None else options.get("use_ema")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -76,13 +77,18 @@ class Evaluation:
         """A trajectory, and the model that follows it: all that figures depend on."""
         said = describe_sampling(self.pipeline, self.config.seed, self.config.batch_size, self.class_labels, **options)
         spacing = options.get("timesteps") or self.pipeline.scheduler.config.timestep_spacing
-        # A name and a hash say as much as a thousand numbers.
-        return said | {"timesteps": spacing, "timesteps_hash": _hash(said["timesteps"]), "ema": self.ema}
+        # A name and a hash say as much as a thousand numbers. The weights are the stored ones, not what a cast made.
+        short = {"timesteps": spacing, "timesteps_hash": _hash(said["timesteps"]), "weights": self.figures.weights}
+        return said | short
+
+    def lacks(self, metric: str, settings: dict[str, Any]) -> bool:
+        """Whether a figure is still to be measured. All processes must ask, and go by what the main one finds."""
+        return broadcast_object_list([self.figures.find(metric, settings) is None])[0]
 
     def keep(self, figure: dict[str, Any]) -> None:
         """Add a figure to those that are there; the main process does."""
         if PartialState().is_main_process:
-            self.figures.add(figure)
+            self.figures.add(figure | {"ema": self.ema})
 
     def folder(self, name: str, settings: dict[str, Any]) -> Path:
         """Where a restart finds what was made with these settings."""
@@ -118,7 +124,7 @@ def measure_likelihood(job: Evaluation) -> None:
         "num_images": job.num_likelihood_images,
         "calls_per_image": config.calls_per_image,
     }
-    if job.figures.find("bpd", settings):
+    if not job.lacks("bpd", settings):
         return
     bits = resumable_bits_per_dim(
         job.pipeline,
@@ -181,7 +187,7 @@ def measure_quality(job: Evaluation, samples: Samples) -> None:
         names = [name for name in job.metrics if name not in ("bpd", "nearest")]
         if data is job.unseen and "isc" in names:  # which compares with nothing
             names.remove("isc")
-        missing = [name for name in names if not job.figures.find("recall" if name == "prc" else name, settings)]
+        missing = [name for name in names if job.lacks("recall" if name == "prc" else name, settings)]
         if not missing:
             continue
         features, reference = samples.features, real_features(job, data)
@@ -229,13 +235,13 @@ def measure_nearness(job: Evaluation, samples: Samples) -> None:
         "num_images": job.config.num_images,
     }
     own = None if job.unseen else chosen
-    if not job.figures.find("nearest", settings):
+    if job.lacks("nearest", settings):
         points = samples.pixels, job.train.pixels, real.pixels[chosen]
         compare(job, samples.pixels, points, own, settings, "nearest.png")
     if job.extractor is None:
         return
     settings = settings | {"extractor": job.extractor.identity}
-    if not job.figures.find("nearest", settings):
+    if job.lacks("nearest", settings):
         train = all_real_features(job, job.train)
         held_out = (all_real_features(job, job.unseen) if job.unseen else train)[chosen]
         points = samples.features.pooled, train, held_out
@@ -262,8 +268,16 @@ def compare(
     held_out = nearest_neighbours(real, train, 1, own=own, title="… and to real images")
     distances = found.distances[:, 0]
     result = nearness(distances, held_out.distances[:, 0])
+    warnings = list(dict.fromkeys(job.train.notes + (job.unseen or job.train).notes))
+    if job.unseen is None:
+        warnings.append("held-out images are training images, each compared with all the others")
+    if result.threshold == 0:
+        warnings.append(
+            f"{result.expected:.0%} of the held-out images are copies of training images: the share is that of copies "
+            f"among the samples, and {result.expected:.2g}, not 0.05, for new ones"
+        )
     if PartialState().is_main_process:
-        save_neighbours(samples, job.train.pixels[found.indices], distances, job.place / picture)
+        save_neighbours(samples, job.train.pixels, found.indices, distances, job.place / picture)
     job.keep(
         {
             "metric": "nearest",
@@ -276,8 +290,7 @@ def compare(
                 "median": float(distances.median()),
                 "median_of_held_out": float(held_out.distances.median()),
             },
-            "warnings": job.train.notes
-            + ([] if job.unseen else ["held-out images are training images, each compared with all the others"]),
+            "warnings": warnings,
             "settings": settings,
         }
     )

@@ -52,26 +52,27 @@ def save_rate_distortion(curve: RateDistortion, file: Path) -> None:
     figure.savefig(file)
 
 
-def save_neighbours(samples: Tensor, neighbours: Tensor, distances: Tensor, file: Path) -> None:
+def save_neighbours(samples: Tensor, train: Tensor, neighbours: Tensor, distances: Tensor, file: Path) -> None:
     """Samples, each beside its nearest training images: the first samples, and those nearest to the training set.
 
     Args:
         samples: uint8 (N, C, H, W).
-        neighbours: uint8 (N, k, C, H, W).
+        train: the training images, uint8 (M, C, H, W).
+        neighbours: which of them are nearest to each sample, int64 (N, k).
         distances: (N,), of each sample to its nearest neighbour.
     """
     from matplotlib.figure import Figure
 
-    narrow, wide = (torch.full_like(samples[..., : max(1, samples.shape[-1] // part)], 255) for part in (8, 2))
-    strips = torch.cat([samples, narrow, *neighbours.unbind(1), wide], dim=-1)
-    shown = min(SHOWN, len(samples))
     rows = {
-        "The first samples, each left of its nearest training images": strips[:shown],
-        "The samples nearest to the training set": strips[distances.argsort(stable=True)[:shown]],
+        "The first samples, each left of its nearest training images": torch.arange(len(samples))[:SHOWN],
+        "The samples nearest to the training set": distances.argsort(stable=True)[:SHOWN],
     }
     figure = Figure(figsize=(11, 7), dpi=110, layout="constrained")
     for axes, (title, chosen) in zip(figure.subplots(2, 1), rows.items(), strict=True):
-        axes.imshow(np.asarray(image_grid(to_pil(chosen))))
+        shown, beside = samples[chosen], train[neighbours[chosen]]
+        narrow, wide = (torch.full_like(shown[..., : max(1, shown.shape[-1] // part)], 255) for part in (8, 2))
+        strips = torch.cat([shown, narrow, *beside.unbind(1), wide], dim=-1)
+        axes.imshow(np.asarray(image_grid(to_pil(strips))))
         axes.set_title(title)
         axes.set_axis_off()
     figure.savefig(file)

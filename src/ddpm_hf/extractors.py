@@ -20,6 +20,7 @@ from .inception import NUM_CLASSES, NUM_FEATURES, WEIGHTS, WEIGHTS_SHA256, open_
 
 INCEPTION = "inception"
 SHORT = 16  # digits of a hash that people read
+CHANNELS = (1, 3)  # of images that networks look at: grayscale and RGB
 
 
 class Features(NamedTuple):
@@ -78,7 +79,7 @@ def check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
         found = f"{images.dtype} of {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"`images` are {found}, but must be a uint8 tensor of shape (N, C, H, W), N at least 1.")
-    if images.shape[1] not in (1, 3):
+    if images.shape[1] not in CHANNELS:
         raise ValueError(
             f"`images` have {images.shape[1]} channels, but feature extractors know 1 (grayscale) and 3 (RGB): lay "
             "them over a background, or measure the channels of colour alone."

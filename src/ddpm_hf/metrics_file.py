@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -33,14 +34,14 @@ class MetricsFile:
 
     Args:
         path: of the file; what is there of other weights is dropped when the file is next written.
-        weights: the hash of the model's weights.
+        weights: the hash of the model's weights as they are stored.
 
     Raises:
         ValueError: for a file that is none of ours.
     """
 
     def __init__(self, path: Path, weights: str) -> None:
-        self.path = path
+        self.path, self.weights = path, weights
         try:
             stored = json.loads(path.read_text("utf-8"))["figures"] if path.is_file() else []
             self.figures: list[dict[str, Any]] = [f for f in stored if f["settings"]["chain"]["weights"] == weights]
@@ -55,16 +56,15 @@ class MetricsFile:
         return next((f for f in self.figures if f["metric"] == metric and f["settings"] == wanted), None)
 
     def add(self, figure: dict[str, Any]) -> None:
-        """Add a figure, in place of that of the same metric, data, steps and extractor. The file is always whole."""
+        """Add a figure, in place of that of the same data and title. The file is always whole."""
         self.figures = [f for f in self.figures if _place(f) != _place(figure)] + [figure]
         content = {"written": datetime.now(UTC).isoformat(timespec="seconds"), "figures": self.figures}
         replace_text(self.path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def _place(figure: dict[str, Any]) -> list[Any]:
-    settings = figure["settings"]
-    data, chain = settings["data"], settings["chain"]
-    return [figure["metric"], data["name"], data["split"], chain["num_inference_steps"], settings.get("extractor")]
+def _place(figure: dict[str, Any]) -> tuple[str, str, str]:
+    data = figure["settings"]["data"]
+    return data["name"], data["split"], title(figure)
 
 
 def eval_result(figure: dict[str, Any]) -> EvalResult:
@@ -83,17 +83,37 @@ def eval_result(figure: dict[str, Any]) -> EvalResult:
 
 
 def title(figure: dict[str, Any]) -> str:
-    """What a figure is called: no two that may stand side by side have one title."""
-    settings = figure["settings"]
-    extractor = settings.get("extractor", "").split(",")[0]
-    where = f", {extractor}" if extractor else ""
-    return f"{TITLES[figure['metric']]}, K = {settings['chain']['num_inference_steps']}{where}"
+    """What a figure is called: its metric, and all in which figures differ that stand side by side."""
+    settings, chain = figure["settings"], figure["settings"]["chain"]
+    K, calls, extractor = chain["num_inference_steps"], settings.get("calls_per_image"), settings.get("extractor")
+    eta, order, guidance = chain.get("eta"), chain.get("solver_order", 1), chain.get("guidance_scale", 1)
+    said = {
+        TITLES[figure["metric"]]: True,
+        f"K = {K}": True,
+        chain["timesteps"]: chain["num_train_timesteps"] > K,
+        f"η = {eta}": eta not in (None, 1),
+        f"order {order}": order != 1,
+        f"σ² {chain.get('variance_type')}": "variance_type" in chain,
+        f"guidance {guidance}": guidance != 1,
+        f"N = {settings['num_images']:,}": True,
+        f"{calls} calls per image": calls is not None,
+        f"{chain['dtype']}": chain["dtype"] != "float32",
+        f"held out {settings.get('held_out', {}).get('split')}": "held_out" in settings,
+        _short_name(extractor or ""): extractor is not None,
+    }
+    return ", ".join(words for words, is_said in said.items() if is_said)
+
+
+def _short_name(extractor: str) -> str:
+    """The network's name, and a hash of all that its features depend on."""
+    return f"{extractor.split(',')[0]} [{hashlib.sha256(extractor.encode()).hexdigest()[:6]}]"
 
 
 def circumstances(figure: dict[str, Any]) -> dict[str, Any]:
-    """What stands beside a figure: its error, how many images, and how they were made."""
-    chain = figure["settings"]["chain"]
-    names = ("timesteps", "eta", "solver_order", "variance_type", "guidance_scale", "seed", "ema")
+    """What stands beside a figure: its error, how many images, how they were made, and by what."""
+    settings, chain = figure["settings"], figure["settings"]["chain"]
+    names = ("timesteps", "eta", "solver_order", "variance_type", "guidance_scale", "seed", "dtype")
+    packages = ("ddpm-hf", "diffusers", "torch")
     interval = [_short(figure[name]) for name in ("low", "high") if name in figure]
     said = {
         "standard_error": _short(figure.get("standard_error")),
@@ -102,6 +122,10 @@ def circumstances(figure: dict[str, Any]) -> dict[str, Any]:
         "images": figure["num_images"],
         "real_images": figure.get("num_reference"),
         **{name: chain.get(name) for name in names},
+        "calls_per_image": settings.get("calls_per_image"),
+        "ema": figure.get("ema"),
+        "extractor": settings.get("extractor"),
+        **{package: chain.get(package) for package in packages},
         "notes": "; ".join(figure["warnings"]) or None,
     }
     return {name: value for name, value in said.items() if value is not None}
@@ -110,13 +134,13 @@ def circumstances(figure: dict[str, Any]) -> dict[str, Any]:
 def markdown_table(figures: Sequence[dict[str, Any]]) -> str:
     """The figures for people, with the warnings that stand beside them as numbered notes."""
     notes = list(dict.fromkeys(warning for figure in figures for warning in figure["warnings"]))
-    rows = ["| data | metric | value | error | N | notes |", "|---|---|---:|---:|---:|---|"]
+    rows = ["| data | metric | value | error | notes |", "|---|---|---:|---:|---|"]
     for figure in figures:
         data = figure["settings"]["data"]
         numbers = ", ".join(str(notes.index(warning) + 1) for warning in figure["warnings"])
         rows.append(
             f"| {data['name']}, {data['split']} | {title(figure)} | {figure['value']:.4g} | {_error(figure)} "
-            f"| {figure['num_images']:,} | {numbers} |"
+            f"| {numbers} |"
         )
     return "\n".join([*rows, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
 

@@ -14,6 +14,7 @@ from .probing import sum_over_processes
 
 CHUNK = 2048  # rows of both sides at a time: 50,000 against 50,000 need no more memory than 2048 against 2048
 NEAR = 0.05  # of the held-out images lie nearer to the training set than what is called near here
+ROUNDING = 1e-12  # of a squared distance, relative to the squared norms: features of equal images differ by less
 
 
 class Neighbours(NamedTuple):
@@ -35,12 +36,15 @@ class Nearness(NamedTuple):
         share: of the samples, nearer to a training image than 95 % of the held-out images are: 0.05 for a model that
             draws new images from the data's distribution, 1 for one that hands out its training images.
         standard_error: of the share, for the numbers of samples and of held-out images.
-        threshold: the distance that 5 % of the held-out images lie below.
+        threshold: the distance that 5 % of the held-out images lie below; 0 where as many are in the training set.
+        expected: the share of a model that draws new images: 0.05, but at a threshold of 0 that of the held-out images
+            that are copies themselves.
     """
 
     share: float
     standard_error: float
     threshold: float
+    expected: float = NEAR
 
 
 def nearest_neighbours(
@@ -90,7 +94,9 @@ def _block(queries: Tensor, points: Tensor, k: int, own: Tensor | None) -> tuple
     for start in range(0, len(points), CHUNK):
         p = points[start : start + CHUNK].flatten(1).double()
         numbers = torch.arange(start, start + len(p))
-        d = (q.square().sum(1, keepdim=True) + p.square().sum(1) - 2 * q @ p.T).clamp(min=0)
+        norms = q.square().sum(1, keepdim=True) + p.square().sum(1)
+        d = norms - 2 * q @ p.T
+        d[d < ROUNDING * norms] = 0
         if own is not None:
             d[own[:, None] == numbers] = math.inf
         squares = torch.cat([squares, d], dim=1)
@@ -106,11 +112,17 @@ def nearness(samples: Tensor, held_out: Tensor) -> Nearness:
     In the spirit of the test for data copying of Meehan et al. (2020, arXiv 2004.05675). Smooth and dark samples are
     near to everything, so that a share above 5 % is a reason to look at the pairs, not a proof.
 
+    The variance of a share k/n is p(1 - p)/n with Laplace's p = (k + 1)/(n + 2), which is not 0 where k is 0 or n.
+
     Args:
         samples: (N,), of each sample.
         held_out: (M,), of each held-out image; where there are none, of training images to all the others.
     """
-    threshold = held_out.double().quantile(NEAR)
-    share = float((samples.double() < threshold).double().mean())
-    variance = share * (1 - share) / len(samples) + NEAR * (1 - NEAR) / len(held_out)
-    return Nearness(share, math.sqrt(variance), float(threshold))
+    threshold, expected = float(held_out.double().quantile(NEAR)), NEAR
+    near = samples.double() < threshold
+    if threshold == 0:  # nothing is nearer than a copy
+        near, expected = samples == 0, float((held_out == 0).double().mean())
+    n = len(samples)
+    p = (float(near.sum()) + 1) / (n + 2)
+    variance = p * (1 - p) / n + expected * (1 - expected) / len(held_out)
+    return Nearness(float(near.double().mean()), math.sqrt(variance), threshold, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -86,16 +87,36 @@ def load_real_images(
     """The training set of a model, and the images that it has not seen where the configuration names them.
 
     Raises:
-        ValueError: for sets that do not exist, can't be read, or are empty.
+        ValueError: for sets that do not exist, can't be read, or are empty; for training images that are called unseen.
     """
     images = images_of_model(network, config, config.seed)
     train = _load(images, "train", "train", show_progress)
     if config.test_data_dir is not None:
-        unseen = replace(images, dataset_name=None, train_data_dir=config.test_data_dir)
-        return train, _load(unseen, "train", "test", show_progress)
+        folder = replace(images, dataset_name=None, train_data_dir=config.test_data_dir)
+        return train, _unseen(train, _load(folder, "train", "test", show_progress), "test_data_dir")
     if config.test_split is not None:
-        return train, _load(images, config.test_split, config.test_split, show_progress)
+        split = config.test_split
+        return train, _unseen(train, _load(images, split, split, show_progress), "test_split")
     return train, None
+
+
+def _unseen(train: RealImages, other: RealImages, option: str) -> RealImages:
+    """The other images, unless all are training images; with a note where some are."""
+    known = set(_image_hashes(train.pixels))
+    seen = sum(image in known for image in _image_hashes(other.pixels))
+    if seen == len(other.pixels):
+        raise ValueError(
+            f"`{option}` gives {seen:,} images, but all of them are training images: name images that the model has "
+            f"not seen, or leave --{option} out."
+        )
+    if not seen:
+        return other
+    note = f"{seen:,} of the {len(other.pixels):,} images of {other.name} ({other.split}) are training images, too"
+    return replace(other, notes=[*other.notes, note])
+
+
+def _image_hashes(pixels: Tensor) -> Iterator[bytes]:
+    return (hashlib.sha256(image.contiguous().numpy()).digest() for image in pixels)
 
 
 def _load(config: TrainConfig, split: str, called: str, show_progress: bool) -> RealImages:
