@@ -425,7 +425,6 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
             raise ValueError(ZERO_SNR_ERROR)
         return StepCoefficients(*self._table(eta, device, dtype)[index].unbind())
 
-    @torch.inference_mode(False)  # what is kept must serve outside of it, too
     def _table(self, eta: float, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Coefficients of the step from every t of 0 … T-1 to its successor on the trajectory, (T, 9)."""
         key = (eta, device, dtype)
@@ -436,6 +435,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
             self._tables[key] = table
         return table
 
+    @torch.inference_mode(False)  # what is kept must serve outside of it, too
     def _exact_table(self, eta: float) -> Tensor:
         """The table in float64, on the CPU."""
         t, s = torch.arange(len(self)), self._previous

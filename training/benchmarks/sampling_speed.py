@@ -87,7 +87,7 @@ def compare(network: str, batch_size: int, num_images: int, seconds: float, repe
 
     exact, fast = prediction(pipes["ours"], batch_size), prediction(pipes["fast"], batch_size)
     work = flops(lambda: prediction(pipes["ours"], 1)) * batch_size * steps
-    peak = matmul_peak(pipes["fast"]._fast_network.dtype)
+    peak = matmul_peak(pipes["fast"].sampling_dtype)
     return {
         "network": network,
         "batch": batch_size,
