@@ -74,6 +74,7 @@ ARROWS = {
     "evaluation": {
         "card", "checkpoint", "command_config", "evaluation_phases", "extractors", "metrics", "metrics_file",
         "pictures", "pipeline", "real_images", "run_folder", "sampling", "scheduling_ddpm_custom",
+        "stored_weights",
     },
     "evaluation_phases": {
         "command_config", "evaluation_plots", "extractors", "likelihood_figures", "metrics", "metrics_file", "nearest",

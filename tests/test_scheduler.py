@@ -641,9 +641,11 @@ def test_tables_that_inference_mode_has_made_serve_training_too():
     scheduler.set_timesteps(1000)
     with torch.inference_mode():
         scheduler.step(x, torch.tensor([999, 899]), x)
+        scheduler.step(x, 998, x)
         scheduler.add_noise(x, x, 3)
     leaf = x.clone().requires_grad_()
-    scheduler.step(leaf, 999, x).prev_sample.sum().backward()
+    for t in (999, 998):
+        scheduler.step(leaf, t, x).prev_sample.sum().backward()
     scheduler.step(leaf, torch.tensor([999, 899]), x).prev_sample.sum().backward()
     scheduler.add_noise(leaf, x, 3).sum().backward()
     assert leaf.grad is not None

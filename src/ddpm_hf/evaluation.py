@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from .card import CardFacts, known_facts, read_card, weights_digest, write_card
+from .card import CardFacts, known_facts, read_card, write_card
 from .checkpoint import MANIFEST
 from .command_config import EvaluateConfig
 from .evaluation_phases import (
@@ -32,6 +32,7 @@ from .real_images import load_real_images
 from .run_folder import check_writable, lock_output_dir
 from .sampling import hash_weights, trajectory
 from .scheduling_ddpm_custom import DDPMSchedulerCustom
+from .stored_weights import weights_digest
 
 SAMPLE_FREE = {"bpd"}  # metrics that need no samples
 EXTRACTOR_FREE = {"bpd", "nearest"}

@@ -430,12 +430,12 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         key = (eta, device, dtype)
         if key in self._tables:
             return self._tables[key]
-        table = self._exact_table(eta).to(dtype).to(device)
+        with torch.inference_mode(False):  # what is kept must serve outside of it, too
+            table = self._exact_table(eta).to(dtype).to(device)
         if not torch.compiler.is_compiling():  # what a graph computes, its next call may overwrite
             self._tables[key] = table
         return table
 
-    @torch.inference_mode(False)  # what is kept must serve outside of it, too
     def _exact_table(self, eta: float) -> Tensor:
         """The table in float64, on the CPU."""
         t, s = torch.arange(len(self)), self._previous
