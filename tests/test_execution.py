@@ -173,3 +173,9 @@ def test_accumulation_shares_gradients_once_per_update(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("shared 3 times") == 2
+
+
+def test_a_gpu_that_is_built_for_but_absent_leaves_the_choice_to_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: GPU)
+    assert execution._device() == CPU

@@ -110,5 +110,6 @@ def choose_compile(device: torch.device, updates: int) -> Choice:
 
 def _device() -> torch.device:
     """The kind of device that Accelerate will choose; to ask it would start its processes, without our time limit."""
-    present = None if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.current_accelerator()
-    return present or torch.device("cpu")
+    if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
