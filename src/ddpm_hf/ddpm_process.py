@@ -582,16 +582,16 @@ def split_model_output(model_output: Tensor, x_t: Tensor, variance_type: str) ->
     Raises:
         ValueError: where the output's shape does not fit x_t and the variance type.
     """
-    channels = x_t.shape[1]
     learned = variance_type in LEARNED_VARIANCE_TYPES
+    if not learned and model_output.shape == x_t.shape:
+        return model_output, None
+    channels = x_t.shape[1]
     expected = (x_t.shape[0], channels * (2 if learned else 1), *x_t.shape[2:])
     if tuple(model_output.shape) != expected:
         raise ValueError(
             f"the model output has shape {tuple(model_output.shape)}, but `variance_type` {variance_type!r} and x_t of "
             f"shape {tuple(x_t.shape)} need {expected}."
         )
-    if not learned:
-        return model_output, None
     prediction, raw_variance = model_output.split(channels, dim=1)
     return prediction, raw_variance
 
