@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=250)
     parser.add_argument("--batch_size", type=int, default=125)
     parser.add_argument("--stock_steps", type=int, default=1000)
-    parser.add_argument("--our_steps", type=int, nargs="+", default=[10])
+    parser.add_argument("--our_steps", type=int, nargs="+", default=[10, 25])
     parser.add_argument("--output_dir", type=Path, default=Path("bench-quality"))
     options = parser.parse_args()
 
