@@ -307,14 +307,14 @@ def test_killed_at_any_moment_and_gone_on_with_is_as_if_never_killed(format, tmp
 
 def test_ctrl_c_ends_without_a_traceback_and_the_same_command_goes_on(command, tmp_path):
     out = tmp_path / "out"
-    slow = [sys.executable, *command, str(out), "--num_images", "3000"]
+    slow = [sys.executable, *command, str(out), "--num_images", "100000"]  # more than it can make before the signal
     process = subprocess.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENV)
     seen = b""
     while not (out / "00001.png").exists():
         seen += os.read(process.stdout.fileno(), 4096)
         assert process.poll() is None, seen.decode()
     with pytest.raises(SystemExit, match="another run is writing"):
-        main(["sample", *command[1:], str(out), "--num_images", "3000"])
+        main(["sample", *command[1:], str(out), "--num_images", "100000"])
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 130
