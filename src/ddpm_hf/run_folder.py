@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -76,11 +77,17 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"`output_dir` {str(folder)!r} can't be written to ({error}): choose another one.") from error
 
 
+def write_whole(file: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file: whenever this process ends, there is what was there before, or the new one whole."""
+    unfinished = file.with_name(f"{file.name}.partial")
+    with unfinished.open("wb") as stream:
+        write(stream)
+    unfinished.replace(file)
+
+
 def replace_text(file: Path, text: str) -> None:
-    """Write a text file: whenever this process ends, there is the old text or the new one."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(file)
+    """Write a text file in the same way."""
+    write_whole(file, lambda stream: stream.write(text.encode()))
 
 
 def lock_output_dir(output_dir: Path) -> FileLock:

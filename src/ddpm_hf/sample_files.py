@@ -10,7 +10,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,15 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 from .pictures import to_pil
+from .run_folder import write_whole
 from .sampling import image_batches, labels_in_turn
-
-
-def write_whole(file: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file that is whole or not there, whenever the process is killed."""
-    unfinished = file.with_name(f"{file.name}.partial")
-    with unfinished.open("wb") as stream:
-        write(stream)
-    unfinished.replace(file)
 
 
 @dataclass

@@ -16,8 +16,8 @@ from accelerate import PartialState
 
 from .pictures import image_grid
 from .pipeline import DDPMPipelineCustom
-from .run_folder import check_writable, lock_output_dir
-from .sample_files import NpzFile, PngFiles, image_files, write_whole
+from .run_folder import check_writable, lock_output_dir, replace_text, write_whole
+from .sample_files import NpzFile, PngFiles, image_files
 from .sampling import describe_sampling, image_batches, sample_pixels
 
 RECORD = "sampling.json"
@@ -154,7 +154,7 @@ def _writing(output_dir: Path, record: dict[str, Any], state: PartialState) -> I
     try:
         if state.is_main_process:
             lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
-            write_whole(output_dir / RECORD, lambda stream: stream.write(f"{{\n{lines}\n}}\n".encode()))
+            replace_text(output_dir / RECORD, f"{{\n{lines}\n}}\n")
         state.wait_for_everyone()
         yield
         state.wait_for_everyone()

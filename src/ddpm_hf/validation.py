@@ -26,6 +26,7 @@ from .patch_features import PatchFeatures
 from .pictures import save_validation_curves
 from .pipeline import DDPMPipelineCustom, DDPMPipelineCustomOutput
 from .plan import EVAL_CALLS, EVAL_SAMPLING_STEPS
+from .run_folder import replace_text
 from .run_state import Run
 from .scheduling_ddpm_custom import DDPMSchedulerCustom
 from .training_log import TrainingLog
@@ -146,9 +147,7 @@ class Validation:
             if best is None or not self.run.accelerator.is_main_process:
                 return
             record = {"checkpoint": f"checkpoint-{best['step']}", "metric_for_best_model": metric, **best}
-            partial = folder / f"{BEST}.partial"
-            partial.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-            partial.replace(folder / BEST)
+            replace_text(folder / BEST, json.dumps(record, indent=2) + "\n")
             save_validation_curves(self.log.validations(), best["step"], folder / "validation.png")
 
 
