@@ -1,10 +1,15 @@
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded in tests
+os.environ["PYTHONPATH"] = os.pathsep.join(  # processes that tests start import `support`, too
+    [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+
+from support.models import tiny_unet
 
 torch.set_num_threads(1)
 
@@ -12,22 +17,6 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
-
-
-def tiny_unet(channels: int = 3, out_channels: int | None = None, sample_size: int = 8, **options) -> UNet2DModel:
-    """A real network of two levels and about 9,000 parameters."""
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=sample_size,
-        in_channels=channels,
-        out_channels=out_channels or channels,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        **options,
-    ).eval()
 
 
 @pytest.fixture

@@ -1,164 +1,171 @@
-"""The picture of the README: which module may import which, and what every public thing documents."""
+"""The map of the package: which folder imports which, which file within a folder, and what public things document."""
 
 import ast
-import re
+import subprocess
+import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 
 import ddpm_hf
 
 SOURCE = Path(ddpm_hf.__file__).parent
 
-ARROWS = {
-    "ddpm_process": set(),
-    "ddpm_few_steps": {"ddpm_process"},
-    "scheduling_ddpm_custom": {"ddpm_few_steps", "ddpm_process"},
-    "ddpm_fast_network": set(),
-    "pipeline": {"ddpm_fast_network", "ddpm_few_steps", "ddpm_process", "scheduling_ddpm_custom"},
-    "probing": {"ddpm_process", "pipeline", "scheduling_ddpm_custom"},
-    "calibration": {
-        "checkpoint", "ddpm_few_steps", "ddpm_process", "pipeline", "probing", "run_folder", "scheduling_ddpm_custom",
-    },
-    "likelihood": {"ddpm_process", "pipeline", "probing", "scheduling_ddpm_custom"},
-    "objectives": {"ddpm_process"},
-    "feature_distance": set(),
-    "inception": set(),
-    "extractors": {"inception"},
-    "reference_statistics": {"extractors", "feature_distance"},
-    "metrics": {"extractors", "feature_distance", "reference_statistics"},
-    "images": {"config"},
-    "sources": {"config"},
-    "decoding": {"images", "sources"},
-    "image_cache": {"decoding", "images", "sources"},
-    "data": {"config", "decoding", "image_cache", "images", "sources"},
-    "options": set(),
-    "config": {"options"},
-    "command_config": {"options"},
-    "batch_size": set(),
-    "pictures": set(),
-    "checkpoint": {"pipeline"},
-    "run_folder": {"checkpoint", "config", "pipeline"},
-    "loading": {"checkpoint", "pipeline"},
-    "sampling": {"ddpm_process", "pipeline"},
-    "sample_files": {"pictures", "run_folder", "sampling"},
-    "sample_folder": {"pictures", "pipeline", "run_folder", "sample_files", "sampling"},
-    "plan": {"config"},
-    "patch_features": {"ddpm_process"},
-    "held_out": {"config", "data", "decoding", "sources"},
-    "validation": {
-        "checkpoint", "data", "feature_distance", "held_out", "likelihood", "network", "patch_features", "pictures",
-        "pipeline", "plan", "run_folder", "run_state", "scheduling_ddpm_custom", "training_log",
-    },
-    "network": {"config"},
-    "interruption": set(),
-    "execution": {"config", "ddpm_fast_network", "network"},
-    "run_state": {"checkpoint", "config", "interruption", "network", "plan", "scheduling_ddpm_custom"},
-    "training_log": {"config"},
-    "previews": {"network", "pictures", "pipeline", "run_state", "scheduling_ddpm_custom"},
-    "publishing": {
-        "background_push", "calibration", "card", "config", "data", "hub", "network", "pipeline", "run_state",
-        "scheduling_ddpm_custom", "sharing", "sources",
-    },
-    "preparation": {
-        "checkpoint", "config", "execution", "held_out", "hub", "interruption", "network", "pictures", "plan",
-        "publishing", "run_folder", "run_state", "scheduling_ddpm_custom", "sources", "training_log",
-    },
+# From the bottom up: a folder imports only folders that stand above it in this table.
+FOLDERS = {
+    "distributed": set(),
+    "config": set(),
+    "diffusion": set(),
+    "data": {"config"},
+    "storage": {"diffusion"},
+    "sampling": {"data", "diffusion", "storage"},
+    "evaluation.metrics": {"diffusion", "distributed"},
+    "evaluation": {"config", "data", "diffusion", "distributed", "evaluation.metrics", "sampling", "storage"},
+    "sharing": {"diffusion", "evaluation", "storage"},
+    "sharing.conversion": {"config", "diffusion", "sharing", "storage"},
     "training": {
-        "checkpoint", "config", "data", "ddpm_process", "held_out", "interruption", "network", "objectives", "pictures",
-        "pipeline", "preparation", "previews", "publishing", "run_folder", "run_state", "training_log", "validation",
+        "config", "data", "diffusion", "distributed", "evaluation", "evaluation.metrics", "sharing", "storage",
     },
-    "card_merge": set(),
-    "stored_weights": {"pipeline", "sampling"},
-    "card": {"calibration", "card_merge", "ddpm_process", "run_folder", "scheduling_ddpm_custom", "stored_weights"},
-    "evaluation": {
-        "card", "checkpoint", "command_config", "evaluation_phases", "extractors", "metrics", "metrics_file",
-        "pictures", "pipeline", "real_images", "run_folder", "sampling", "scheduling_ddpm_custom",
-        "stored_weights",
-    },
-    "evaluation_phases": {
-        "command_config", "evaluation_plots", "extractors", "likelihood_figures", "metrics", "metrics_file", "nearest",
-        "pipeline", "probing", "real_images", "reference_statistics", "sample_folder", "sampling",
-    },
-    "evaluation_plots": {"likelihood", "pictures"},
-    "likelihood_figures": {"evaluation_plots", "likelihood", "pipeline", "probing", "run_folder"},
-    "metrics_file": {"run_folder"},
-    "nearest": {"probing"},
-    "real_images": {"command_config", "config", "data", "images", "sources"},
-    "hub": set(),
-    "sharing": {"card", "card_merge", "hub", "loading", "pipeline", "stored_weights"},
-    "background_push": {"card", "hub", "sharing"},
-    "source_network": set(),
-    "source_ho": {"source_network"},
-    "source_improved": {"source_network"},
-    "convert": {
-        "card", "command_config", "loading", "pipeline", "run_folder", "scheduling_ddpm_custom", "source_ho",
-        "source_improved", "source_network",
-    },
-    "commands": {
-        "batch_size", "calibration", "card", "command_config", "convert", "data", "evaluation", "hub", "loading",
-        "pipeline", "real_images", "run_folder", "sample_files", "sample_folder", "sampling", "sharing",
-    },
-    "cli": {"command_config", "commands", "options"},
-    "__init__": {"card", "ddpm_process", "pipeline", "scheduling_ddpm_custom"},
+    "commands": {"config", "data", "diffusion", "evaluation", "sampling", "sharing", "sharing.conversion", "storage"},
+    "cli": {"commands", "config"},
 }  # fmt: skip
-COPIED = {"ddpm_process": {"numpy", "torch"}, "scheduling_ddpm_custom": {"numpy", "torch", "diffusers"}}
-COPIED["ddpm_few_steps"] = {"torch"}
-COPIED["ddpm_fast_network"] = {"torch", "diffusers"}
-COPIED["pipeline"] = {*COPIED["scheduling_ddpm_custom"], "PIL", "huggingface_hub"}
+
+# Within a folder. A file that is not named here imports none of its neighbours.
+FILES = {
+    "config.commands": {"options"},
+    "config.training": {"options"},
+    "data.cache": {"decoding", "sources", "transform"},
+    "data.dataset": {"cache", "decoding", "sources", "transform"},
+    "data.decoding": {"sources", "transform"},
+    "diffusion.ddpm_few_steps": {"ddpm_process"},
+    "diffusion.pipeline": {"ddpm_fast_network", "ddpm_few_steps", "ddpm_process", "scheduling_ddpm_custom"},
+    "diffusion.scheduling_ddpm_custom": {"ddpm_few_steps", "ddpm_process"},
+    "evaluation.calibration": {"predictions"},
+    "evaluation.evaluate": {"phases", "real_images", "results"},
+    "evaluation.likelihood": {"predictions"},
+    "evaluation.likelihood_report": {"likelihood", "plots", "predictions"},
+    "evaluation.metrics.features": {"inception"},
+    "evaluation.metrics.measure": {"distances", "features", "reference_statistics"},
+    "evaluation.metrics.reference_statistics": {"distances", "features"},
+    "evaluation.phases": {"likelihood_report", "plots", "predictions", "real_images", "results"},
+    "evaluation.plots": {"likelihood"},
+    "sampling.files": {"generate"},
+    "sampling.folder": {"files", "generate"},
+    "sharing.background_push": {"card", "hub", "push"},
+    "sharing.card": {"card_merge"},
+    "sharing.conversion.convert": {"improved_diffusion", "original_network", "pytorch_diffusion"},
+    "sharing.conversion.improved_diffusion": {"original_network"},
+    "sharing.conversion.pytorch_diffusion": {"original_network"},
+    "sharing.push": {"card", "card_merge", "hub"},
+    "storage.loading": {"checkpoint"},
+    "training.loop": {
+        "interruption", "log", "losses", "network", "output_folder", "plots", "previews", "publishing", "setup",
+        "state", "validation", "validation_set",
+    },
+    "training.performance": {"network"},
+    "training.previews": {"network", "state"},
+    "training.publishing": {"network", "state"},
+    "training.setup": {
+        "log", "network", "output_folder", "performance", "plan", "publishing", "state", "validation_set",
+    },
+    "training.state": {"network", "plan"},
+    "training.validation": {"log", "network", "plan", "plots", "state", "validation_set"},
+}  # fmt: skip
+COPIED = {
+    "ddpm_process": {"numpy", "torch"},
+    "ddpm_few_steps": {"torch"},
+    "ddpm_fast_network": {"torch", "diffusers"},
+    "scheduling_ddpm_custom": {"numpy", "torch", "diffusers"},
+    "pipeline": {"numpy", "torch", "diffusers", "PIL", "huggingface_hub"},
+}
+MODULES = sorted(
+    ".".join(file.relative_to(SOURCE).with_suffix("").parts)
+    for file in SOURCE.rglob("*.py")
+    if file.name not in ("__init__.py", "__main__.py")
+)
+
+
+def parse(module):
+    return ast.parse((SOURCE / f"{module.replace('.', '/')}.py").read_text("utf-8"))
+
+
+def folder_of(module):
+    """The folder of a module; the few files at the top stand for themselves."""
+    return module.rpartition(".")[0] or module
 
 
 def imports(module):
-    """Names of our modules, and of the packages, that a module imports anywhere."""
+    """The modules of ours, and the packages, that a module imports anywhere."""
     ours, packages = set(), set()
-    for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level <= 1
-            (ours if node.level else packages).add(node.module.split(".")[0])
+    for node in ast.walk(parse(module)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = module.split(".")[: -node.level]
+            ours.add(".".join([*base, node.module]))
+        elif isinstance(node, ast.ImportFrom):
+            packages.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):
             packages.update(alias.name.split(".")[0] for alias in node.names)
     return ours, packages
 
 
-def test_every_module_is_in_the_picture():
-    assert {p.stem for p in SOURCE.glob("*.py")} == set(ARROWS)
+def test_every_folder_is_in_the_picture_and_arrows_go_one_way():
+    assert {folder_of(module) for module in MODULES} == set(FOLDERS)
+    for i, (folder, below) in enumerate(FOLDERS.items()):
+        assert below <= set(list(FOLDERS)[:i]), folder
 
 
-@pytest.mark.parametrize("module", ARROWS)
+@pytest.mark.parametrize("module", MODULES)
 def test_imports_follow_the_arrows(module):
     ours, packages = imports(module)
-    assert ours <= ARROWS[module]
+    folder = folder_of(module)
+    assert {folder_of(other) for other in ours} - {folder} <= FOLDERS[folder]
+    assert {other.rpartition(".")[2] for other in ours if folder_of(other) == folder} <= FILES.get(module, set())
     assert not packages & {"training", "tests", "ddpm_hf"}
 
 
-def test_imports_go_down_the_table_of_the_readme():
-    text = (Path(__file__).parents[1] / "README.md").read_text("utf-8").split("## How it is built")[1]
-    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
-    row = {module: i for i, cell in enumerate(cells) for module in re.findall(r"`(\w+)`", cell)}
-    assert set(ARROWS) - {"__init__"} <= set(row)
-    upwards = [
-        (module, other)
-        for module in row
-        if module in ARROWS
-        for other in imports(module)[0]
-        if row[other] < row[module]
-    ]
-    assert upwards == []
+def test_files_within_a_folder_do_not_import_each_other_in_a_circle():
+    from graphlib import TopologicalSorter
+
+    arrows = {m: {f"{folder_of(m)}.{other}" for other in others} for m, others in FILES.items()}
+    assert set(arrows) <= set(MODULES)
+    assert set(TopologicalSorter(arrows).static_order()) <= set(MODULES)
 
 
 @pytest.mark.parametrize("module", COPIED)
 def test_copied_files_need_only_what_a_diffusers_user_has(module):
-    import sys
-
-    _, packages = imports(module)
+    _, packages = imports(f"diffusion.{module}")
     assert packages - set(sys.stdlib_module_names) <= COPIED[module]
 
 
-@pytest.mark.parametrize("module", ARROWS)
+def test_the_folder_of_the_pipeline_is_no_pipeline_of_diffusers():
+    """Else diffusers looks for `DDPMPipelineCustom` in itself when it loads a saved pipeline."""
+    assert not hasattr(diffusers.pipelines, "diffusion")
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_public_things_have_docstrings(module):
-    tree = ast.parse((SOURCE / f"{module}.py").read_text("utf-8"))
+    tree = parse(module)
     assert ast.get_docstring(tree)
     public = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
     methods = [m for c in public if isinstance(c, ast.ClassDef) for m in c.body if isinstance(m, ast.FunctionDef)]
     for node in public + [m for m in methods if not m.name.startswith("_")]:
         assert ast.get_docstring(node), f"{module}.{node.name}"
+
+
+def test_long_files_say_why():
+    """Above 500 lines, the first paragraph of a file gives the reason."""
+    for module in MODULES:
+        text = (SOURCE / f"{module.replace('.', '/')}.py").read_text("utf-8")
+        if text.count("\n") > 500:
+            assert "one file" in ast.get_docstring(ast.parse(text)).lower(), module
+
+
+def test_public_names_are_found_and_importing_the_package_imports_no_torch():
+    for name in ddpm_hf.__all__:
+        assert getattr(ddpm_hf, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = ddpm_hf.nonsense
+    heavy = "import sys, ddpm_hf; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

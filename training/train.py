@@ -1,18 +1,17 @@
 """Train a DDPM: `accelerate launch training/train.py` (see `--help`)."""
 
 import sys
-from pathlib import Path
 
-from ddpm_hf.config import parse_train_config
-from ddpm_hf.options import exit_with_error
+from ddpm_hf.config.options import exit_with_error
+from ddpm_hf.config.training import parse_train_config
 
 
 def main() -> None:
     """Read the options, then train. Foreseen errors end with one line; a signal with the status that shells expect."""
     try:
-        config = parse_train_config(sys.argv[1:], default_preset=Path(__file__).parent / "configs" / "digits.yaml")
-        from ddpm_hf.interruption import Interrupted  # after the options: --help and mistakes answer at once
-        from ddpm_hf.training import train
+        config = parse_train_config(sys.argv[1:])
+        from ddpm_hf.training.interruption import Interrupted  # after the options: --help and mistakes answer at once
+        from ddpm_hf.training.loop import train
     except (ValueError, OSError) as error:
         exit_with_error(error)
     except KeyboardInterrupt:

@@ -1,11 +1,72 @@
-"""DDPM (Ho et al. 2020) for the Hugging Face ecosystem: process, scheduler, pipeline, training."""
+"""DDPM (Ho et al. 2020) for the Hugging Face ecosystem: process, scheduler, pipeline, training.
 
-from .card import write_card
-from .ddpm_process import DDPMProcess
-from .pipeline import DDPMPipelineCustom
-from .scheduling_ddpm_custom import DDPMSchedulerCustom
+The public names are imported when they are first used, so that `import ddpm_hf` does not import torch.
+"""
 
-DDPMPipelineCustom.write_card = write_card  # what the package saves has a card
+from __future__ import annotations
 
-__version__ = "0.1.0"
-__all__ = ["DDPMPipelineCustom", "DDPMProcess", "DDPMSchedulerCustom", "__version__"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config.commands import EvaluateConfig
+    from .config.training import TrainConfig
+    from .diffusion.ddpm_process import DDPMProcess
+    from .diffusion.pipeline import DDPMPipelineCustom
+    from .diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
+    from .evaluation.calibration import calibrate
+    from .evaluation.evaluate import evaluate
+    from .evaluation.likelihood import bits_per_dim, rate_distortion
+    from .sampling.folder import sample_to_folder
+    from .sharing.conversion.convert import convert_model
+    from .sharing.push import push_folder
+    from .storage.loading import load_pipeline
+    from .training.loop import train
+
+__version__ = "0.2.0"
+
+_MODULES = {
+    "DDPMPipelineCustom": "diffusion.pipeline",
+    "DDPMProcess": "diffusion.ddpm_process",
+    "DDPMSchedulerCustom": "diffusion.scheduling_ddpm_custom",
+    "EvaluateConfig": "config.commands",
+    "TrainConfig": "config.training",
+    "bits_per_dim": "evaluation.likelihood",
+    "calibrate": "evaluation.calibration",
+    "convert_model": "sharing.conversion.convert",
+    "evaluate": "evaluation.evaluate",
+    "load_pipeline": "storage.loading",
+    "push_folder": "sharing.push",
+    "rate_distortion": "evaluation.likelihood",
+    "sample_to_folder": "sampling.folder",
+    "train": "training.loop",
+}
+
+__all__ = [
+    "DDPMPipelineCustom",
+    "DDPMProcess",
+    "DDPMSchedulerCustom",
+    "EvaluateConfig",
+    "TrainConfig",
+    "__version__",
+    "bits_per_dim",
+    "calibrate",
+    "convert_model",
+    "evaluate",
+    "load_pipeline",
+    "push_folder",
+    "rate_distortion",
+    "sample_to_folder",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

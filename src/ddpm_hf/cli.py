@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from .command_config import CalibrateConfig, ConvertConfig, EvaluateConfig, PushConfig, SampleConfig
 from .commands import calibrate, convert, evaluate, push, sample
-from .options import HelpFormatter, exit_with_error
+from .config.commands import CalibrateConfig, ConvertConfig, EvaluateConfig, PushConfig, SampleConfig
+from .config.options import HelpFormatter, exit_with_error
 
 DESCRIPTION = """\
 DDPM (Ho et al. 2020) for the Hugging Face ecosystem.

@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command_config import (
+from .config.commands import (
     CalibrateConfig,
     ConvertConfig,
     EvaluateConfig,
@@ -19,16 +19,16 @@ from .command_config import (
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from .pipeline import DDPMPipelineCustom
+    from .diffusion.pipeline import DDPMPipelineCustom
 
 
 def sample(model: str, config: SampleConfig) -> Path:
     """Fill the output folder with images and `grid.png`, by all processes; returns the folder."""
-    from .batch_size import fitting_batch_size
-    from .run_folder import check_writable
-    from .sample_files import image_files
-    from .sample_folder import sample_to_folder
-    from .sampling import trajectory
+    from .sampling.batch_size import fitting_batch_size
+    from .sampling.files import image_files
+    from .sampling.folder import sample_to_folder
+    from .sampling.generate import trajectory
+    from .storage.files import check_writable
 
     output_dir = Path(config.output_dir)
     check_writable(output_dir)
@@ -61,26 +61,30 @@ def sample(model: str, config: SampleConfig) -> Path:
 
 def evaluate(model: str, config: EvaluateConfig) -> Path:
     """Measure a model, and write `metrics.json`, pictures and its card; returns the path of `metrics.json`."""
-    from .evaluation import evaluate as measure
-    from .evaluation import evaluation_place, is_average
+    from .evaluation.evaluate import evaluate as measure
+    from .evaluation.evaluate import evaluation_place
+    from .evaluation.results import eval_result
+    from .sharing.card import CardFacts, is_average, write_card
 
     place, ema = evaluation_place(model, config.output_dir), is_average(Path(model))
     state = _processes()
     pipeline = _pipeline_for_samples(model, config, "float32")  # figures are of the weights that are stored
-    file = measure(pipeline, place, config, _call_options(config), ema)
+    measured = measure(pipeline, place, config, _call_options(config), ema)
     if state.is_main_process:
-        print(f"The figures are in {file}, pictures beside it.")
-    return file
+        if config.update_card and (place / "model_index.json").is_file():
+            write_card(place, CardFacts(results=[eval_result(figure) for figure in measured.figures]))
+        print(f"The figures are in {measured.path}, pictures beside it.")
+    return measured.path
 
 
 def calibrate(model: str, config: CalibrateConfig) -> Path:
     """Measure a model on images, and save it with what was measured; returns its folder."""
-    from .calibration import calibrate as measure
-    from .calibration import check_place, save_calibrated, steps_table
-    from .card import write_card
-    from .data import load_images
-    from .loading import load_pipeline
-    from .real_images import images_of_model
+    from .data.dataset import load_images
+    from .evaluation.calibration import calibrate as measure
+    from .evaluation.calibration import check_place, save_calibrated, steps_table
+    from .evaluation.real_images import images_of_model
+    from .sharing.card import write_card
+    from .storage.loading import load_pipeline
 
     place = check_place(model, config.output_dir)
     state = _processes()
@@ -109,9 +113,9 @@ def calibrate(model: str, config: CalibrateConfig) -> Path:
 
 def push(model: str, repo_id: str, config: PushConfig) -> str:
     """Push the model of a folder; returns the address of the commit or pull request."""
-    from .card import CardFacts
-    from .hub import HubTarget
-    from .sharing import push_folder, resume_command
+    from .sharing.card import CardFacts
+    from .sharing.hub import HubTarget
+    from .sharing.push import push_folder, resume_command
 
     target = HubTarget(
         repo_id, config.hub_token, config.private, config.revision, config.tag, create_pr=config.create_pr
@@ -126,7 +130,7 @@ def push(model: str, repo_id: str, config: PushConfig) -> str:
 
 def convert(source: str, destination: str, config: ConvertConfig) -> Path:
     """Write a converted model into a new folder; returns the folder."""
-    from .convert import convert_model
+    from .sharing.conversion.convert import convert_model
 
     folder = convert_model(source, Path(destination), config)
     print(f"{source} is now {folder}, with equal outputs.\nSee it with:\n  ddpm-hf sample {shlex.quote(str(folder))}")
@@ -147,7 +151,7 @@ def _pipeline_for_samples(model: str, config: SampleConfig | EvaluateConfig, dty
     """The model on its device, with the spacing and the variance that the options name."""
     import torch  # takes seconds: --help and mistakes answer at once
 
-    from .loading import load_pipeline
+    from .storage.loading import load_pipeline
 
     device = _device(config.device) if config.device else _processes().device
     pipeline = load_pipeline(model, config.revision, getattr(torch, dtype)).to(device)

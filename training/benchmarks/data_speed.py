@@ -9,15 +9,16 @@ import sys
 from itertools import repeat
 from pathlib import Path
 
+from common.timing import time_in_turns
 from datasets import load_dataset
-from timing import time_in_turns
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))  # of a Python that has torchvision, and not us
 
-from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import load_images, random_flip, to_unit_range
+from ddpm_hf.config.training import TrainConfig
+from ddpm_hf.data.dataset import load_images
+from ddpm_hf.data.pixels import random_flip, to_unit_range
 
 
 def main() -> None:

@@ -21,20 +21,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common.scoring import fit_classifier, score
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-from scoring import fit_classifier, score
 from sklearn.datasets import load_digits
 from torch import Tensor
 from tqdm import tqdm
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
-from ddpm_hf.calibration import calibrate, recommended_steps, save_calibrated
-from ddpm_hf.config import parse_train_config
-from ddpm_hf.data import load_images, to_unit_range
-from ddpm_hf.likelihood import bits_per_dim
-from ddpm_hf.training import train
+from ddpm_hf.config.training import parse_train_config
+from ddpm_hf.data.dataset import load_images
+from ddpm_hf.data.pixels import to_unit_range
+from ddpm_hf.evaluation.calibration import calibrate, recommended_steps, save_calibrated
+from ddpm_hf.evaluation.likelihood import bits_per_dim
+from ddpm_hf.training.loop import train
 
-PRESET = Path(__file__).parents[1] / "configs" / "digits.yaml"
 FASHION_RECIPE = [
     "--resolution", "16", "--channels", "1", "--center_crop", "--prediction_type", "epsilon",
     "--ddpm_beta_schedule", "linear", "--train_batch_size", "32", "--max_train_steps", "9000",
@@ -70,7 +70,7 @@ RECOMMENDED = "second order, eta = 0"
 
 def labelled_digits() -> tuple[Tensor, Tensor]:
     """The digits as the default job sees them: uint8 (1797, 1, 16, 16), and their classes."""
-    return load_images(parse_train_config([], PRESET), show_progress=False).pixels, torch.tensor(load_digits().target)
+    return load_images(parse_train_config([]), show_progress=False).pixels, torch.tensor(load_digits().target)
 
 
 def labelled_fashion(idx_folder: Path, output_dir: Path) -> tuple[Tensor, Tensor, list[str]]:
@@ -87,7 +87,7 @@ def labelled_fashion(idx_folder: Path, output_dir: Path) -> tuple[Tensor, Tensor
         rows = {"image": list(arrays[16].reshape(-1, 28, 28))}
         datasets.Dataset.from_dict(rows, features).to_parquet(file)
     flags = ["--dataset_name", str(file), *FASHION_RECIPE]
-    pixels = load_images(parse_train_config(flags, PRESET), show_progress=True).pixels
+    pixels = load_images(parse_train_config(flags), show_progress=True).pixels
     return pixels, torch.from_numpy(arrays[8].astype(np.int64)), flags
 
 
@@ -180,7 +180,7 @@ def main() -> None:
         model = options.output_dir / "model"
         pixels, labels, flags = labelled_fashion(options.fashion_mnist, options.output_dir)
         if not (model / "model_index.json").exists():
-            train(parse_train_config([*flags, "--output_dir", str(model)], PRESET))
+            train(parse_train_config([*flags, "--output_dir", str(model)]))
     real = to_unit_range(pixels)
     classifier, accuracy = fit_classifier(real, labels)
     pipe = DDPMPipelineCustom.from_pretrained(model)

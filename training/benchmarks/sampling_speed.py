@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common.networks import NETWORKS, build
+from common.timing import best_device, flops, markdown_table, matmul_peak, peak_memory, time_in_turns, write_results
 from diffusers import DDPMPipeline, DDPMScheduler
-from networks import NETWORKS, build
-from timing import best_device, flops, markdown_table, matmul_peak, peak_memory, time_in_turns, write_results
 from torch import Tensor
 
 from ddpm_hf import DDPMPipelineCustom

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import NETWORKS
-from timing import markdown_table, time_in_turns, write_results
-from training_process import OURS, UPDATES_ALONE, TrainingProcess, write_network
+from common.networks import NETWORKS
+from common.timing import markdown_table, time_in_turns, write_results
+from common.training_process import OURS, UPDATES_ALONE, TrainingProcess, write_network
 from training_speed import write_files
 
 BASE = {"batch": 16, "resolution": 32, "T": 1000, "processes": 1}

@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 import torch
+from common.timing import best_device, markdown_table, time_in_turns, write_results
 from diffusers import DDPMScheduler
-from timing import best_device, markdown_table, time_in_turns, write_results
 from torch import Tensor
 
 from ddpm_hf import DDPMSchedulerCustom

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import torch
+from common.scoring import fit_classifier, labelled_digits, labelled_fashion, score
+from common.timing import best_device, markdown_table, write_results
 from diffusers import DDPMPipeline, DDPMScheduler
-from scoring import fit_classifier, labelled_digits, labelled_fashion, score
-from timing import best_device, markdown_table, write_results
 from torch import Tensor
 from tqdm import tqdm
 

@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 
 import torch
+from common.scoring import fit_classifier, labelled_digits, labelled_fashion, score
 from diffusers import DDPMPipeline
 from PIL import Image
-from scoring import fit_classifier, labelled_digits, labelled_fashion, score
 from torch import Tensor
 
 from ddpm_hf import DDPMPipelineCustom

@@ -21,11 +21,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from common.networks import NETWORKS
+from common.scoring import labelled_digits
+from common.timing import best_device, flops, markdown_table, matmul_peak, time_in_turns, write_results
+from common.training_process import OURS, UPDATES_ALONE, TrainingProcess, write_network
 from diffusers import UNet2DModel
-from networks import NETWORKS
-from scoring import labelled_digits
-from timing import best_device, flops, markdown_table, matmul_peak, time_in_turns, write_results
-from training_process import OURS, UPDATES_ALONE, TrainingProcess, write_network
 from training_quality import write_images
 
 # Images per update, and updates per turn: a second or two on two CPU cores, some on a GPU.

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d
 
-from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import load_images
-from ddpm_hf.feature_distance import frechet_distance, moments
-from ddpm_hf.patch_features import PatchFeatures
+from ddpm_hf.config.training import TrainConfig
+from ddpm_hf.data.dataset import load_images
+from ddpm_hf.evaluation.metrics.distances import frechet_distance, moments
+from ddpm_hf.evaluation.metrics.patch_features import PatchFeatures
 
 N = 256
 Features = Callable[[Tensor], Tensor]

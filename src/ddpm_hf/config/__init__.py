@@ -1,0 +1,1 @@
+"""Options of every command: one dataclass field = one flag = one YAML key."""

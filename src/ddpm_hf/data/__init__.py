@@ -1,0 +1,1 @@
+"""Any image → batches in [-1, 1]."""

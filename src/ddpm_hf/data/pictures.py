@@ -1,0 +1,47 @@
+"""What people look at: grids of images and the loss curve."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MIN_SIDE = 48  # smaller images are enlarged by whole factors, so that their pixels can be seen
+
+
+def check_plotting() -> None:
+    """Raise a ValueError unless the plots at the end of a run can be made."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the plots need matplotlib: pip install 'ddpm-hf[train]'.")
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """uint8 of shape (B, C, H, W) → PIL images."""
+    arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]
+
+
+def image_grid(images: Sequence[Image.Image]) -> Image.Image:
+    """The images in reading order, in a grid as square as it gets.
+
+    Raises:
+        ValueError: for no images.
+    """
+    if not images:
+        raise ValueError("a grid needs at least one image.")
+    width, height = images[0].size
+    factor = max(1, math.ceil(MIN_SIDE / min(width, height)))
+    tiles = [
+        ImageOps.expand(
+            i.convert("RGB").resize((width * factor, height * factor), Image.Resampling.NEAREST), 1, "white"
+        )
+        for i in images
+    ]
+    columns = math.ceil(math.sqrt(len(tiles)))
+    rows = math.ceil(len(tiles) / columns)
+    blank = Image.new("RGB", tiles[0].size, "white")
+    return make_image_grid(tiles + [blank] * (rows * columns - len(tiles)), rows, columns)

@@ -1,0 +1,22 @@
+"""Pixels, uint8, and images in [-1, 1]: the only place that converts one into the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """uint8 in [0, 255] or uint16 in [0, 65535] → float32 in [-1, 1] (Section 3.3), on the same device."""
+    return pixels.float() / (torch.iinfo(pixels.dtype).max / 2) - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] → uint8, rounded to the nearest of the 256 levels."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def random_flip(x: Tensor) -> Tensor:
+    """Mirror each image (B, C, H, W) with probability 1/2, drawn from the global generator of its device."""
+    flipped = torch.rand(len(x), device=x.device) < 0.5
+    return torch.where(flipped[:, None, None, None], x.flip(-1), x)

@@ -1,0 +1,283 @@
+"""Where images come from: every source that `datasets` opens, as rows that are not decoded yet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from ..config.training import TrainConfig
+
+FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A list of images.
+
+    `read` maps indices to rows, which `images.decode` takes. `labels` are 0 … n - 1, int64 of shape (N,).
+    `fingerprint` changes with the content; None says that decoding everything anew is quick.
+    """
+
+    name: str
+    fingerprint: str | None
+    length: int
+    read: Callable[[Sequence[int]], list[Any]]
+    labels: np.ndarray | None = None
+    label_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class StreamRow(NamedTuple):
+    """A row of a stream: its position there, what `images.decode` takes, and its label if the run has labels."""
+
+    position: int
+    raw: Any
+    label: int | None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Images that are read one after the other, epoch after epoch, shuffled within a buffer of `buffer_size` rows."""
+
+    name: str
+    dataset: Any
+    image_column: str
+    label_column: str | None
+    label_names: list[str] | None
+    buffer_size: int
+
+    def rows(self, first: int, seed: int) -> Iterator[StreamRow]:
+        """The endless stream from row `first` on, a function of the seed.
+
+        To get there, rows are read but not decoded: those of this epoch, and one whole epoch if it is not the first,
+        since only reading tells how long an epoch is.
+        """
+        epoch, to_skip, position = 0, first, first
+        while True:
+            length = 0
+            with _clear_errors(self.name):
+                for row in self._epoch(epoch, seed):
+                    length += 1
+                    if length > to_skip:
+                        yield StreamRow(position, row[self.image_column], self._label(row))
+                        position += 1
+            to_skip = max(0, to_skip - length)
+            epoch, to_skip = epoch + 1 + to_skip // length, to_skip % length
+
+    def first_rows(self, count: int, seed: int) -> list[StreamRow]:
+        """The first `count` rows of the first epoch, or all of them if there are fewer."""
+        with _clear_errors(self.name):
+            rows = islice(self._epoch(0, seed), count)
+            return [StreamRow(i, row[self.image_column], self._label(row)) for i, row in enumerate(rows)]
+
+    def _epoch(self, epoch: int, seed: int) -> Any:
+        shuffled = self.dataset.shuffle(seed=seed, buffer_size=self.buffer_size)
+        shuffled.set_epoch(epoch)
+        return shuffled
+
+    def _label(self, row: dict[str, Any]) -> int | None:
+        if self.label_column is None:
+            return None
+        label = row[self.label_column]
+        if label is None or label < 0:
+            raise ValueError(f"`label_column` is {self.label_column!r}, but a row has no label")
+        return label
+
+
+def open_source(config: TrainConfig, split: str = "train") -> Source:
+    """The training set of a configuration, or another split of its dataset, nothing of it decoded.
+
+    Raises:
+        ValueError: for a source that does not exist or can't be reached, for columns that it lacks, for no images.
+    """
+    if config.dataset_name == "digits":
+        if split != "train":
+            raise ValueError(f"the digits are one set, without a split {split!r}: leave it out.")
+        return _digits(config)
+    name = _name(config)
+    dataset = _load(config, split)
+    if len(dataset) == 0:
+        raise ValueError(f"{name} holds no images.")
+    column = _image_column(dataset, config)
+    fingerprint = dataset._fingerprint
+    labels, label_names = None, None
+    if config.label_column is not None:
+        labels, label_names = _labels(dataset, config.label_column)
+    rows = _undecoded(dataset, column).select_columns(column)
+    if rows[0][column] is not None and rows[0][column]["bytes"] is None:
+        fingerprint += _files_fingerprint(row["path"] for row in rows[column] if row)
+    return Source(
+        name, f"{fingerprint}-{column}", len(dataset), partial(_read_column, rows, column), labels, label_names
+    )
+
+
+def open_stream(config: TrainConfig, split: str = "train") -> Stream:
+    """The training set of a configuration, or another split, to be read one row after the other, again and again.
+
+    Raises:
+        ValueError: as for `open_source`, and for labels whose number can't be known.
+    """
+    import datasets
+
+    dataset = _load(config, split)
+    label_names = None
+    if config.label_column is not None:
+        feature = _feature(dataset, config.label_column)
+        if not isinstance(feature, datasets.ClassLabel):
+            raise ValueError(
+                f"`label_column` is {config.label_column!r}, which is {feature}: how many labels there are is unknown "
+                "before the end of the stream. Store it as ClassLabel, or leave out --streaming."
+            )
+        label_names = list(feature.names)
+    column, name = _image_column(dataset, config), _name(config)
+    dataset = _undecoded(dataset, column)
+    with _clear_errors(name):
+        if not list(dataset.take(1)):
+            raise ValueError("there are no rows")
+    return Stream(name, dataset, column, config.label_column, label_names, config.shuffle_buffer_size)
+
+
+def public_name(config: TrainConfig, source: str) -> tuple[str, str | None]:
+    """What to call the data where others read it, and its id if it is a dataset of the Hub.
+
+    Args:
+        source: its name here, as `Source.name` gives it. Of paths only the last part is told.
+    """
+    name = config.dataset_name
+    if name is None or name == "digits" or Path(name).exists() or Path(name).suffix != "" or "*" in name:
+        return Path(source).name, None
+    return source, name
+
+
+def _name(config: TrainConfig) -> str:
+    return str(config.dataset_name or config.train_data_dir)
+
+
+@contextmanager
+def _clear_errors(name: str) -> Iterator[None]:
+    """Whatever the Hub's client, the network or a file format raises → one line that names the source."""
+    import datasets
+
+    try:
+        yield
+    except Exception as error:
+        hidden = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
+        text = " ".join(str(hidden or error).split()) or type(error).__name__
+        raise ValueError(f"no images can be read from {name!r}: {text}") from error
+
+
+def _load(config: TrainConfig, split: str) -> Any:
+    """A `Dataset`, or an `IterableDataset` where streaming is asked for."""
+    import datasets
+
+    folder = config.train_data_dir
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"`train_data_dir` is {folder!r}, but there is no such folder.")
+    options: dict[str, Any] = {"cache_dir": config.cache_dir, "split": split, "streaming": config.streaming}
+    with _clear_errors(_name(config)):
+        if folder is not None:
+            # All files are the training set, also those that `datasets` would take for a test set by their names.
+            files = {"train": str(Path(folder) / "**")}
+            drop_labels = True if config.label_column is None else None
+            return datasets.load_dataset("imagefolder", data_files=files, drop_labels=drop_labels, **options)
+        path = Path(str(config.dataset_name))
+        if path.suffix in FILE_BUILDERS:
+            return datasets.load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), **options)
+        if (path / "dataset_dict.json").is_file():
+            path /= split
+        if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+            saved = datasets.load_from_disk(str(path))
+            return saved.to_iterable_dataset() if config.streaming else saved
+        return datasets.load_dataset(config.dataset_name, config.dataset_config_name, **options)
+
+
+def _feature(dataset: Any, column: str) -> Any:
+    if column not in dataset.features:
+        raise ValueError(f"`label_column` is {column!r}, but the columns are {list(dataset.features)}.")
+    return dataset.features[column]
+
+
+def _image_column(dataset: Any, config: TrainConfig) -> str:
+    """The column that is named, or else the only one that holds images."""
+    import datasets
+
+    found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    column = config.image_column or (found[0] if len(found) == 1 else None)
+    if column is None or column not in dataset.features:
+        raise ValueError(
+            f"`image_column` is {column!r}, but the image columns are {found or list(dataset.features)}: "
+            "pass --image_column with one of them."
+        )
+    return column
+
+
+def _undecoded(dataset: Any, column: str) -> Any:
+    """The dataset with bytes and paths in place of images, so that a damaged one can be named and left out."""
+    import datasets
+
+    feature = dataset.features[column]
+    encoded = isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} >= set(feature))
+    if not encoded and getattr(feature, "dtype", None) not in ("binary", "large_binary"):
+        raise ValueError(f"`image_column` is {column!r}, but that column holds {feature}, not images.")
+    return dataset.cast_column(column, datasets.Image(decode=False))
+
+
+def _labels(dataset: Any, column: str) -> tuple[np.ndarray, list[str]]:
+    """Labels 0 … n - 1 and what they are called: a ClassLabel's own, else the values in their order."""
+    import datasets
+
+    feature = _feature(dataset, column)
+    values = dataset[column][:]
+    missing = [i for i, value in enumerate(values) if value is None]
+    if isinstance(feature, datasets.ClassLabel):
+        missing += [i for i, value in enumerate(values) if value == -1]  # how `datasets` says: not labelled
+    if missing:
+        raise ValueError(
+            f"`label_column` is {column!r}, but {len(missing)} rows have no label, first row {missing[0]}."
+        )
+    if isinstance(feature, datasets.ClassLabel):
+        return np.asarray(values, np.int64), list(feature.names)
+    if not all(isinstance(value, (int, str)) for value in values):
+        raise ValueError(f"`label_column` is {column!r}, which is {feature}, but must be ClassLabel, integers or text.")
+    names, labels = np.unique(values, return_inverse=True)
+    return labels.astype(np.int64), [str(name) for name in names]
+
+
+def _read_column(rows: Any, column: str, indices: Sequence[int]) -> list[Any]:
+    return rows[indices][column]
+
+
+def _files_fingerprint(paths: Iterator[str]) -> str:
+    """Changes with the names, sizes and times of the files."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        stat = path.stat() if path.exists() else None
+        digest.update(f"{path}\n{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()
+
+
+def _digits(config: TrainConfig) -> Source:
+    """scikit-learn's 1,797 scans of 8×8 pixels with 17 levels, as 8-bit grayscale images."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError("the digits come with scikit-learn: pip install 'ddpm-hf[train]'.") from error
+    if config.label_column not in (None, "label"):
+        raise ValueError(f"`label_column` is {config.label_column!r}, but the digits have `label` only.")
+    digits = load_digits()
+    scans = [Image.fromarray((scan * (255 / 16)).round().astype(np.uint8)) for scan in digits.images]
+    labels = digits.target.astype(np.int64) if config.label_column else None
+    names = [str(n) for n in digits.target_names] if config.label_column else None
+    return Source("scikit-learn digits", None, len(scans), lambda indices: [scans[i] for i in indices], labels, names)

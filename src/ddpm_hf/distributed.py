@@ -1,0 +1,53 @@
+"""What the processes of a run agree on: errors, signals, sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+
+
+class Agreement:
+    """What any process wants, all do: a maximum over the processes that costs the GPU nothing."""
+
+    def __init__(self, num_processes: int) -> None:
+        self.group = dist.new_group(backend="gloo") if num_processes > 1 else None
+
+    def largest(self, value: int) -> int:
+        """The largest value of all processes. All of them must call it."""
+        if self.group is None:
+            return value
+        shared = torch.tensor(value)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.group)
+        return int(shared)
+
+    def same(self, value: int) -> bool:
+        """Whether the value is the same in all processes. All of them must call it."""
+        return self.largest(value) == -self.largest(-value)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A foreseen error (ValueError, OSError) of one process within this context is raised in all at its end.
+
+        All of them must enter it, and wait for no other within.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            failure = error
+        if self.largest(int(failure is not None)):
+            raise failure or RuntimeError("another process failed; its message says why.")
+
+
+def sum_over_processes(table: Tensor) -> Tensor:
+    """The sum of a float64 table over all processes, on the CPU."""
+    state = PartialState()
+    if state.device.type == "mps":  # Metal has no float64
+        return table
+    return reduce(table.to(state.device), "sum").cpu()

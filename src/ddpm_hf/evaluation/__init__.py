@@ -1,0 +1,1 @@
+"""What is measured: likelihood, calibration, and the results of both."""

@@ -1,0 +1,152 @@
+"""A network's predictions on noisy images of a data set: what both the calibration and the likelihood measure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..diffusion.ddpm_process import check_integer
+from ..diffusion.pipeline import DDPMPipelineCustom
+from ..diffusion.scheduling_ddpm_custom import ZERO_SNR_ERROR, DDPMSchedulerCustom
+
+
+class Prediction(NamedTuple):
+    """One network call. Images are float32 of shape (B, C, H, W), on the network's device."""
+
+    rows: Tensor  # (B,), which of the images asked for these are
+    column: int  # which of their timesteps this is
+    t: Tensor  # (B,), on the CPU
+    x_0: Tensor
+    noise: Tensor  # ε
+    x_t: Tensor
+    output: Tensor  # all channels of the network, those of a learned variance included
+
+
+@dataclass
+class Probe:
+    """Images to test a network on, chosen and checked.
+
+    Args:
+        pipe: its scheduler must be a `DDPMSchedulerCustom`.
+        images: uint8 of shape (N, C, H, W).
+        num_images: how many of them to use, drawn by `seed`; None takes all.
+        seed: fixes the choice, and the noise: that of image i comes from seed + i.
+        batch_size: images per network call and process.
+        class_labels: for a class-conditional network: one label for all images, or N of them.
+        min_images: fewer are refused.
+        chosen: which images to use, int64 (n,), instead of a choice by `num_images` and `seed`.
+
+    Raises:
+        ValueError: for anything that can't work, before anything is computed.
+    """
+
+    pipe: DDPMPipelineCustom
+    images: Tensor
+    num_images: int | None = None
+    seed: int = 0
+    batch_size: int = 64
+    class_labels: int | Sequence[int] | Tensor | None = None
+    min_images: int = 2
+    chosen: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pipe.scheduler, DDPMSchedulerCustom):
+            name = type(self.pipe.scheduler).__name__
+            raise ValueError(
+                f"the pipeline's scheduler is a {name}, but must be a DDPMSchedulerCustom: set pipe.scheduler = "
+                "DDPMSchedulerCustom.from_config(pipe.scheduler.config)."
+            )
+        scheduler = self.pipe.scheduler
+        if scheduler.process.has_zero_terminal_snr and scheduler.config.prediction_type == "epsilon":
+            raise ValueError(ZERO_SNR_ERROR)
+        if not isinstance(self.images, Tensor) or self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            found = f"{self.images.dtype} of {tuple(self.images.shape)}" if isinstance(self.images, Tensor) else None
+            raise ValueError(
+                f"`images` are {found or type(self.images).__name__}, but must be a uint8 tensor of shape (N, C, H, W)."
+            )
+        config = self.pipe.unet.config
+        size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+        expected = (config.in_channels, *(size or self.images.shape[2:]))
+        if tuple(self.images.shape[1:]) != expected:
+            raise ValueError(
+                f"`images` have shape {tuple(self.images.shape[1:])} (C, H, W), but the network was made for {expected}"
+                ": resize them, or pass those that it was trained on."
+            )
+        check_integer("batch_size", self.batch_size, 1)
+        check_integer("seed", self.seed, 0, 2**63 - 1 - len(self.images))
+        if self.chosen is not None:
+            self.num_images = len(self.chosen)
+        elif self.num_images is None:
+            self.num_images = len(self.images)
+        check_integer("num_images", self.num_images, 1)
+        if self.num_images > len(self.images):
+            raise ValueError(
+                f"`num_images` is {self.num_images}, but there are only {len(self.images)} images: pass more of them, "
+                "or lower num_images."
+            )
+        if self.num_images < self.min_images:
+            raise ValueError(
+                f"`num_images` is {self.num_images}, but must be at least {self.min_images} for a standard error that "
+                "means something."
+            )
+        self._labels = None
+        if self.pipe.unet.config.num_class_embeds is not None or self.class_labels is not None:
+            self._labels = self.pipe.prepare_class_labels(self.class_labels, len(self.images), guidance_scale=1.0)
+        drawn = draw_indices(len(self.images), self.num_images, self.seed)
+        self.indices = drawn if self.chosen is None else self.chosen
+
+    @torch.no_grad()
+    def predictions(
+        self, timesteps: Tensor, *, same_noise: bool, title: str, show_progress: bool
+    ) -> Iterator[Prediction]:
+        """Call the network on this process's share of the images: every n-th one under n processes.
+
+        Args:
+            timesteps: shape (K,), the same for all images, or (num_images, K).
+            same_noise: an image has the same noise at all its timesteps, which makes tables over t smooth; or new noise
+                at each, which makes sums over t exact.
+        """
+        state, unet, process = PartialState(), self.pipe.unet, self.pipe.scheduler.process
+        was_training = unet.training
+        unet.eval()
+        # Equal numbers of network calls in all processes, so that sharded networks stay in step; doubles are dropped.
+        n = len(self.indices)
+        share = torch.arange(math.ceil(n / state.num_processes)) * state.num_processes + state.process_index
+        batches = share.split(self.batch_size)
+        is_quiet = not (show_progress and state.is_main_process)
+        timesteps = timesteps.expand(n, -1)
+        with tqdm(total=len(batches) * timesteps.shape[1], desc=title, unit="call", disable=is_quiet) as bar:
+            for places in batches:
+                batch, mine = places % n, int((places < n).sum())
+                x_0, labels = self._load(batch)
+                generators = [torch.Generator().manual_seed(self.seed + int(i)) for i in self.indices[batch]]
+                for column, t in enumerate(timesteps[batch].unbind(1)):
+                    if column == 0 or not same_noise:
+                        noise = torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in generators])
+                        noise = noise.to(x_0.device)
+                    x_t = process.q_sample(x_0, t, noise)
+                    output = unet(x_t.to(unet.dtype), t.to(x_t.device), class_labels=labels, return_dict=False)[0]
+                    if mine:
+                        rows, *images = (part[:mine] for part in (batch, t, x_0, noise, x_t, output.float()))
+                        yield Prediction(rows, column, *images)
+                    bar.update()
+        unet.train(was_training)
+
+    def _load(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x_0 and labels of some images."""
+        indices = self.indices[rows]
+        x_0 = self.images[indices.to(self.images.device)].to(self.pipe.unet.device).float() / 127.5 - 1
+        return x_0, None if self._labels is None else self._labels[indices.to(self._labels.device)]
+
+
+def draw_indices(length: int, count: int, seed: int) -> Tensor:
+    """Which `count` of `length` images to use, ascending; more of them with the same seed hold fewer of them."""
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+    return order[:count].sort().values

@@ -1,0 +1,154 @@
+"""The real images that a model is measured against, at its size and with its channels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from diffusers import UNet2DModel
+from torch import Tensor
+
+from ..config.commands import EvaluateConfig, ImageOptions
+from ..config.training import TrainConfig
+from ..data.dataset import StoredImages, load_images
+from ..data.sources import Source, open_source, public_name
+from ..data.transform import image_format
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """A set of real images.
+
+    Args:
+        name: of the data, for others to read.
+        hub_id: its id, if it is a dataset of the Hub.
+        split: `train`, or what the model has not seen.
+        pixels: uint8 (N, C, H, W).
+        labels: int64 (N,) of a labelled set.
+        num_classes: how many labels there are.
+        preparation: how files became pixels.
+        notes: what was changed about the images that a reader of figures should know.
+    """
+
+    name: str
+    hub_id: str | None
+    split: str
+    pixels: Tensor
+    labels: Tensor | None
+    num_classes: int | None
+    preparation: dict[str, Any]
+    notes: list[str]
+
+    @cached_property
+    def pixels_hash(self) -> str:
+        """Tells any other set of images from this one."""
+        digest = hashlib.sha256(str(tuple(self.pixels.shape)).encode())
+        for part in self.pixels.split(4096):
+            digest.update(part.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def identity(self) -> dict[str, Any]:
+        """What a figure depends on, as JSON."""
+        return {
+            "name": self.name, "hub_id": self.hub_id, "split": self.split, "images": len(self.pixels),
+            "hash": self.pixels_hash, **self.preparation,
+        }  # fmt: skip
+
+
+def images_of_model(network: UNet2DModel, options: ImageOptions, seed: int) -> TrainConfig:
+    """How to load images for a network.
+
+    Raises:
+        ValueError: for a network that says no size, or none that images are loaded in.
+    """
+    size = network.config.sample_size
+    if not isinstance(size, int):
+        raise ValueError(f"the network's sample_size is {size}, but real images are loaded as squares of a known size.")
+    return TrainConfig(
+        dataset_name=options.dataset_name,
+        dataset_config_name=options.dataset_config_name,
+        train_data_dir=options.train_data_dir,
+        cache_dir=options.cache_dir,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        resolution=size,
+        channels=network.config.in_channels,
+        center_crop=options.center_crop,
+        seed=seed,
+    )
+
+
+def load_real_images(
+    network: UNet2DModel, config: EvaluateConfig, show_progress: bool
+) -> tuple[RealImages, RealImages | None]:
+    """The training set of a model, and the images that it has not seen where the configuration names them.
+
+    Raises:
+        ValueError: for sets that do not exist, can't be read, or are empty; for training images that are called unseen.
+    """
+    images = images_of_model(network, config, config.seed)
+    train = _load(images, "train", "train", show_progress)
+    if config.test_data_dir is not None:
+        folder = replace(images, dataset_name=None, train_data_dir=config.test_data_dir)
+        return train, _unseen(train, _load(folder, "train", "test", show_progress), "test_data_dir")
+    if config.test_split is not None:
+        split = config.test_split
+        return train, _unseen(train, _load(images, split, split, show_progress), "test_split")
+    return train, None
+
+
+def _unseen(train: RealImages, other: RealImages, option: str) -> RealImages:
+    """The other images, unless all are training images; with a note where some are."""
+    known = set(_image_hashes(train.pixels))
+    seen = sum(image in known for image in _image_hashes(other.pixels))
+    if seen == len(other.pixels):
+        raise ValueError(
+            f"`{option}` gives {seen:,} images, but all of them are training images: name images that the model has "
+            f"not seen, or leave --{option} out."
+        )
+    if not seen:
+        return other
+    note = f"{seen:,} of the {len(other.pixels):,} images of {other.name} ({other.split}) are training images, too"
+    return replace(other, notes=[*other.notes, note])
+
+
+def _image_hashes(pixels: Tensor) -> Iterator[bytes]:
+    return (hashlib.sha256(image.contiguous().numpy()).digest() for image in pixels)
+
+
+def _load(config: TrainConfig, split: str, called: str, show_progress: bool) -> RealImages:
+    source = open_source(config, split)
+    images = load_images(config, source, show_progress)
+    if not isinstance(images, StoredImages):
+        raise ValueError(
+            f"the {len(images):,} decoded images of {source.name} do not fit the disk of the cache: pass --cache_dir "
+            "FOLDER on a larger one."
+        )
+    name, hub_id = public_name(config, source.name)
+    crop = "centre" if config.center_crop else f"seed {config.seed}"
+    preparation = {"resolution": config.resolution, "mode": config.image_mode, "resize": config.resize, "crop": crop}
+    return RealImages(
+        name, hub_id, called, images.pixels, images.labels, images.num_classes, preparation, _notes(source, config)
+    )
+
+
+def _notes(source: Source, config: TrainConfig) -> list[str]:
+    """What becomes of the first image, where that is more than making it smaller."""
+    stored = image_format(source.read([0])[0])
+    if stored is None:
+        return []
+    width, height, mode = stored
+    notes = []
+    if min(width, height) < config.resolution:
+        notes.append(
+            f"the images of {source.name} are {width}×{height}, and enlarged to the model's "
+            f"{config.resolution}×{config.resolution}"
+        )
+    if mode != config.image_mode:
+        notes.append(
+            f"the images of {source.name} are of mode {mode}, and converted to the model's {config.image_mode}"
+        )
+    return notes

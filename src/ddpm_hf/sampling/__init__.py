@@ -1,0 +1,1 @@
+"""N images by any number of processes."""

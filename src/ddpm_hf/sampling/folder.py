@@ -1,0 +1,167 @@
+"""A folder of sampled images that any number of processes fill, and that a later run goes on with."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import PartialState
+
+from ..data.pictures import image_grid
+from ..diffusion.pipeline import DDPMPipelineCustom
+from ..storage.files import check_writable, lock_output_dir, replace_text, write_whole
+from .files import NpzFile, PngFiles, image_files
+from .generate import describe_sampling, image_batches, sample_pixels
+
+RECORD = "sampling.json"
+GRID = "grid.png"
+GRID_IMAGES = 256
+PNG_CHANNELS = 4
+BLOCK = 4096  # bytes that a small file takes
+
+
+def sample_to_folder(
+    pipeline: DDPMPipelineCustom,
+    output_dir: Path,
+    num_images: int,
+    seed: int,
+    batch_size: int,
+    *,
+    format: Literal["png", "npz"] = "png",
+    class_labels: Sequence[int] | None = None,
+    show_progress: bool = True,
+    **call_options: Any,
+) -> int:
+    """Fill a folder with images 0 … N - 1, a grid of the first 256, and `sampling.json`: what they were made with.
+
+    All processes must call it; each makes its share. What is there already stays, so that a run that was killed at any
+    moment goes on, and one with a larger N adds to it: the images are those of a single run, bit for bit. (A last batch
+    that N had cut short is made again, whole, since an image's last bits depend on its batch's size.)
+
+    Args:
+        output_dir: is made where it does not exist.
+        num_images: N.
+        seed: image i comes from seed + i.
+        batch_size: B, images per network call and process.
+        format: numbered PNGs, for 1 to 4 channels, or one `samples.npz`: see `NpzFile`.
+        class_labels: used in turn.
+        call_options: go to the pipeline's call.
+
+    Returns:
+        How many images were made, by all processes together.
+
+    Raises:
+        ValueError: before any network call, for any bad argument; where the disk has no room; for a folder that can't
+            be written, in which another run is at work, or which holds other images.
+        OSError: where writing fails. What was written is kept.
+    """
+    state, shape = PartialState(), _image_shape(pipeline)
+    if format == "png" and shape[-1] > PNG_CHANNELS:
+        raise ValueError(f"`format` is 'png', which can't hold {shape[-1]} channels: use --format npz.")
+    check_writable(output_dir)
+    record = describe_sampling(pipeline, seed, batch_size, class_labels, **call_options)
+    _check_origin(output_dir, record)
+    files = image_files(output_dir, format)
+    present = files.present()
+    _check_number(output_dir, present, num_images)
+    batches = image_batches(num_images, batch_size)
+    whole = {number for number, images in enumerate(batches) if present.issuperset(images)}
+    missing = num_images - sum(len(batches[number]) for number in whole)
+    _check_space(output_dir, missing, num_images if format == "npz" else 0, math.prod(shape))
+    made = sample_pixels(
+        pipeline, num_images, seed, batch_size,
+        class_labels=class_labels, skip=whole, show_progress=show_progress, **call_options,
+    )  # fmt: skip
+
+    state.wait_for_everyone()  # all have looked; from here on, files change
+    with _writing(output_dir, record, state):
+        for images, pixels in made:
+            files.save(images, pixels)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            if isinstance(files, NpzFile):
+                files.pack(num_images, batch_size, shape, class_labels)
+            if shape[-1] <= PNG_CHANNELS:
+                grid = image_grid(files.first(min(num_images, GRID_IMAGES)))
+                write_whole(output_dir / GRID, partial(grid.save, format="PNG"))
+    return missing
+
+
+def _image_shape(pipeline: DDPMPipelineCustom) -> tuple[int, int, int]:
+    """(H, W, C) of the images."""
+    size, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width, channels
+
+
+def _check_origin(output_dir: Path, record: dict[str, Any]) -> None:
+    """Raise a ValueError unless the images of the folder, in either format, were made in this way."""
+    count = len(PngFiles(output_dir).present() | NpzFile(output_dir).present())
+    if not count:
+        return
+    try:
+        earlier = json.loads((output_dir / RECORD).read_text("utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} holds {count} images, but no {RECORD} that says what made them "
+            f"({error}): choose another --output_dir."
+        ) from error
+    now = json.loads(json.dumps(record))
+    changes = [
+        f"`{key}` was {reprlib.repr(earlier.get(key))} and is {reprlib.repr(now.get(key))}"
+        for key in now | earlier
+        if earlier.get(key) != now.get(key)
+    ]
+    if changes:
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} holds {count} images that were made otherwise: {'; '.join(changes)}. "
+            "Choose another --output_dir, or the same options."
+        )
+
+
+def _check_number(output_dir: Path, present: set[int], num_images: int) -> None:
+    """Raise a ValueError for images that were not asked for: they would be taken for a part of the result."""
+    beyond = [i for i in present if i >= num_images]
+    if beyond:
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} holds {len(beyond)} images of a longer run (number {min(beyond)} …), "
+            f"but `num_images` is {num_images}: ask for more, or choose another --output_dir."
+        )
+
+
+def _check_space(output_dir: Path, missing: int, packed: int, image_bytes: int) -> None:
+    """Raise a ValueError unless the disk has room for the missing images, and for those of an `.npz` once more."""
+    there = next(place for place in (output_dir, *output_dir.absolute().parents) if place.exists())
+    free, needed = shutil.disk_usage(there).free, missing * max(BLOCK, image_bytes) + packed * image_bytes
+    if missing and free < needed:
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} is on a disk with {free / 2**20:,.0f} MiB free, but {missing} images "
+            f"take {needed / 2**20:,.0f} MiB: free some, or choose another --output_dir."
+        )
+
+
+@contextmanager
+def _writing(output_dir: Path, record: dict[str, Any], state: PartialState) -> Iterator[None]:
+    """Keep other runs out of the folder, say there what makes its images, and leave it when all processes are done."""
+    lock = lock_output_dir(output_dir) if state.is_main_process else None
+    try:
+        if state.is_main_process:
+            lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+            replace_text(output_dir / RECORD, f"{{\n{lines}\n}}\n")
+        state.wait_for_everyone()
+        yield
+        state.wait_for_everyone()
+    except OSError as error:
+        raise OSError(
+            f"images can't be written into {str(output_dir)!r} ({error}): make room. The same command then goes on."
+        ) from error
+    finally:
+        if lock is not None:
+            lock.release()

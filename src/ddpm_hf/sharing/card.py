@@ -1,0 +1,269 @@
+"""The model card: what is known of a model, filled into `model_card.md`, without touching what a person has edited."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..diffusion.ddpm_process import LEARNED_VARIANCE_TYPES
+from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
+from ..evaluation.calibration import recommended_steps, steps_table
+from ..evaluation.results import evaluation_files
+from ..storage.files import replace_text
+from ..storage.weights import weights_digest
+from .card_merge import merge_cards, parse_card, stamp
+
+PICTURES = ("samples.png", "real.png", "loss.png")
+EXAMPLE_STEPS = 100
+
+# Options that say where files lie, who pushes or what is shown, but nothing about the model.
+PRIVATE_OPTION = re.compile(
+    r".*(_dir|_path|token|logg|checkpoint).*|hub_.*|push_.*|overwrite_.*|config|unet|dataset_name"
+)
+PRIVATE_VALUE = re.compile(r"(^|[\s=:'\"\[(,])(/|~|[A-Za-z]:\\|\.\.?/)|hf_\w{8,}")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What is known of a model beside its files. What is None or empty is left out of the card.
+
+    Args:
+        repo_id: where the model will be on the Hub, "owner/name".
+        license: an identifier of the Hub's list, e.g. "apache-2.0".
+        dataset: the training data in words, e.g. "`digits`, 1,797 images".
+        dataset_ids: the training data as ids of the Hub.
+        base_model: the id on the Hub of the model that this one was converted from.
+        options: the training configuration. Those that name folders, tokens or repositories are left out.
+        updates: optimizer updates.
+        images_seen: updates times images per update, over all processes.
+        seconds: wall-clock time of the training.
+        hardware: e.g. "1 × NVIDIA H200".
+        results: measured figures, which become the `model-index` of the metadata.
+    """
+
+    repo_id: str | None = None
+    license: str | None = None
+    dataset: str | None = None
+    dataset_ids: Sequence[str] = ()
+    base_model: str | None = None
+    options: Mapping[str, Any] | None = None
+    updates: int | None = None
+    images_seen: int | None = None
+    seconds: float | None = None
+    hardware: str | None = None
+    results: Sequence[EvalResult] = ()
+
+
+def write_card(folder: Path, facts: CardFacts | Mapping[str, Any] | None = None) -> Path:
+    """Write the README.md of a saved pipeline, or bring the one that is there up to date.
+
+    Sections and metadata that a person has changed, added or removed stay as they are. What an earlier call knew of the
+    same weights and this one does not is still known.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        ValueError: where the card that is there is no UTF-8, or its metadata no YAML mapping or their `model-index`
+            no list. It is not touched.
+    """
+    file = folder / "README.md"
+    facts = facts if isinstance(facts, CardFacts) else CardFacts(**(facts or {}))
+    replace_text(file, update_card(read_card(folder), folder, facts))
+    return file
+
+
+def read_card(folder: Path) -> str | None:
+    """The text of the README.md of a folder, if it has one. Raises a ValueError where it is no UTF-8."""
+    file = folder / "README.md"
+    try:
+        return file.read_text("utf-8-sig") if file.is_file() else None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(file)!r} is no text in UTF-8: mend it, or remove the file.") from error
+
+
+def update_card(existing: str | None, folder: Path, facts: CardFacts) -> str:
+    """The text of the card of the pipeline in `folder`, made from the existing one and from `facts`."""
+    weights = weights_digest(folder)
+    known = known_facts(existing, weights) if existing is not None else CardFacts()
+    facts = combine_facts(known, replace(facts, options=_public_options(facts.options)))
+    new = stamp(render_card(folder, facts), {"facts": asdict(facts), "weights": weights})
+    return merge_cards(existing, new) if existing is not None else new
+
+
+def known_facts(card: str, weights: str) -> CardFacts:
+    """What the writer of a card knew: all of it if the card is of these weights, else its place on the Hub."""
+    record = parse_card(card).record
+    names = {f.name for f in fields(CardFacts)} if record.get("weights") == weights else {"repo_id"}
+    known = {name: value for name, value in record.get("facts", {}).items() if name in names}
+    return CardFacts(**{**known, "results": [EvalResult(**r) for r in known.get("results", ())]})
+
+
+def combine_facts(known: CardFacts, facts: CardFacts) -> CardFacts:
+    """`facts`, and for those that it leaves open what is `known`; a result replaces that of the same name and data."""
+    together = {f.name: value for f in fields(facts) if (value := getattr(facts, f.name))}
+    new = {_place(result) for result in facts.results}
+    kept = [result for result in known.results if _place(result) not in new]
+    return replace(known, **together | {"results": [*kept, *facts.results]})
+
+
+def _place(result: EvalResult) -> tuple[object, ...]:
+    """Where a result stands among others: whose name this is, too, stands in its place."""
+    return result.unique_identifier, result.metric_type, result.metric_name
+
+
+def render_card(folder: Path, facts: CardFacts) -> str:
+    """The text of a new card for the pipeline in `folder`."""
+    model = describe_model(folder)
+    metadata = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        license=facts.license,
+        tags=["ddpm", "ddpm-hf", *(["class-conditional"] if model["classes"] else [])],
+        datasets=list(facts.dataset_ids) or None,
+        base_model=facts.base_model,
+        eval_results=list(facts.results) or None,
+        model_name=(facts.repo_id or folder.absolute().name).split("/")[-1] if facts.results else None,
+    )
+    steps = [k for k in (10, 25, 50, 100, 250) if k < model["T"]] + [model["T"]]
+    card = ModelCard.from_template(
+        metadata,
+        template_str=_template(),
+        facts=facts,
+        model=model,
+        title=facts.repo_id.split("/")[-1] if facts.repo_id else "DDPM",
+        source=facts.repo_id or ".",
+        pictures=[*(name for name in PICTURES if (folder / name).is_file()), *evaluation_files(folder)],
+        example_steps=min(EXAMPLE_STEPS, model["T"]),
+        labels=", class_labels=0" if model["classes"] else "",
+        few_steps=min(25, model["T"]),
+        few=_few_steps(folder) if model["calibrated"] else None,
+        costs=[(k, _three_digits(k * model["flop"] / 1e9)) for k in steps] if model["flop"] else [],
+        training=_training_rows(facts),
+        options=[(name, _cell(f"`{value}`")) for name, value in (facts.options or {}).items()],
+        dataset=_line(facts.dataset or ""),
+        results=[_result_row(result) for result in facts.results],
+    )
+    return str(card)
+
+
+def describe_model(folder: Path) -> dict[str, Any]:
+    """What the configurations of a saved pipeline say, and what its network costs."""
+    unet = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+    size = unet.get("sample_size")
+    height, width = size if isinstance(size, list) else (size, size)
+    parameters, flop = network_cost(json.dumps(unet))
+    return {
+        "height": height,
+        "width": width,
+        "channels": unet["in_channels"],
+        "classes": unet.get("num_class_embeds"),
+        "parameters": parameters,
+        "flop": flop,
+        "T": scheduler.get("num_train_timesteps") or 1000,
+        "beta_schedule": scheduler.get("beta_schedule"),
+        "prediction_type": scheduler.get("prediction_type"),
+        "variance_type": scheduler.get("variance_type"),
+        "learned_variance": scheduler.get("variance_type") in LEARNED_VARIANCE_TYPES,
+        "calibrated": bool(scheduler.get("_calibration")),
+    }
+
+
+@lru_cache(maxsize=4)  # a run saves the same network at every checkpoint
+def network_cost(unet_config: str) -> tuple[int, int | None]:
+    """Parameters, and floating point operations of one pass for one image, of the network of a JSON configuration.
+
+    The operations are None for a network that does not say for what images it is.
+    """
+    with torch.device("meta"):  # shapes without numbers: nothing is computed
+        unet = UNet2DModel.from_config(json.loads(unet_config))
+    size = unet.config.sample_size
+    if size is None:
+        return unet.num_parameters(), None
+    x = torch.empty(1, unet.config.in_channels, *([size] * 2 if isinstance(size, int) else size), device="meta")
+    label = torch.zeros(1, dtype=torch.long, device="meta")
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            unet(x, label, class_labels=label if unet.config.num_class_embeds else None)
+    except (RuntimeError, ValueError):  # sizes that the network can't halve
+        return unet.num_parameters(), None
+    return unet.num_parameters(), counter.get_total_flops()
+
+
+def _few_steps(folder: Path) -> tuple[str, int] | None:
+    """What a calibration says: a table of costs by the number of steps, and how many steps are enough."""
+    try:
+        scheduler = DDPMSchedulerCustom.from_pretrained(folder / "scheduler")
+        return steps_table(scheduler), recommended_steps(scheduler)
+    except (ValueError, KeyError, TypeError):  # a calibration of something else: no reason not to save the model
+        return None
+
+
+def _template() -> str:
+    """`model_card.md`: beside this module in a wheel, at the top of the project in a checkout."""
+    shipped = files("ddpm_hf") / "model_card.md"
+    return (shipped if shipped.is_file() else Path(__file__).parents[3] / "model_card.md").read_text("utf-8")
+
+
+def _training_rows(facts: CardFacts) -> list[tuple[str, str]]:
+    rows = {
+        "Data": facts.dataset,
+        "Optimizer updates": f"{facts.updates:,}" if facts.updates is not None else None,
+        "Images seen": f"{facts.images_seen:,}" if facts.images_seen is not None else None,
+        "Wall-clock time": str(timedelta(seconds=round(facts.seconds))) if facts.seconds is not None else None,
+        "Hardware": facts.hardware,
+    }
+    return [(name, _cell(value)) for name, value in rows.items() if value is not None]
+
+
+def _result_row(result: EvalResult) -> tuple[str, ...]:
+    """Data, metric, value, and how it was measured."""
+    data = f"{result.dataset_name}, {result.dataset_split}" if result.dataset_split else result.dataset_name
+    how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in (result.metric_args or {}).items())
+    return tuple(map(_cell, (data, result.metric_name or result.metric_type, str(result.metric_value), how)))
+
+
+def _public_options(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The options that describe the model: no path of this machine and no secret is among them."""
+    if options is None:
+        return None
+    shown = {k: v for k, v in options.items() if v is not None and not PRIVATE_OPTION.fullmatch(k)}
+    return {k: v for k, v in shown.items() if not PRIVATE_VALUE.search(str(v))}
+
+
+def _line(value: str) -> str:
+    """Text that stays in its line and starts no HTML."""
+    return " ".join(value.replace("<", "&lt;").split())
+
+
+def _cell(value: str) -> str:
+    """Text that stays inside its cell of a Markdown table."""
+    return _line(value).replace("|", "\\|")
+
+
+def _three_digits(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def is_average(model: Path) -> bool | None:
+    """Whether the weights of a saved pipeline are an average (EMA); None where its own card does not know.
+
+    Raises:
+        ValueError: for a card that can't be read.
+    """
+    card = read_card(model) if (model / "model_index.json").is_file() else None
+    options = None if card is None else known_facts(card, weights_digest(model)).options
+    return None if options is None else options.get("use_ema")

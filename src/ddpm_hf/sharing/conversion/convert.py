@@ -1,0 +1,200 @@
+"""Turn a model of somebody else into a repository that loads three ways, and prove that its outputs are equal."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMPipeline, UNet2DModel
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ...config.commands import ConvertConfig
+from ...diffusion.pipeline import DDPMPipelineCustom
+from ...diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
+from ...storage.files import check_writable
+from ...storage.loading import load_pipeline, stored_dtype
+from ..card import CardFacts, write_card
+from .improved_diffusion import improved_network, is_improved
+from .original_network import Forward, SourceNetwork, Weights
+from .pytorch_diffusion import ho_network, is_ho
+
+TOLERANCE = 1e-9  # relative, in float64: another ε, padding or order of heads is off by far more
+
+
+def convert_model(source: str, destination: Path, config: ConvertConfig) -> Path:
+    """Write `source` as a saved pipeline into `destination`, which must be new or empty.
+
+    Args:
+        source: a DDPM of diffusers (folder or Hub id), a training checkpoint of ours or of diffusers' script, or a
+            weight file (.pt, .pth, .ckpt, .bin, .safetensors) of a network that `UNet2DModel` can express.
+
+    Returns:
+        The destination.
+
+    Raises:
+        ValueError: where there is no such model, it can't be expressed exactly, or outputs differ. Nothing is left
+            behind then.
+    """
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise ValueError(f"the destination {str(destination)!r} exists: name a new folder.")
+    check_writable(destination)
+    is_file = Path(source).is_file()
+    if is_file:
+        pipeline, reference = _from_weight_file(Path(source), config)
+    else:
+        _refuse_file_options(config)
+        folder = Path(source)
+        dtype = stored_dtype(folder) if folder.is_dir() else torch.float32
+        pipeline = load_pipeline(source, config.revision, dtype)
+        reference = _forward_of(pipeline.unet)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".ddpm-hf-convert-", dir=destination.parent) as place:
+        stage = Path(place) / "model"
+        pipeline.save_pretrained(stage)
+        for loader in (DDPMPipeline, DDPMPipelineCustom):
+            saved = loader.from_pretrained(stage, dtype=pipeline.unet.dtype).unet
+            _check_equal(reference, saved, torch.float64 if is_file else saved.dtype)
+        write_card(stage, CardFacts() if is_file else _source_facts(source, config.revision))
+        if destination.exists():
+            destination.rmdir()
+        stage.rename(destination)
+    return destination
+
+
+# --- weight files --------------------------------------------------------------------------------------------------
+
+
+def _from_weight_file(file: Path, config: ConvertConfig) -> tuple[DDPMPipelineCustom, Forward]:
+    weights = read_weights(file)
+    network = _source_network(weights, config)
+    if config.resolution is None:
+        raise ValueError("a weight file does not say for what images it is: pass --resolution, e.g. 32.")
+    unet = UNet2DModel(sample_size=config.resolution, **network.config).eval()
+    unet.load_state_dict(network.weights)
+    learned = unet.config.out_channels == 2 * unet.config.in_channels
+    scheduler = DDPMSchedulerCustom(
+        config.ddpm_num_steps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        variance_type="learned_range" if learned else config.variance_type,
+    )
+    return DDPMPipelineCustom(unet, scheduler), network.forward
+
+
+def _source_network(weights: Weights, config: ConvertConfig) -> SourceNetwork:
+    if is_ho(weights):
+        return ho_network(weights)
+    if not is_improved(weights):
+        raise ValueError(
+            f"the weight file is of an unknown architecture (its first tensor is {next(iter(weights), 'missing')!r}): "
+            "known are the PyTorch ports of DDPM (Ho et al. 2020) and improved-diffusion."
+        )
+    if config.num_heads is None:
+        raise ValueError(
+            "improved-diffusion's weights do not say how many attention heads there are: pass --num_heads."
+        )
+    if config.ddpm_num_steps != 1000:
+        raise ValueError(
+            f"`ddpm_num_steps` is {config.ddpm_num_steps}, but improved-diffusion rescales t to 0 … 1000, which "
+            "UNet2DModel can't: only models trained with 1000 steps can be converted exactly."
+        )
+    return improved_network(weights, config.num_heads)
+
+
+def read_weights(file: Path) -> Weights:
+    """The tensors of a weight file, in float32; those of the EMA where a training state holds both.
+
+    Raises:
+        ValueError: for a file that holds anything but tensors and plain containers. Nothing of it is executed.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            found = load_file(file)
+        else:
+            found = _state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{str(file)!r} can't be read as plain weights ({reason}). Pickles that would run code are not loaded: "
+            "save its state dict again with torch.save or safetensors."
+        ) from error
+    return {name.removeprefix("module."): tensor.float() for name, tensor in found.items()}
+
+
+def _state_dict(content: Any) -> Weights:
+    """The weights in what a file holds: themselves, or in a list or dictionary that ends with those of the EMA."""
+    if isinstance(content, Mapping):
+        if content and all(isinstance(v, Tensor) for v in content.values()):
+            return dict(content)
+        inner = [content[key] for key in ("ema", "ema_state_dict", "state_dict", "model") if key in content]
+    else:
+        inner = list(reversed(content)) if isinstance(content, (list, tuple)) else []
+    for part in inner:
+        if isinstance(part, Mapping) and part and all(isinstance(v, Tensor) for v in part.values()):
+            return dict(part)
+    raise OSError("it has no dictionary of tensors")
+
+
+def _refuse_file_options(config: ConvertConfig) -> None:
+    defaults = asdict(ConvertConfig())
+    given = [k for k, v in asdict(config).items() if v != defaults[k] and k != "revision"]
+    if given:
+        raise ValueError(f"`{given[0]}` is only for weight files: a model of diffusers says it itself. Leave it out.")
+
+
+# --- equality ------------------------------------------------------------------------------------------------------
+
+
+def _forward_of(unet: UNet2DModel) -> Forward:
+    return lambda x, t, labels: unet(x, t, class_labels=labels).sample
+
+
+@torch.no_grad()
+def _check_equal(reference: Forward, unet: UNet2DModel, dtype: torch.dtype) -> None:
+    """Raise a ValueError unless the network gives the reference's outputs: bit for bit, or to float64's rounding."""
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, unet.config.in_channels, height, width, generator=generator).to(dtype)
+    classes = unet.config.num_class_embeds
+    labels = torch.tensor([0, classes - 1]) if classes else None
+    unet = unet.double() if dtype == torch.float64 else unet
+    for t in (torch.tensor([0, 1]), torch.tensor([499, 998])):
+        expected, actual = reference(x, t, labels), unet(x, t, class_labels=labels).sample
+        error = float((expected - actual).abs().max() / expected.abs().max().clamp_min(torch.finfo(dtype).tiny))
+        if not error <= (TOLERANCE if dtype == torch.float64 else 0.0):
+            raise ValueError(f"the converted network's outputs differ from the source's by {error:.1e}: not converted.")
+
+
+# --- the card ------------------------------------------------------------------------------------------------------
+
+
+def _source_facts(source: str, revision: str | None) -> CardFacts:
+    """What the source's card says of its license and data, and where it is on the Hub."""
+    folder = Path(source)
+    try:
+        if folder.is_dir():
+            data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data
+        else:
+            from huggingface_hub import hf_hub_download
+
+            data = ModelCard.load(
+                Path(hf_hub_download(source, "README.md", revision=revision)), ignore_metadata_errors=True
+            ).data
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        return CardFacts(base_model=None if folder.is_dir() else source)
+    datasets = data.datasets or []
+    return CardFacts(
+        license=data.license if isinstance(data.license, str) else None,
+        dataset_ids=[datasets] if isinstance(datasets, str) else datasets,
+        base_model=None if folder.is_dir() else source,
+    )

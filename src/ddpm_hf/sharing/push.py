@@ -1,0 +1,229 @@
+"""Pushing a model to the Hub: a complete export first, then one commit, which is there or not.
+
+The real client does the talking. What it does not do itself is done here: another try where a failure may pass, no
+second commit or pull request where only an answer was lost, and a card that keeps what was edited on the Hub.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+
+from ..diffusion.pipeline import EVALUATION_FILES, SHARED_FILES
+from ..evaluation.results import evaluation_files
+from ..storage.loading import load_pipeline, stored_dtype
+from ..storage.weights import weights_digest
+from .card import CardFacts, combine_facts, known_facts, write_card
+from .card_merge import merge_cards, parse_card
+from .hub import WAITS, HubTarget, PushError, Say, check_push_access, explain, readable_errors, retry
+
+EXTRAS = ("README.md", "samples.png", "real.png", "samples_and_real.png", "loss.png", *EVALUATION_FILES)
+STAGE = ".ddpm-hf-push-"
+
+
+def push_folder(
+    folder: Path,
+    target: HubTarget,
+    facts: CardFacts | None = None,
+    *,
+    message: str = "Upload DDPM",
+    say: Say = print,
+    waits: tuple[float, ...] = WAITS,
+    pause: Callable[[float], object] = time.sleep,
+) -> str:
+    """Push the model of a folder: a pipeline, a training folder, or a checkpoint of ours or of diffusers' script.
+
+    The model is loaded and exported once more, so that what goes up is whole, in safetensors, with its code and card,
+    and without training state, logs or paths.
+
+    Returns:
+        The address of the commit or of the pull request.
+
+    Raises:
+        ValueError: for a damaged model, a bad token or name. Nothing is on the Hub then.
+        PushError: where the Hub can't be reached or refuses.
+    """
+    with tempfile.TemporaryDirectory(prefix=STAGE) as stage:
+        export_model(folder, Path(stage))
+        write_card(Path(stage), facts)
+        with readable_errors(target):  # before a repository is made for a card that the Hub does not take
+            retry(ModelCard.load(Path(stage) / "README.md").validate, "Checking the card", say=say, waits=waits)
+        target = replace(target, repo_id=check_push_access(target, say=say, waits=waits))
+        return push_export(Path(stage), target, facts, message, say, waits, pause)
+
+
+def try_push(folder: Path, target: HubTarget, facts: CardFacts | None = None, *, say: Say = print) -> bool:
+    """`push_folder` for the end of a training run: a failure is said, with the command that makes up for it."""
+    try:
+        url = push_folder(folder, target, facts, say=say)
+    except Exception as error:
+        say(failure_text(error, folder, target))
+        return False
+    say(f"Pushed to {url}")
+    return True
+
+
+def resume_command(folder: Path, target: HubTarget) -> str:
+    """The command that pushes a folder. The token is not in it."""
+    options = ["--private"] * target.private + ["--create_pr"] * target.create_pr
+    for name in ("revision", "tag"):
+        options += [f"--{name}", getattr(target, name)] if getattr(target, name) else []
+    return shlex.join(["ddpm-hf", "push", str(folder), target.repo_id, *options])
+
+
+def export_model(folder: Path, destination: Path) -> None:
+    """Write the model of `folder` as a new pipeline, with its card and pictures, in the precision of its weights.
+
+    Files of an evaluation come along where it was one of these weights.
+
+    Raises:
+        ValueError: where there is no model, or a damaged one.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"`model` is {str(folder)!r}, but there is no such folder.")
+    pipeline = load_pipeline(str(folder), dtype=stored_dtype(folder))
+    for name in EXTRAS:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, destination / name)
+    pipeline.save_pretrained(destination)
+    for name in set(EVALUATION_FILES).difference(evaluation_files(destination)):
+        (destination / name).unlink(missing_ok=True)
+
+
+def push_export(
+    stage: Path,
+    target: HubTarget,
+    facts: CardFacts | None,
+    message: str,
+    say: Say,
+    waits: tuple[float, ...],
+    pause: Callable[[float], object],
+) -> str:
+    """Push a folder that holds a whole export and belongs to this call, into a repository that exists."""
+    facts = combine_facts(facts or CardFacts(), CardFacts(repo_id=target.repo_id))
+    api = target.api()
+
+    def attempt(call: Callable[[], str], what: str) -> str:
+        return retry(call, what, say=say, waits=waits, pause=pause)
+
+    with readable_errors(target):
+        if target.revision and not target.revision.startswith("refs/"):
+            attempt(lambda: _make_branch(api, target), "Creating the branch")
+        if target.tag:
+            attempt(lambda: _check_tag(api, target), "Looking up the tags")
+        url = attempt(lambda: _commit(api, stage, target, facts, message), "Pushing")
+        if target.tag:
+            attempt(lambda: _tag(api, target, url.rsplit("/", 1)[-1]), "Tagging")
+    return url
+
+
+def _commit(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, message: str) -> str:
+    """One try: look at what is there, and commit what differs. Doing it twice makes no second commit."""
+    repo_id, revision = target.repo_id, target.revision
+    pull = None
+    if target.create_pr:
+        message = f"{message}, weights {weights_digest(stage)}"
+        pull = _open_pull(api, repo_id, message)
+        revision = f"refs/pr/{pull}" if pull else None
+    head = api.model_info(repo_id, revision=revision)
+    remote = {sibling.rfilename for sibling in head.siblings or []}
+    other_weights = _update_card(api, stage, target, facts, head.sha if "README.md" in remote else None)
+
+    files = sorted(p for p in stage.rglob("*") if p.is_file() and is_shared(p.relative_to(stage).as_posix()))
+    names = {p.relative_to(stage).as_posix(): p for p in files}
+    replaced = ("unet/diffusion_pytorch_model*", *(EVALUATION_FILES if other_weights else ()))
+    stale = {n for n in remote - set(names) if any(fnmatch(n, pattern) for pattern in replaced)}  # of another model
+    commit = api.create_commit(
+        repo_id,
+        [CommitOperationAdd(name, str(file)) for name, file in names.items()]
+        + [CommitOperationDelete(name) for name in sorted(stale)],
+        commit_message=message,
+        revision=revision,
+        create_pr=target.create_pr and pull is None,
+        parent_commit=head.sha,
+    )
+    if pull is not None:
+        return f"{api.endpoint}/{repo_id}/discussions/{pull}"
+    return commit.pr_url or str(commit.commit_url)
+
+
+def _update_card(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, head: str | None) -> bool:
+    """The card of the export, with what is known on the Hub of the same weights and what was edited there.
+
+    Returns:
+        Whether the card on the Hub was of other weights.
+    """
+    if head is None:
+        write_card(stage, facts)
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        file = api.hf_hub_download(target.repo_id, "README.md", revision=head, local_dir=folder)
+        content = Path(file).read_bytes()
+    try:
+        remote = content.decode("utf-8-sig")
+        card = parse_card(remote)
+        edited = card.is_edited()
+    except ValueError as error:
+        raise ValueError(f"the card of {target.repo_id!r} on the Hub can't be read: {error}") from error
+    local = stage / "README.md"
+    weights = weights_digest(stage)
+    here = known_facts(local.read_text("utf-8-sig"), weights) if local.is_file() else CardFacts()
+    write_card(stage, combine_facts(combine_facts(known_facts(remote, weights), here), facts))
+    if edited:
+        local.write_text(merge_cards(remote, local.read_text("utf-8")), "utf-8")
+    return card.record.get("weights", weights) != weights
+
+
+def _open_pull(api: HfApi, repo_id: str, title: str) -> int | None:
+    """The number of our open pull request of this name, if an earlier try has made it."""
+    try:
+        pulls = api.get_repo_discussions(
+            repo_id, author=api.whoami()["name"], discussion_type="pull_request", discussion_status="open"
+        )
+        return next((pull.num for pull in pulls if pull.title == title), None)
+    except HfHubHTTPError as error:
+        if error.response.status_code == 404:
+            return None
+        raise
+
+
+def _make_branch(api: HfApi, target: HubTarget) -> str:
+    api.create_branch(target.repo_id, branch=str(target.revision), exist_ok=True)
+    return str(target.revision)
+
+
+def _check_tag(api: HfApi, target: HubTarget) -> str:
+    """Refuse a tag that another commit has, before anything is uploaded."""
+    tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(target.repo_id).tags}
+    head = api.model_info(target.repo_id, revision=target.revision).sha
+    if tags.get(str(target.tag), head) != head:
+        raise ValueError(f"`tag` is {target.tag!r}, but {target.repo_id!r} has that tag already: choose another one.")
+    return str(head)
+
+
+def _tag(api: HfApi, target: HubTarget, commit: str) -> str:
+    api.create_tag(target.repo_id, tag=str(target.tag), revision=commit, exist_ok=True)
+    tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(target.repo_id).tags}
+    if tags.get(str(target.tag)) != commit:
+        raise ValueError(f"the model is pushed, but `tag` {target.tag!r} is another commit's: choose another one.")
+    return commit
+
+
+def is_shared(name: str) -> bool:
+    """Whether a file of this name, relative to a saved pipeline, goes to the Hub."""
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in SHARED_FILES)
+
+
+def failure_text(error: Exception, folder: Path, target: HubTarget) -> str:
+    """Why a push failed, and the command that makes up for it."""
+    text = str(error) if isinstance(error, (ValueError, PushError)) else explain(error, target)
+    return f"Not pushed: {text}\nThe model is safe in {folder}. Push it with:\n  {resume_command(folder, target)}"

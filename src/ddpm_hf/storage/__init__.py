@@ -1,0 +1,1 @@
+"""Models and files on disk, written atomically."""

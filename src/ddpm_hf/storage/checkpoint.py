@@ -1,0 +1,190 @@
+"""Training checkpoints: whole or not there.
+
+A checkpoint is a folder `checkpoint-<step>` that is a pipeline too (of the EMA weights, if there are any), so that
+whatever loads a model loads a checkpoint. Beside the pipeline it holds `training_state/` and a manifest of hashes.
+Weights are whole, whatever way the processes had shared them, and nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..diffusion.pipeline import DDPMPipelineCustom
+
+MANIFEST = "manifest.json"
+STATE = "training_state"
+BEST = "best_checkpoint.json"
+PIPELINE_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@dataclass
+class TrainingState:
+    """All that a run is at one moment."""
+
+    progress: dict[str, Any]  # counts and options, as JSON knows them
+    weights: dict[str, Tensor]  # those that the optimizer updates
+    optimizer: dict[str, Tensor]
+    ema: dict[str, Tensor] | None = None  # on the way to the disk they are the pipeline's
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.progress["step"]
+
+
+def checkpoint_steps(output_dir: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, ascending."""
+    if not output_dir.is_dir():
+        return []
+    matches = (re.fullmatch(r"checkpoint-(\d+)", p.name) for p in output_dir.iterdir() if p.is_dir())
+    return sorted(int(m[1]) for m in matches if m)
+
+
+def best_step(output_dir: Path) -> int | None:
+    """The step of the checkpoint that validation has named the best, if it has named any."""
+    try:
+        return int(json.loads((output_dir / BEST).read_text("utf-8"))["step"])
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def save_checkpoint(
+    output_dir: Path, pipeline: DDPMPipelineCustom, state: TrainingState, total_limit: int | None = None
+) -> Path:
+    """Write `checkpoint-<step>`, then remove the oldest ones beyond `total_limit`, but for the best one.
+
+    Everything is written into a temporary folder, hashed, flushed to the disk and renamed, and a checkpoint loses its
+    name before it is removed: what carries the name is complete.
+
+    Raises:
+        OSError: where it can't be written, for example on a full disk. What was there before is still there.
+    """
+    try:
+        return _save_checkpoint(output_dir, pipeline, state, total_limit)
+    except SafetensorError as error:
+        raise OSError(f"the checkpoint can't be written into {str(output_dir)!r}: {error}") from error
+
+
+def _save_checkpoint(
+    output_dir: Path, pipeline: DDPMPipelineCustom, state: TrainingState, total_limit: int | None
+) -> Path:
+    final = output_dir / f"checkpoint-{state.step}"
+    partial = output_dir / f"{final.name}.partial"
+    for leftover in output_dir.glob("checkpoint-*.partial"):
+        _remove(leftover)
+    pipeline.save_pretrained(partial)
+    folder = partial / STATE
+    folder.mkdir()
+    save_file(_contiguous(state.weights), folder / "weights.safetensors")
+    save_file(_contiguous(state.optimizer), folder / "optimizer.safetensors")
+    (folder / "progress.json").write_text(json.dumps(state.progress, indent=2), "utf-8")
+
+    files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != "README.md")  # which anybody may edit
+    manifest = {p.relative_to(partial).as_posix(): _sha256(p) for p in files}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+    if final.exists():
+        remove_checkpoint(final)
+    partial.rename(final)
+    _sync(output_dir)
+
+    if total_limit is not None:
+        best = best_step(output_dir)
+        for step in [s for s in checkpoint_steps(output_dir) if s <= state.step][:-total_limit]:
+            if step != best:
+                remove_checkpoint(output_dir / f"checkpoint-{step}")
+    return final
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Take its name away first, so that a kill in between leaves nothing that looks like a checkpoint.
+
+    What can't be removed then stays as `*.partial` until a later try: it is in nobody's way.
+    """
+    _remove(folder.rename(folder.with_name(f"{folder.name}.old.partial")))
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """The counts and options of a checkpoint that is whole."""
+    return json.loads((folder / STATE / "progress.json").read_text("utf-8"))
+
+
+def load_checkpoint(folder: Path) -> TrainingState:
+    """Read a checkpoint.
+
+    Raises:
+        ValueError: for a folder that is no checkpoint, or where a file is missing or differs from its hash.
+    """
+    check_whole(folder)
+    return TrainingState(
+        progress=read_progress(folder),
+        weights=load_file(folder / STATE / "weights.safetensors"),
+        optimizer=load_file(folder / STATE / "optimizer.safetensors"),
+        ema=load_file(folder / PIPELINE_WEIGHTS),
+    )
+
+
+def check_whole(folder: Path) -> None:
+    """Raise a ValueError, with the file, unless every file of the manifest is there and unchanged."""
+    manifest_file = folder / MANIFEST
+    if not manifest_file.is_file():
+        raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
+    try:
+        manifest = json.loads(manifest_file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{manifest_file} is damaged: {error}") from error
+    for name, digest in manifest.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is damaged: {name} is missing.")
+        if _sha256(folder / name) != digest:
+            raise ValueError(f"{folder} is damaged: {name} is not what was written.")
+
+
+def latest_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a folder, and why newer ones were skipped."""
+    skipped = []
+    for step in reversed(checkpoint_steps(output_dir)):
+        folder = output_dir / f"checkpoint-{step}"
+        try:
+            check_whole(folder)
+        except ValueError as error:
+            skipped.append(str(error))
+        else:
+            return folder, skipped
+    return None, skipped
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

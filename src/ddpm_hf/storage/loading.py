@@ -1,0 +1,94 @@
+"""Models from wherever they are: a folder, a training checkpoint, a checkpoint of the stock script, the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from ..diffusion.pipeline import DDPMPipelineCustom
+from .checkpoint import MANIFEST, check_whole, checkpoint_steps, latest_checkpoint
+
+
+def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> DDPMPipelineCustom:
+    """A pipeline from a folder, a training checkpoint or the Hub.
+
+    A training folder without a finished pipeline gives its newest whole checkpoint. Checkpoints of diffusers'
+    `train_unconditional.py` load too: their EMA weights, with the scheduler of the folder around them.
+
+    Raises:
+        ValueError: where there is no such model; says what was looked for.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"`revision` is {revision!r}, but {model!r} is a folder: only models of the Hub have any.")
+        try:
+            pipeline = _load_folder(folder, dtype)
+            weights = [name for name, p in pipeline.unet.named_parameters() if p.is_meta]
+            if weights:
+                raise OSError(f"its weights have no {weights[0]}")
+        except (OSError, TypeError, KeyError, AttributeError, RuntimeError, ValueError) as error:
+            if isinstance(error, ValueError) and "expected shape" not in str(error):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"the model in {model!r} is damaged ({reason}): save or download it again.") from error
+        return pipeline
+    try:
+        validate_repo_id(model)
+    except HFValidationError as error:
+        raise ValueError(
+            f"there is no model {model!r}: no such folder, and no name that the Hub could know."
+        ) from error
+    try:
+        return DDPMPipelineCustom.from_pretrained(model, revision=revision, dtype=dtype)
+    except (OSError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"there is no model {model!r}: no such folder here, and the Hub does not give it ({reason}). For a private "
+            "model, log in with `hf auth login`."
+        ) from error
+
+
+def _load_folder(folder: Path, dtype: torch.dtype) -> DDPMPipelineCustom:
+    if (folder / "model_index.json").is_file():
+        if (folder / MANIFEST).is_file():
+            check_whole(folder)
+        return DDPMPipelineCustom.from_pretrained(folder, dtype=dtype)
+    if checkpoint_steps(folder):
+        checkpoint, skipped = latest_checkpoint(folder)
+        if checkpoint is None:
+            raise ValueError(f"{str(folder)!r} has no whole checkpoint: {'; '.join(skipped)}")
+        return DDPMPipelineCustom.from_pretrained(checkpoint, dtype=dtype)
+    for name in ("unet_ema", "unet"):
+        if (folder / name / "config.json").is_file():
+            return _stock_checkpoint(folder, name, dtype)
+    raise ValueError(
+        f"{str(folder)!r} is a folder, but holds no model: neither a model_index.json nor a training checkpoint."
+    )
+
+
+def _stock_checkpoint(folder: Path, unet: str, dtype: torch.dtype) -> DDPMPipelineCustom:
+    network = UNet2DModel.from_pretrained(folder, subfolder=unet, dtype=dtype)
+    for place in (folder, folder.parent):
+        if (place / "scheduler" / "scheduler_config.json").is_file():
+            return DDPMPipelineCustom(network, DDPMScheduler.from_pretrained(place, subfolder="scheduler"))
+    raise ValueError(
+        f"{str(folder)!r} is a checkpoint of train_unconditional.py, which does not store its scheduler. Copy the "
+        f"`scheduler` folder of the finished pipeline into {str(folder.parent)!r}."
+    )
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The precision of the weights in a folder; float32 where none can be read, which loading will complain about."""
+    for file in sorted(folder.rglob("diffusion_pytorch_model*.safetensors")):
+        try:
+            with safe_open(file, "pt") as weights:
+                return weights.get_tensor(next(iter(weights.keys()))).dtype
+        except (SafetensorError, OSError, StopIteration):
+            continue
+    return torch.float32

@@ -1,0 +1,219 @@
+"""The log of a run: in the progress bar, in `logs/train.jsonl`, and in the trackers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config.training import TrainConfig
+
+LOG_EVERY = 10  # updates
+QUARTERS = 4  # of the timesteps, whose losses are logged apart
+
+
+def check_trackers(config: TrainConfig) -> list[str]:
+    """The trackers to report to.
+
+    Raises:
+        ValueError: where one is asked for whose package is not installed; Accelerate would go on without it.
+    """
+    wanted = [config.logger] if config.logger else config.report_to
+    if wanted is None:
+        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    missing = [name for name in wanted if name != "none" and importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"`report_to` has {missing[0]!r}, but it is not installed: pip install {missing[0]}.")
+    return [name for name in wanted if name != "none"]
+
+
+class TrainingLog:
+    """Losses and rates of a run.
+
+    `train.jsonl` holds what follows from the options alone, so that a run that was killed and resumed leaves the same
+    file as one that was not. Speed goes to the bar and to the trackers.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig) -> None:
+        self.accelerator = accelerator
+        self.config = config
+        self.file = Path(config.output_dir) / config.logging_dir / "train.jsonl"
+        self.entries: list[dict[str, Any]] = []
+        self._rows: list[Tensor] = []  # of this process, since the last entry
+        self._carried: list[list[float]] = []  # of all processes, from before a resumption
+        self._bad_in_a_row = torch.zeros((), device=accelerator.device)
+        self._worst_streak = self._bad_in_a_row.clone()
+        self._images = 0
+        self._waited = 0.0
+        self._since = time.perf_counter()
+
+    def begin(self, start: int, unlogged: list[list[float]], skipped_images: Sequence[Any] = ()) -> None:
+        """Take up the log at update `start`: what a later part of the run has written is forgotten.
+
+        Images that can't be read and are skipped, as dataclasses, go to `skipped_images.json`.
+        """
+        self._carried = unlogged
+        if not self.accelerator.is_main_process:
+            return
+        self.entries = [e for e in self._read() if e["step"] <= start]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        (self.file.parent / "config.json").write_text(json.dumps(self.config.public(), indent=2) + "\n", "utf-8")
+        if skipped_images:
+            report = json.dumps([asdict(image) for image in skipped_images], indent=2)
+            (self.file.parent / "skipped_images.json").write_text(report + "\n", "utf-8")
+        rewritten = self.file.with_suffix(".partial")
+        rewritten.write_text("".join(json.dumps(e) + "\n" for e in self.entries), "utf-8")
+        rewritten.replace(self.file)
+        name = self.file.parent / "tracker_run"
+        if not (start and name.is_file()):
+            name.write_text(uuid.uuid4().hex, "utf-8")
+        flat = {k: v for k, v in self.config.public().items() if isinstance(v, (int, float, str, bool))}
+        self._since = time.perf_counter()
+        self.accelerator.init_trackers(
+            "train_ddpm",
+            flat,
+            {
+                "tensorboard": {"purge_step": start + 1},
+                "wandb": {"id": name.read_text("utf-8"), "resume": "allow"},
+                "trackio": {"name": name.read_text("utf-8"), "resume": "allow"},
+            },
+        )
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        """The entries of the part of the run before this one, up to a line that a crash cut off."""
+        if not self.file.is_file():
+            return
+        for line in self.file.read_text("utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that does not count as training, for the speed."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def add_losses(self, losses: Tensor, t: Tensor, waited: float) -> None:
+        """Keep the losses of a micro-step, of shape (B,), without waiting for the device."""
+        losses = losses.detach()
+        is_finite = losses.isfinite()
+        value_and_count = torch.stack([losses.where(is_finite, 0.0), is_finite.float()])
+        quarter = (t * QUARTERS // self.config.ddpm_num_steps).expand(2, -1)
+        sums = torch.zeros(2, QUARTERS, device=losses.device).scatter_add_(1, quarter, value_and_count)
+        self._rows.append(torch.cat([sums.flatten(), torch.zeros(1, device=losses.device)]))
+        self._images += len(losses) * self.accelerator.num_processes
+        self._waited += waited
+
+    def add_gradient(self, is_finite: Tensor) -> None:
+        """Count an update that was skipped because its gradient was not finite."""
+        bad = 1 - is_finite.float()
+        self._bad_in_a_row = (self._bad_in_a_row + bad) * bad
+        self._worst_streak = torch.maximum(self._worst_streak, self._bad_in_a_row)
+        if self.accelerator.is_main_process:
+            self._rows[-1][-1] = bad
+
+    def is_in_trouble(self) -> bool:
+        """Whether the last gradient was not finite."""
+        return bool(self._bad_in_a_row)
+
+    def unlogged(self) -> list[list[float]]:
+        """The losses since the last entry, of all processes. All of them must call it."""
+        if not self._rows:
+            return self._carried
+        return self._carried + self.accelerator.gather(torch.stack(self._rows)).tolist()
+
+    def write(self, bar: tqdm, step: int, **values: Any) -> None:
+        """Log the mean losses since the last entry, over all processes, and `values`. All processes must call it.
+
+        Raises:
+            FloatingPointError: after too many skipped updates in a row.
+        """
+        sums = [math.fsum(column) for column in zip(*self.unlogged(), strict=True)]  # exact, so in any order
+        self._rows, self._carried = [], []
+        seconds = time.perf_counter() - self._since
+        speed = {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
+        self._images, self._waited, self._since = 0, 0.0, time.perf_counter()
+        if self.accelerator.is_main_process:
+            self._write(bar, step, sums, values, speed)
+        self._check_skipped(step, is_last=step == bar.total)
+
+    def _write(self, bar: tqdm, step: int, sums: list[float], values: dict[str, Any], speed: dict[str, float]) -> None:
+        values = {k: float(v) for k, v in values.items()}
+        entry = {"step": step, **_means(sums), **{k: v for k, v in values.items() if math.isfinite(v)}}
+        if sums[-1]:
+            entry["skipped"] = int(sums[-1])
+        self.entries.append(entry)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+        loss = f"{entry['loss']:.4f}" if "loss" in entry else "not finite"
+        wait = f"{speed['data_wait']:.0%}"
+        bar.set_postfix(loss=loss, images_per_s=f"{speed['images_per_second']:.0f}", data_wait=wait, refresh=False)
+        self.accelerator.log({**entry, **speed}, step=step)
+
+    def write_validation(self, step: int, values: dict[str, float]) -> None:
+        """Log what was measured after update `step`, in an entry of its own."""
+        if not self.accelerator.is_main_process:
+            return
+        entry = {"step": step, **{k: v for k, v in values.items() if math.isfinite(v)}}
+        self.entries.append(entry)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+        self.accelerator.log(entry, step=step)
+
+    def _check_skipped(self, step: int, is_last: bool) -> None:
+        in_a_row, limit = int(self._worst_streak), self.config.max_skipped_steps
+        if in_a_row >= limit or (is_last and self.is_in_trouble()):
+            raise FloatingPointError(
+                f"{in_a_row} gradients in a row were not finite (--max_skipped_steps is {limit}), so the run ends at "
+                f"update {step}. No checkpoint was written since they began: resume from the last one with a lower "
+                "--learning_rate, or with --mixed_precision bf16 instead of fp16."
+            )
+
+    def pictures(self, grids: dict[str, Image.Image], step: int) -> None:
+        """Grids of samples: `logs/<name>-<step>.png`, and under their names in the trackers."""
+        if not self.accelerator.is_main_process:
+            return
+        for name, grid in grids.items():
+            grid.save(self.file.parent / f"{name}-{step}.png")
+        for tracker in self.accelerator.trackers:
+            for name, grid in grids.items():
+                if tracker.name == "tensorboard":
+                    tracker.writer.add_image(name, np.asarray(grid), step, dataformats="HWC")
+                elif hasattr(tracker, "log_images"):
+                    tracker.log_images({name: [np.asarray(grid)]}, step=step)
+
+    def validations(self) -> list[dict[str, Any]]:
+        """What was measured in the whole run, resumed parts included; in the main process only."""
+        return [e for e in self.entries if any(name.startswith("eval_") for name in e)]
+
+    def curve(self) -> tuple[list[int], list[float]]:
+        """Steps and losses of the whole run, resumed parts included."""
+        entries = [e for e in self.entries if "loss" in e]
+        return [e["step"] for e in entries], [e["loss"] for e in entries]
+
+
+def _means(sums: Sequence[float]) -> dict[str, float]:
+    """The mean loss, and that of each quarter of the timesteps, from sums of losses and counts."""
+    losses, counts = sums[:QUARTERS], sums[QUARTERS : 2 * QUARTERS]
+    means = {"loss": math.fsum(losses) / sum(counts)} if sum(counts) else {}
+    for i, (loss, count) in enumerate(zip(losses, counts, strict=True)):
+        if count:
+            means[f"loss_quarter_{i + 1}"] = loss / count
+    return means

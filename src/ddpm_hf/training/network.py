@@ -1,0 +1,146 @@
+"""The network of a run: diffusers' `UNet2DModel`, described by a configuration (Appendix B of arXiv 2006.11239)."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..config.training import IMAGE_MODES, TrainConfig
+
+# The network of diffusers' train_unconditional.py, for who names no other.
+STOCK_UNET: dict[str, Any] = {
+    "layers_per_block": 2,
+    "block_out_channels": (128, 128, 256, 256, 512, 512),
+    "down_block_types": ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+}
+
+FOREACH_PARAMETERS = 1_000_000  # on a CPU: in larger networks, the difference of all weights falls out of its cache
+
+
+def build_unet(config: TrainConfig, num_classes: int | None = None) -> UNet2DModel:
+    """The network for the resolution, channels and classes of a run, with weights from torch's global generator.
+
+    With classes it has one embedding more than there are classes: the null label of guidance, which comes last.
+
+    Raises:
+        ValueError: where the configuration does not describe a network for these images.
+    """
+    channels = IMAGE_MODES[str(config.image_mode)]
+    wanted = {
+        "sample_size": config.resolution,
+        "in_channels": channels,
+        "out_channels": 2 * channels if config.variance_type == "learned_range" else channels,
+        "num_class_embeds": num_classes + 1 if num_classes else None,
+    }
+    arguments = _arguments(config)
+    for name in ("in_channels", "out_channels"):
+        found = arguments.get(name)
+        if found not in (None, channels, wanted[name]):
+            raise ValueError(
+                f"the images have {channels} channels, but {config.model_config_name_or_path or 'unet'} says {name} "
+                f"{found}: pass --channels, or change it."
+            )
+    if arguments.get("num_class_embeds") and not num_classes:
+        raise ValueError("`unet` has num_class_embeds, but there are no labels: pass --label_column, or remove it.")
+    try:
+        unet = UNet2DModel.from_config({**arguments, **wanted})
+    except (TypeError, ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"these options make no UNet2DModel: {error}") from error
+    halvings = len(unet.config.block_out_channels) - 1
+    if config.resolution % 2**halvings:
+        raise ValueError(
+            f"`resolution` is {config.resolution}, but the network halves it {halvings} times: use a multiple of "
+            f"{2**halvings}."
+        )
+    _check_runs(unet)
+    if config.enable_xformers_memory_efficient_attention:
+        if importlib.util.find_spec("xformers") is None:
+            raise ValueError("--enable_xformers_memory_efficient_attention needs xFormers: pip install xformers.")
+        unet.enable_xformers_memory_efficient_attention()
+    return unet
+
+
+def _check_runs(unet: UNet2DModel) -> None:
+    """One pass on shapes without numbers: some networks can be built and not run."""
+    with torch.device("meta"):
+        shadow = UNet2DModel.from_config(unet.config)
+        x = torch.empty(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        label = torch.zeros(1, dtype=torch.long)
+    try:
+        shadow(x, label, class_labels=label if unet.config.num_class_embeds else None)
+    except Exception as error:  # whatever its layers raise
+        raise ValueError(f"these options make a UNet2DModel that can't run: {error}") from error
+
+
+def _arguments(config: TrainConfig) -> dict[str, Any]:
+    if config.model_config_name_or_path is not None:
+        try:
+            return dict(UNet2DModel.load_config(config.model_config_name_or_path))
+        except OSError as error:
+            raise ValueError(
+                f"`model_config_name_or_path` is {config.model_config_name_or_path!r}, but there is no configuration "
+                f"to read: {str(error).splitlines()[0]}"
+            ) from error
+    arguments = {**config.unet} if isinstance(config.unet, dict) else STOCK_UNET
+    known = inspect.signature(UNet2DModel.__init__).parameters
+    unknown = sorted(str(k) for k in arguments if k not in known)
+    if unknown:
+        raise ValueError(f"`unet` has {', '.join(unknown)}, which UNet2DModel does not know.")
+    return arguments
+
+
+# --- the moving average ----------------------------------------------------------------------------------------------
+
+
+def build_ema(config: TrainConfig, unet: torch.nn.Module) -> EMAModel | None:
+    """The moving average of the weights with the warm-up of diffusers, if the run keeps one."""
+    if not config.use_ema:
+        return None
+    return EMAModel(
+        unet.parameters(),
+        decay=config.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=config.ema_inv_gamma,
+        power=config.ema_power,
+        foreach=_has_fast_foreach(list(unet.parameters())),
+    )
+
+
+def _has_fast_foreach(parameters: list[torch.nn.Parameter]) -> bool:
+    """Whether kernels over all weights at once are there, and faster than one by one."""
+    if any(isinstance(p, DTensor) for p in parameters):  # of FSDP
+        return False
+    in_cache = sum(p.numel() for p in parameters) <= FOREACH_PARAMETERS
+    return in_cache or any(p.is_cuda for p in parameters)
+
+
+@contextmanager
+def ema_weights(ema: EMAModel | None, unet: torch.nn.Module) -> Iterator[None]:
+    """The EMA weights in the network, and the raw ones back whatever happens."""
+    if ema is None:
+        yield
+        return
+    ema.store(unet.parameters())
+    ema.copy_to(unet.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(unet.parameters())
+
+
+def unet_of(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> UNet2DModel:
+    """A network of its own around these weights, which it does not copy."""
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config(config)
+    unet.load_state_dict(weights, assign=True)
+    return unet.eval()

@@ -1,0 +1,133 @@
+"""The plan of a run: how much, and what is due when. All counts are in optimizer updates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers.optimization import get_scheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..config.training import TrainConfig
+
+MIN_CALIBRATION_IMAGES = 16
+EVAL_CALLS = 8  # network calls for the bits/dim of a held-out image
+EVAL_SAMPLING_STEPS = 10  # and for a sample to compare with it
+IMAGES_PER_EPOCH_OF_A_STREAM = 50_000  # where the number of images is not known, previews need some rhythm
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the options, the number of images (None for a stream of unknown length) and of processes.
+
+    A run that goes on from a checkpoint plans what is left: its batches may have been of another size before.
+    """
+
+    config: TrainConfig
+    num_images: int | None
+    num_processes: int
+    steps_before: int = 0
+    images_before: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_images is None and self.config.max_train_steps is None:
+            raise ValueError(
+                "how many images a stream has is not known: pass --max_train_steps instead of --num_epochs."
+            )
+        if self.num_images is not None and self.global_batch > self.num_images:
+            raise ValueError(
+                f"`train_batch_size` is {self.config.train_batch_size}, with accumulation and all processes "
+                f"{self.global_batch} images per update, but there are only {self.num_images} images: lower it."
+            )
+
+    @property
+    def global_batch(self) -> int:
+        """Images per update, over all processes."""
+        return self.config.train_batch_size * self.config.gradient_accumulation_steps * self.num_processes
+
+    @property
+    def max_steps(self) -> int:
+        """Updates of the whole run."""
+        if self.config.max_train_steps is not None:
+            return self.config.max_train_steps
+        images_left = self.config.num_epochs * self._images - self.images_before
+        return self.steps_before + math.ceil(images_left / self.global_batch)
+
+    def describe(self, source: str, num_parameters: int, device: torch.device) -> str:
+        """The run in a sentence."""
+        count = f"{self.num_images:,}" if self.num_images else "a stream of"
+        return (
+            f"{source}: {count} images at {self.config.resolution}×{self.config.resolution}. A network of "
+            f"{num_parameters:,} parameters, {self.max_steps:,} updates of {self.global_batch} images, on "
+            f"{self.num_processes} × {device.type}."
+        )
+
+    @property
+    def _images(self) -> int:
+        return self.num_images or IMAGES_PER_EPOCH_OF_A_STREAM
+
+    @cached_property
+    def _factor(self) -> Callable[[int], float]:
+        """The learning rate over its peak, as a function of the update: that of diffusers' scheduler."""
+        scheduler = get_scheduler(
+            self.config.lr_scheduler,
+            torch.optim.SGD([torch.zeros(1)], lr=self.config.learning_rate),
+            num_warmup_steps=self.config.lr_warmup_steps,
+            num_training_steps=self.max_steps,
+        )
+        return scheduler.lr_lambdas[0]
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of update `step` (from 0), a function of the number of updates alone."""
+        return self.config.learning_rate * self._factor(step)
+
+    @property
+    def calibration_images(self) -> int:
+        """On how many images the finished model is calibrated: one update costs three network calls for each image."""
+        wanted = self.config.calibration_images
+        if wanted is None:
+            affordable = 3 * self.max_steps * self.global_batch // (20 * self.config.ddpm_num_steps)
+            wanted = min(256, affordable) if affordable >= MIN_CALIBRATION_IMAGES else 0
+        return min(wanted, self.num_images or wanted)
+
+    def validation_due(self, done: int) -> bool:
+        """Whether the exported weights are measured after update number `done`."""
+        every = self.config.eval_steps
+        return every is not None and (done % every == 0 or done == self.max_steps)
+
+    def describe_validation(self) -> str:
+        """When and on what, and the cost, where a training update takes three network calls for each image."""
+        images, every = self.config.eval_images, self.config.eval_steps
+        if every is None:
+            return "none (--eval_steps)"
+        share = images * (EVAL_CALLS + EVAL_SAMPLING_STEPS) / (3 * self.global_batch * min(every, self.max_steps))
+        place = f"the split {self.config.eval_split}" if self.config.eval_split else "the training set"
+        return f"every {every:,} updates on {images} images held out of {place}, for {share:.1%} more network calls"
+
+    def checkpoint_due(self, done: int) -> bool:
+        """Whether a checkpoint follows update number `done` (from 1)."""
+        return done % self.config.checkpointing_steps == 0 or done == self.max_steps
+
+    def preview_due(self, done: int) -> bool:
+        """Whether sample grids follow update number `done`: early, then regularly; the last one is the export's."""
+        if done == self.max_steps:
+            return False
+        every = self.config.save_images_steps
+        if every is not None:
+            return every > 0 and (done == max(1, every // 10) or done % every == 0)
+        return self._ends_epoch(done, self.config.save_images_epochs)
+
+    def export_due(self, done: int) -> bool:
+        """Whether the pipeline is written into the output folder after update number `done`."""
+        return done == self.max_steps or self._ends_epoch(done, self.config.save_model_epochs)
+
+    def _ends_epoch(self, done: int, every: int) -> bool:
+        """Whether update `done` ends the first epoch, or one that is a multiple of `every` later."""
+        images = [self.images_before + (n - self.steps_before) * self.global_batch for n in (done - 1, done)]
+        before, after = (n // self._images for n in images)
+        return any((epoch - 1) % every == 0 for epoch in range(before + 1, after + 1))

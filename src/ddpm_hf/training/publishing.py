@@ -1,0 +1,90 @@
+"""What a training run shares: a calibrated model, its card, and pushes to the Hub that never slow or end it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from ..config.training import TrainConfig
+from ..data.dataset import Images
+from ..data.pixels import to_uint8, to_unit_range
+from ..data.sources import public_name
+from ..diffusion.pipeline import DDPMPipelineCustom
+from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
+from ..evaluation.calibration import calibrate
+from ..sharing.background_push import BackgroundPusher
+from ..sharing.card import CardFacts, write_card
+from ..sharing.hub import HubTarget, check_push_access
+from ..sharing.push import try_push
+from .network import ema_weights
+from .state import Run
+
+
+def check_target(config: TrainConfig) -> HubTarget | None:
+    """Where a run pushes to, if it does, with the full name of a repository that takes our pushes.
+
+    Raises:
+        ValueError: for a name or a token that the Hub does not take.
+        OSError: where the Hub can't be reached.
+    """
+    if not config.push_to_hub:
+        return None
+    name = config.hub_model_id or Path(config.output_dir).absolute().name
+    target = HubTarget(name, token=config.hub_token, private=config.hub_private_repo)
+    return HubTarget(check_push_access(target), token=config.hub_token, private=config.hub_private_repo)
+
+
+def pushing(target: HubTarget | None) -> AbstractContextManager[BackgroundPusher | None]:
+    """A pusher of checkpoints for the time of the training loop, if there is where to push."""
+    return BackgroundPusher(target) if target is not None else nullcontext()
+
+
+def card_facts(run: Run, source: str) -> CardFacts:
+    """What a run knows of its model, for the card.
+
+    Args:
+        source: the name of the data, as `Images.source` gives it.
+    """
+    name, hub_id = public_name(run.config, source)
+    count = f", {run.plan.num_images:,} images" if run.plan.num_images else ""
+    return CardFacts(
+        dataset=f"{name}{count}",
+        dataset_ids=() if hub_id is None else (hub_id,),
+        options=run.config.public(),
+        updates=run.step,
+        images_seen=run.images_seen,
+        seconds=run.seconds,
+        hardware=f"{run.plan.num_processes} × {_device_name(run.accelerator.device)}",
+    )
+
+
+def calibrate_export(run: Run, images: Images) -> None:
+    """Calibrate the exported pipeline for few steps, if the plan says so. All processes must call it."""
+    count = run.plan.calibration_images
+    if not count:
+        return
+    batch = next(images.batches(0, count, count, run.config.seed))
+    pipeline = DDPMPipelineCustom(run.network, DDPMSchedulerCustom.from_config(run.scheduler.config))
+    run.network.eval()
+    with ema_weights(run.ema, run.unet):
+        calibrate(pipeline, to_uint8(to_unit_range(batch.pixels)), class_labels=batch.labels, seed=run.config.seed)
+    if run.accelerator.is_main_process:
+        pipeline.scheduler.save_pretrained(Path(run.config.output_dir) / "scheduler")
+
+
+def publish(run: Run, source: str, target: HubTarget | None) -> None:
+    """Write the card of the finished pipeline, and push it if there is where to. A failed push is said, not raised."""
+    folder, facts = Path(run.config.output_dir), card_facts(run, source)
+    write_card(folder, facts)
+    if target is not None:
+        try_push(folder, target, facts, say=run.accelerator.print)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type.upper()} ({platform.machine()}, {os.cpu_count()} cores)"

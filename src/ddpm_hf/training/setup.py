@@ -1,0 +1,175 @@
+"""Before a run: everything that can be wrong is found here, before anything is decoded, trained or written."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+
+from ..config.training import TrainConfig
+from ..data.pictures import check_plotting
+from ..data.sources import Source, Stream, open_source, open_stream
+from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
+from ..distributed import Agreement
+from ..sharing.hub import HubTarget
+from ..storage.checkpoint import MANIFEST, read_progress
+from ..storage.files import check_space
+from .log import check_trackers
+from .network import build_unet
+from .output_folder import prepare_output_dir
+from .performance import Execution, choose_execution, settle_precision
+from .plan import Plan
+from .publishing import check_target
+from .state import CHECKPOINT_BYTES, compare
+from .validation_set import check_still_held_out, held_out_of_training, open_eval_split
+
+
+@dataclass
+class Preparation:
+    """What a run begins with."""
+
+    accelerator: Accelerator
+    agreement: Agreement
+    scheduler: DDPMSchedulerCustom
+    source: Source | Stream
+    eval_split: Source | Stream | None  # None: held-out images are taken from the source
+    plan: Plan
+    num_parameters: int
+    execution: Execution
+    checkpoint: Path | None  # to go on from
+    target: HubTarget | None  # to push to
+    notes: list[str]  # for the user
+
+
+def prepare(config: TrainConfig) -> Preparation:
+    """Check a configuration against the machine, the data, the output folder and the Hub.
+
+    Raises:
+        ValueError: for what can't work, with what to do about it.
+        OSError: where the Hub is needed and can't be reached.
+    """
+    output_dir = Path(config.output_dir)
+    checkpoint, notes = prepare_output_dir(output_dir, config)
+    check_plotting()
+    precision = settle_precision(config)
+    accelerator = make_accelerator(config, precision.value, check_trackers(config))
+    agreement = Agreement(accelerator.num_processes)
+    if not agreement.same(_number_of(checkpoint)):
+        raise ValueError(
+            f"the processes see different checkpoints in {config.output_dir!r}: use a disk that all machines share."
+        )
+    scheduler = DDPMSchedulerCustom(
+        config.ddpm_num_steps,
+        beta_schedule=config.ddpm_beta_schedule,
+        prediction_type=config.prediction_type,
+        variance_type=config.variance_type,
+        timestep_spacing=config.timestep_spacing,
+    )
+    source = open_stream(config) if config.streaming else open_source(config)
+    label_names = source.label_names
+    eval_split = open_eval_split(config, source)
+    with torch.device("meta"):
+        unet = build_unet(config, len(label_names) if label_names else None)
+    progress = read_progress(checkpoint) if checkpoint is not None else {}
+    plan = Plan(
+        config,
+        None if isinstance(source, Stream) else len(source) - held_out_of_training(config),
+        accelerator.num_processes,
+        progress.get("step", 0),
+        progress.get("images_seen", 0),
+    )
+    if checkpoint is not None:
+        check_still_held_out(progress["config"], config)
+        notes += compare(checkpoint, progress, config, plan, label_names)
+    if config.lr_warmup_steps >= plan.max_steps and config.lr_scheduler != "constant":
+        notes.append(f"Note: the warm-up of {config.lr_warmup_steps} updates is no shorter than the run.")
+    execution = choose_execution(
+        config, precision, accelerator, unet.num_parameters(), plan.max_steps - plan.steps_before
+    )
+    notes += execution.notes
+    if config.eval_steps is not None:
+        notes.append(f"Validation {plan.describe_validation()}.")
+    check_space(output_dir, CHECKPOINT_BYTES * unet.num_parameters())
+    with agreement.together():
+        target = check_target(config) if accelerator.is_main_process and not config.dry_run else None
+    return Preparation(
+        accelerator,
+        agreement,
+        scheduler,
+        source,
+        eval_split,
+        plan,
+        unet.num_parameters(),
+        execution,
+        checkpoint,
+        target,
+        notes,
+    )
+
+
+def dry_run_report(config: TrainConfig, prepared: Preparation) -> str:
+    """The options as they are resolved, and what the run would need."""
+    plan, parameters = prepared.plan, prepared.num_parameters
+    pixels = (plan.num_images or 0) * math.prod((config.channels or 3, config.resolution, config.resolution))
+    decoded = pixels * (2 if config.preserve_input_precision else 1)
+    return (
+        f"{yaml.safe_dump(config.public(), sort_keys=False, allow_unicode=True)}\n"
+        f"images       {plan.num_images or 'a stream'}, decoded {decoded / 2**20:,.0f} MiB\n"
+        f"network      {parameters:,} parameters\n"
+        f"updates      {plan.max_steps:,} of {plan.global_batch} images\n"
+        f"validation   {plan.describe_validation()}\n"
+        f"checkpoint   {CHECKPOINT_BYTES * parameters / 2**20:,.0f} MiB of disk\n"
+        "A dry run: nothing was decoded, trained, pushed or written, but what `datasets` keeps in its own cache."
+    )
+
+
+def make_accelerator(config: TrainConfig, precision: str | None, trackers: list[str]) -> Accelerator:
+    """Accelerate's engine, as `accelerate launch` or torchrun has set it up.
+
+    Raises:
+        ValueError: for fp16 without a GPU, and for DeepSpeed.
+    """
+    folder = Path(config.output_dir)
+    options: dict[str, Any] = {
+        "log_with": trackers or None,
+        "project_config": ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
+        "kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    }
+    accelerator = Accelerator(mixed_precision=precision, **options)
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # whatever the environment says
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("`mixed_precision` is 'fp16', which needs a GPU: use bf16 or no.")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed is not supported: use FSDP, which shares weights and optimizer as ZeRO does.")
+    use_all_cores(accelerator)
+    if accelerator.device.type == "cuda" and accelerator.mixed_precision != "no":
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = True  # all batches have the same shape
+    return accelerator
+
+
+def use_all_cores(accelerator: Accelerator) -> None:
+    """On a CPU, share the cores among the processes: `accelerate launch` would leave each of them one thread.
+
+    Without the launcher, OMP_NUM_THREADS is the user's own and stays.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if accelerator.device.type == "cpu" and (launched or "OMP_NUM_THREADS" not in os.environ):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // accelerator.num_processes))
+
+
+def _number_of(checkpoint: Path | None) -> int:
+    """A number that tells checkpoints apart."""
+    if checkpoint is None:
+        return 0
+    return int.from_bytes(hashlib.sha256((checkpoint / MANIFEST).read_bytes()).digest()[:7], "big")

@@ -1,0 +1,185 @@
+"""The state of a run: its moving parts, written to a checkpoint and read back, whatever the number of processes."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from ..config.training import TrainConfig
+from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
+from ..distributed import Agreement
+from ..storage.checkpoint import TrainingState, load_checkpoint
+from .network import ema_weights, unet_of
+from .plan import Plan
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whatever way the processes share it
+
+CHECKPOINT_BYTES = 16  # per parameter: exported and raw weights, and Adam's two moments
+
+# Options that a resumed run must share with its checkpoint, and those whose change is not worth a word.
+MODEL_OPTIONS = (
+    "unet", "model_config_name_or_path", "resolution", "image_mode", "label_column", "prediction_type",
+    "ddpm_num_steps", "ddpm_beta_schedule", "use_ema",
+)  # fmt: skip
+FREE_TO_CHANGE = (
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank", "dry_run", "logger", "report_to",
+    "cache_dir", "push_to_hub", "hub_model_id", "hub_private_repo",
+)  # fmt: skip
+
+
+@dataclass
+class Run:
+    """A run: what it is to do, with what, and how far it is."""
+
+    config: TrainConfig
+    plan: Plan
+    scheduler: DDPMSchedulerCustom
+    accelerator: Accelerator
+    agreement: Agreement
+    unet: torch.nn.Module  # as Accelerate prepared it
+    optimizer: Any
+    ema: EMAModel | None
+    label_names: list[str] | None = None
+    step: int = 0  # updates done
+    saved_step: int = 0  # those of the last checkpoint
+    images_seen: int = 0
+    seconds: float = 0.0  # of training, in all parts of the run
+    unlogged: list[list[float]] = field(default_factory=list)  # losses since the last line of the log
+
+    @property
+    def network(self) -> UNet2DModel:
+        """The network itself, without the wraps of distribution and compilation."""
+        return self.accelerator.unwrap_model(self.unet, keep_torch_compile=False)
+
+
+def whole_weights(run: Run) -> dict[str, Tensor]:
+    """The weights that the network has now, on the CPU of the main process. All processes must call it."""
+    weights: dict[str, Any] = get_model_state_dict(run.unet, options=WHOLE)
+    return {name: weight.clone(memory_format=torch.contiguous_format) for name, weight in weights.items()}
+
+
+def exported_network(run: Run) -> UNet2DModel | None:
+    """In the main process: a network of its own, on the CPU, with the weights that are worth sharing.
+
+    They are the EMA's, if there is one. All processes must call it.
+    """
+    with ema_weights(run.ema, run.unet):
+        weights = whole_weights(run)
+    return unet_of(run.network.config, weights) if run.accelerator.is_main_process else None
+
+
+def capture(run: Run) -> tuple[TrainingState, UNet2DModel | None]:
+    """What a checkpoint holds, and the network of its pipeline. All processes must call it."""
+    whole: dict[str, Any] = get_optimizer_state_dict(run.unet, run.optimizer.optimizer, options=WHOLE)
+    moments = whole.get("state", {})  # other processes have nothing
+    scaler = run.accelerator.scaler
+    progress = {
+        "step": run.step,
+        "images_seen": run.images_seen,
+        "seconds": run.seconds,
+        "max_steps": run.plan.max_steps,
+        "num_images": run.plan.num_images,
+        "label_names": run.label_names,
+        "num_processes": run.plan.num_processes,
+        "unlogged": run.unlogged,
+        "grad_scaler": scaler.state_dict() if scaler is not None else None,
+        "config": run.config.public(),
+    }
+    optimizer = {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()}
+    return TrainingState(progress, whole_weights(run), optimizer), exported_network(run)
+
+
+def restore(run: Run, folder: Path) -> None:
+    """Put the state of a checkpoint into a run. All processes must call it.
+
+    Raises:
+        ValueError: for a checkpoint that is not whole.
+    """
+    state = load_checkpoint(folder)
+    progress = state.progress
+    moments: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, value in state.optimizer.items():
+        parameter, _, key = name.rpartition("/")
+        moments[parameter][key] = value
+    options_of_now = get_optimizer_state_dict(run.unet, run.optimizer.optimizer)["param_groups"]
+    optimizer: dict[str, Any] = {"state": dict(moments), "param_groups": options_of_now}
+    set_optimizer_state_dict(run.unet, run.optimizer.optimizer, optimizer, options=WHOLE)
+    _order_moments(run.optimizer.optimizer)
+    if run.ema is not None and state.ema is not None:
+        set_model_state_dict(run.unet, {**state.ema}, options=WHOLE)
+        with torch.no_grad():
+            for shadow, weight in zip(run.ema.shadow_params, run.unet.parameters(), strict=True):
+                shadow.copy_(weight)
+        run.ema.optimization_step = state.step
+    set_model_state_dict(run.unet, {**state.weights}, options=WHOLE)
+    if run.accelerator.scaler is not None and progress["grad_scaler"] is not None:
+        run.accelerator.scaler.load_state_dict(progress["grad_scaler"])
+    run.step = state.step
+    if folder.resolve().parent == Path(run.config.output_dir).resolve():  # else this folder has no checkpoint yet
+        run.saved_step = state.step
+    run.images_seen, run.seconds = progress["images_seen"], progress["seconds"]
+    run.unlogged = progress["unlogged"]
+
+
+def _order_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Lay moments in memory as their weights are, channels last perhaps: the fused AdamW takes that for granted."""
+    for weight, values in optimizer.state.items():
+        for key, value in values.items():
+            if value.shape == weight.shape and value.stride() != weight.stride():
+                values[key] = torch.empty_like(weight).copy_(value)
+
+
+def compare(
+    folder: Path, progress: dict[str, Any], config: TrainConfig, plan: Plan, label_names: list[str] | None
+) -> list[str]:
+    """What differs between a checkpoint and the run that goes on from it, a line each.
+
+    Raises:
+        ValueError: where they can't be the same run.
+    """
+    before, now = progress["config"], json.loads(json.dumps(config.public()))
+    changed = [k for k in now if k in before and k not in FREE_TO_CHANGE and before[k] != now[k]]
+    fatal = [k for k in changed if k in MODEL_OPTIONS]
+    if fatal:
+        found = "; ".join(f"`{k}` is {now[k]!r}, but was {before[k]!r}" for k in fatal)
+        raise ValueError(f"{folder} is of another model: {found}. Resume with the same options.")
+    if progress["label_names"] != label_names:
+        raise ValueError(
+            f"{folder} was trained on the labels {progress['label_names']}, but the data has {label_names}: "
+            "resume with the same data."
+        )
+    if progress["step"] > plan.max_steps:
+        raise ValueError(
+            f"{folder} has {progress['step']} updates behind it, but the run has {plan.max_steps}: raise the number."
+        )
+    notes = [f"Changed: {k} is {now[k]!r}, was {before[k]!r}." for k in changed]
+    if progress["max_steps"] != plan.max_steps and "max_train_steps" not in changed:
+        notes.append(
+            f"Changed: {plan.max_steps} updates, which the learning rate follows; {progress['max_steps']} before."
+        )
+    if progress["num_images"] != plan.num_images and config.on_bad_image == "raise":
+        notes.append(f"Changed: {plan.num_images} images, {progress['num_images']} before.")
+    processes = progress["num_processes"]
+    if processes != plan.num_processes:
+        batch = before["train_batch_size"] * before["gradient_accumulation_steps"] * processes
+        notes.append(
+            f"Changed: {plan.num_processes} processes, {processes} before; {plan.global_batch} images per update, "
+            f"{batch} before." + (" --gradient_accumulation_steps can keep it." if batch != plan.global_batch else "")
+        )
+    return notes

@@ -1,0 +1,182 @@
+"""How good the model is while it is trained, by all processes together; and which checkpoint is the best."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather
+from torch import Tensor
+from torch.nn import Module
+from tqdm.auto import tqdm
+
+from ..data.pixels import to_uint8
+from ..diffusion.pipeline import DDPMPipelineCustom, DDPMPipelineCustomOutput
+from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
+from ..evaluation.likelihood import bits_per_dim
+from ..evaluation.metrics.distances import frechet_distance, moments
+from ..evaluation.metrics.patch_features import PatchFeatures
+from ..storage.checkpoint import BEST, best_step, checkpoint_steps
+from ..storage.files import replace_text
+from .log import TrainingLog
+from .network import ema_weights
+from .plan import EVAL_CALLS, EVAL_SAMPLING_STEPS
+from .plots import save_validation_curves
+from .state import Run
+from .validation_set import HeldOut
+
+BATCH_SIZE = 64
+
+
+class Validation:
+    """Measures a run on held-out images.
+
+    Noise, timesteps and seeds are the same each time, so that two values of a run differ by the weights alone, and
+    much less by chance than their standard errors say.
+    """
+
+    def __init__(self, run: Run, log: TrainingLog, held_out: HeldOut) -> None:
+        self.run, self.log, self.held_out = run, log, held_out
+        self.features = PatchFeatures(held_out.pixels)
+        self.real = moments(self.features(held_out.pixels))
+        self.of_seen = frechet_distance(moments(self.features(held_out.seen)), self.real)
+
+    def measure(self, check: Callable[[], None]) -> bool:
+        """Measure the weights that would be exported and log it, unless that is done. All processes must call it.
+
+        Args:
+            check: is called before every network call, by all processes equally often, and may raise.
+
+        Returns:
+            Whether they are the best so far. All processes get the same answer.
+        """
+        run, log = self.run, self.log
+        if not run.agreement.largest(int(any(entry["step"] == run.step for entry in log.validations()))):
+            began = time.perf_counter()
+            values = self._measure(check)
+            log.write_validation(run.step, values)
+            if run.accelerator.is_main_process:
+                tqdm.write(f"Update {run.step:,}: {_in_words(values)}, in {time.perf_counter() - began:.1f} s.")
+        best = self._best()
+        return bool(run.agreement.largest(int(best is not None and best["step"] == run.step)))
+
+    def _measure(self, check: Callable[[], None]) -> dict[str, float]:
+        """bits/dim with its standard error, and the Fréchet distances of samples and of training images."""
+        run, images, labels = self.run, self.held_out.pixels, self.held_out.labels
+        pipeline = DDPMPipelineCustom(run.network, DDPMSchedulerCustom.from_config(run.scheduler.config))
+        batches = math.ceil(math.ceil(len(images) / run.plan.num_processes) / BATCH_SIZE)
+        calls, T = min(EVAL_CALLS, run.config.ddpm_num_steps), run.config.ddpm_num_steps
+        with (
+            tqdm(
+                total=batches * (calls + min(EVAL_SAMPLING_STEPS, T)),
+                desc="Validation",
+                unit="call",
+                leave=False,
+                disable=not run.accelerator.is_main_process,
+            ) as bar,
+            ema_weights(run.ema, run.unet),
+            _before_each_call(run.network, check, bar.update),
+        ):
+            bits = bits_per_dim(
+                pipeline,
+                images,
+                calls_per_image=calls if calls < T else None,
+                seed=run.config.seed,
+                batch_size=BATCH_SIZE,
+                class_labels=labels,
+                show_progress=False,
+            )
+            samples = self._samples(pipeline)
+        return {
+            "eval_bits_per_dim": bits.total,
+            "eval_bits_per_dim_se": bits.standard_error,
+            "eval_frechet": frechet_distance(moments(self.features(samples)), self.real),
+            "eval_frechet_of_training_images": self.of_seen,
+        }
+
+    def _samples(self, pipeline: DDPMPipelineCustom) -> Tensor:
+        """One sample for each held-out image, with its label, in few second-order steps: uint8 (N, C, H, W)."""
+        run, labels, n = self.run, self.held_out.labels, len(self.held_out.pixels)
+        rank, processes = run.accelerator.process_index, run.accelerator.num_processes
+        pipeline.set_progress_bar_config(disable=True)
+        run.network.eval()
+        try:
+            # Equal numbers of network calls in all processes, so that sharded networks stay in step.
+            share = (torch.arange(math.ceil(n / processes)) * processes + rank) % n
+            made = []
+            for batch in share.split(BATCH_SIZE):
+                output = pipeline(
+                    len(batch),
+                    [torch.Generator().manual_seed(run.config.seed + int(i)) for i in batch],
+                    min(EVAL_SAMPLING_STEPS, run.config.ddpm_num_steps),
+                    "latent",
+                    timesteps="linspace",
+                    eta=0.0,
+                    solver_order=2,
+                    class_labels=None if labels is None else labels[batch],
+                )
+                assert isinstance(output, DDPMPipelineCustomOutput)
+                assert isinstance(output.images, Tensor)
+                made.append(to_uint8(output.images))
+        finally:
+            run.network.train()
+        everyones = gather(torch.cat(made)).unflatten(0, (processes, -1))
+        return everyones.transpose(0, 1).flatten(0, 1)[:n]  # in their order, without the doubles
+
+    def _best(self) -> dict[str, Any] | None:
+        """The best entry of the log whose checkpoint is there, or can be made now. Of the main process."""
+        metric, folder = f"eval_{self.run.config.metric_for_best_model}", Path(self.run.config.output_dir)
+        there = {*checkpoint_steps(folder), self.run.step}
+        entries = [e for e in self.log.validations() if metric in e and e["step"] in there]
+        return min(entries, key=lambda entry: entry[metric], default=None)
+
+    def record_best(self) -> None:
+        """Name the best checkpoint in `best_checkpoint.json`, and draw what was measured so far.
+
+        All processes must call it, and all raise an OSError if that can't be written.
+        """
+        folder, metric = Path(self.run.config.output_dir), self.run.config.metric_for_best_model
+        best = self._best()
+        with self.run.agreement.together():
+            if best is None or not self.run.accelerator.is_main_process:
+                return
+            record = {"checkpoint": f"checkpoint-{best['step']}", "metric_for_best_model": metric, **best}
+            replace_text(folder / BEST, json.dumps(record, indent=2) + "\n")
+            save_validation_curves(self.log.validations(), best["step"], folder / "validation.png")
+
+
+def describe_best(output_dir: Path) -> str:
+    """The best checkpoint of a run and what was measured, in a line."""
+    if best_step(output_dir) is None:
+        return "none: no finite value was measured"
+    record = json.loads((output_dir / BEST).read_text("utf-8"))
+    return f"{output_dir / record['checkpoint']} by {record['metric_for_best_model']}: {_in_words(record)}"
+
+
+def _in_words(values: dict[str, Any]) -> str:
+    bits, error, distance = (
+        values.get(f"eval_{name}", math.nan) for name in ("bits_per_dim", "bits_per_dim_se", "frechet")
+    )
+    seen = values["eval_frechet_of_training_images"]
+    return f"{bits:.3f} ± {error:.3f} bits/dim, Fréchet distance {distance:.3g} (training images: {seen:.3g})"
+
+
+@contextmanager
+def _before_each_call(network: Module, *actions: Callable[[], object]) -> Iterator[None]:
+    """Within this context, do these things before every call of the network."""
+
+    def act(module: Module, inputs: object) -> None:
+        for action in actions:
+            action()
+
+    hook = network.register_forward_pre_hook(act)
+    try:
+        yield
+    finally:
+        hook.remove()

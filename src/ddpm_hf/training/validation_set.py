@@ -1,0 +1,152 @@
+"""Images to measure a model on while it is trained: those of another split, or some that are not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.dataset import Batch, Images, IndexedImages, transform_of
+from ..data.decoding import Decoded, RowDecoder, StreamDecoder
+from ..data.pixels import to_uint8, to_unit_range
+from ..data.sources import Source, Stream, open_source, open_stream
+
+if TYPE_CHECKING:
+    from ..config.training import TrainConfig
+
+HELD_OUT = 1  # beside the seed, so that these are other random numbers than those of the order of an epoch
+
+
+class HeldOut(NamedTuple):
+    """Held-out images, their labels, and as many images of the training set.
+
+    `pixels` and `seen` are uint8 of shape (N, C, H, W), `labels` int64 of shape (N,), or None without labels.
+    """
+
+    pixels: Tensor
+    labels: Tensor | None
+    seen: Tensor
+
+
+class RemainingImages(IndexedImages):
+    """The images of `base` with these indices, in an order of their own."""
+
+    def __init__(self, base: IndexedImages, indices: np.ndarray) -> None:
+        super().__init__(base.source, base.label_names, base.skipped)
+        self.base, self.kept, self.length = base, indices, len(indices)
+
+    def read(self, requests: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """See `IndexedImages.read`."""
+        return self.base.read(self.kept[request] for request in requests)
+
+
+def held_out_of_training(config: TrainConfig) -> int:
+    """How many of the training images are not trained on."""
+    return config.eval_images if config.eval_steps is not None and config.eval_split is None else 0
+
+
+def open_eval_split(config: TrainConfig, training: Source | Stream) -> Source | Stream | None:
+    """Where held-out images come from, if they don't come from the training set.
+
+    Raises:
+        ValueError: where there are none, or too few.
+    """
+    if config.eval_steps is None:
+        return None
+    if config.eval_split is None:
+        _check_enough_remain(config, training)
+        return None
+    try:
+        split = (open_stream if config.streaming else open_source)(config, config.eval_split)
+    except ValueError as error:
+        raise ValueError(f"`eval_split` is {config.eval_split!r}: {error}") from error
+    if isinstance(split, Source):
+        _check_count(config, len(split))
+    unknown = sorted(set(split.label_names or ()) - set(training.label_names or ()))
+    if unknown:
+        raise ValueError(
+            f"`eval_split` is {config.eval_split!r}, but has labels that the training set lacks: {', '.join(unknown)}."
+        )
+    return split
+
+
+def check_still_held_out(before: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raise a ValueError if a resumed run would measure on images that were trained on before.
+
+    Args:
+        before: the options of the checkpoint.
+    """
+    if not held_out_of_training(config):
+        return
+    now = config.public()
+    names = ("eval_images", "seed", "eval_split")
+    changed = [f"--{name} was {before.get(name)!r}" for name in names if before.get(name) != now[name]]
+    if before.get("eval_steps") is None:
+        changed = ["there was no --eval_steps"]
+    if changed:
+        raise ValueError(
+            f"images that were trained on can't be held out, and {' and '.join(changed)} before: resume with the same "
+            "options, name another split with --eval_split, or begin a new run."
+        )
+
+
+def hold_out(config: TrainConfig, images: Images, split: Source | Stream | None) -> tuple[Images, HeldOut]:
+    """Divide the images of a run into those to train on and those to measure on, by its seed.
+
+    Args:
+        split: what `open_eval_split` has opened.
+
+    Raises:
+        ValueError: for too few images, or those that can't be read.
+    """
+    n, rng = config.eval_images, np.random.default_rng([config.seed, 0, HELD_OUT])
+    if split is not None:
+        pixels, labels = _read_split(config, split, images.label_names, rng)
+    else:
+        assert isinstance(images, IndexedImages)
+        order = rng.permutation(len(images))
+        pixels, labels = next(images.read([np.sort(order[:n])]))
+        images = RemainingImages(images, np.sort(order[n:]))
+    seen = images.sample(len(pixels), config.seed)
+    return images, HeldOut(to_uint8(to_unit_range(pixels)), labels, to_uint8(to_unit_range(seen)))
+
+
+def _read_split(
+    config: TrainConfig, split: Source | Stream, label_names: list[str] | None, rng: np.random.Generator
+) -> tuple[Tensor, Tensor | None]:
+    n, transform = config.eval_images, transform_of(config)
+    if isinstance(split, Stream):
+        decoded: Decoded = StreamDecoder(transform, n).__getitems__(split.first_rows(n, config.seed))
+    else:
+        decoded = RowDecoder(split, transform).__getitems__(np.sort(rng.permutation(len(split))[:n]).tolist())
+    if decoded.unreadable and config.on_bad_image == "raise":
+        raise decoded.unreadable[0].error(f"{split.name}, split {config.eval_split}")
+    if len(decoded.pixels) + len(decoded.unreadable) < n or not len(decoded.pixels):
+        _check_count(config, len(decoded.pixels))
+    labels = decoded.labels
+    if labels is not None and label_names is not None:  # a split may lack some, and number the others otherwise
+        labels = torch.tensor([label_names.index(name) for name in split.label_names or ()])[labels]
+    return decoded.pixels, labels
+
+
+def _check_enough_remain(config: TrainConfig, training: Source | Stream) -> None:
+    if isinstance(training, Stream):
+        raise ValueError(
+            "`eval_steps` needs held-out images, which can't be told apart in a stream: name another split with "
+            "--eval_split, or leave out --streaming."
+        )
+    if 2 * config.eval_images > len(training):
+        raise ValueError(
+            f"`eval_images` is {config.eval_images}, but there are only {len(training)} images, of which at most half "
+            "may be held out: lower it, or name another split with --eval_split."
+        )
+
+
+def _check_count(config: TrainConfig, found: int) -> None:
+    if found < config.eval_images:
+        raise ValueError(
+            f"`eval_images` is {config.eval_images}, but the split {config.eval_split!r} has {found} images: lower it."
+        )

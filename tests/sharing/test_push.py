@@ -1,0 +1,512 @@
+"""Pushing, with the real client against a Hub on this machine that breaks in every way that the real one does."""
+
+import contextlib
+import json
+import logging
+import re
+import shutil
+import threading
+import traceback
+
+import pytest
+import torch
+from huggingface_hub import EvalResult, constants, hf_api
+from safetensors.torch import load_file
+
+from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
+from ddpm_hf.diffusion.pipeline import EVALUATION_FILES
+from ddpm_hf.sharing.background_push import BackgroundPusher
+from ddpm_hf.sharing.card import CardFacts, write_card
+from ddpm_hf.sharing.hub import HubTarget, PushError, check_push_access
+from ddpm_hf.sharing.push import push_folder, resume_command, try_push
+from ddpm_hf.storage.weights import hash_weights
+from support.hub_server import serve_hub
+
+TOKEN = "hf_ThisIsTheSecretOfTheTests"
+BPD = EvalResult("unconditional-image-generation", "digits", "digits", "bpd", 2.5)
+NO_WAIT = (0.0, 0.0, 0.0)
+MODEL_FILES = {
+    "README.md", "model_index.json", "pipeline.py", "scheduling_ddpm_custom.py", "ddpm_process.py", "ddpm_few_steps.py",
+    "ddpm_fast_network.py",
+    "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+}  # fmt: skip
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with serve_hub() as server:
+        server.add_token(TOKEN, "me", orgs={"lab": "write", "library": "read"})
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield server
+
+
+@pytest.fixture
+def make_model(make_unet, tmp_path):
+    def make(name="model", bias=0.0, scheduler=None, **options):
+        unet = make_unet(**options)
+        unet.conv_out.bias.data.fill_(bias)
+        DDPMPipelineCustom(unet, scheduler or DDPMSchedulerCustom()).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def push(folder, repo_id="me/model", facts=None, **options):
+    return push_folder(folder, HubTarget(repo_id, TOKEN, **options), facts, waits=NO_WAIT)
+
+
+# --- what goes up --------------------------------------------------------------------------------------------------
+
+
+def test_only_the_model_goes_up(hub, make_model):
+    """A training folder: checkpoints, logs, a cached token and anything else stay here."""
+    folder = make_model()
+    (folder / "samples.png").write_bytes(b"picture")
+    for stray in ("logs/train.jsonl", "checkpoint-5/training_state/optimizer.pt", "notes.txt", "unet/old.bin", ".env"):
+        (folder / stray).parent.mkdir(parents=True, exist_ok=True)
+        (folder / stray).write_text(TOKEN)
+    push(folder)
+    assert set(hub.repos["me/model"].files()) == MODEL_FILES | {"samples.png", ".gitattributes"}
+    assert len(hub.repos["me/model"].commits) == 2
+
+
+def test_what_goes_up_are_the_weights_that_are_here(hub, make_model, tmp_path):
+    folder = make_model()
+    pipe = DDPMPipelineCustom.from_pretrained(folder, dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "half")
+    push(tmp_path / "half")
+    (tmp_path / "up.safetensors").write_bytes(hub.repos["me/model"].files()["unet/diffusion_pytorch_model.safetensors"])
+    here, there = (
+        load_file(tmp_path / "half/unet/diffusion_pytorch_model.safetensors"),
+        load_file(tmp_path / "up.safetensors"),
+    )
+    assert all(there[k].dtype == here[k].dtype and (there[k] == here[k]).all() for k in here)
+
+
+def test_a_checkpoint_goes_up_without_its_training_state(hub, make_model, tmp_path):
+    make_model("run/checkpoint-40")
+    (tmp_path / "run/checkpoint-40/training_state").mkdir()
+    (tmp_path / "run/checkpoint-40/training_state/optimizer.pt").write_bytes(b"state")
+    push(tmp_path / "run/checkpoint-40")
+    assert set(hub.repos["me/model"].files()) == MODEL_FILES | {".gitattributes"}
+
+
+def test_save_pretrained_into_a_training_folder_pushes_the_model_alone(hub, make_model, monkeypatch):
+    folder = make_model()
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "optimizer.pt").write_bytes(b"state")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    pipe = DDPMPipelineCustom.from_pretrained(folder)
+    pipe.save_pretrained(str(folder), push_to_hub=True, repo_id="me/one")
+    pipe.push_to_hub("me/two")
+    for name in ("me/one", "me/two"):
+        assert set(hub.repos[name].files()) == MODEL_FILES | {".gitattributes"}
+        assert f'DDPMPipelineCustom.from_pretrained("{name}")' in hub.repos[name].files()["README.md"].decode()
+
+
+def test_weights_of_another_model_do_not_stay(hub, make_model):
+    """Shards or a pickle that lay there before would be loaded instead, or beside."""
+    there = {"unet/diffusion_pytorch_model.bin": b"pickle", "unet/diffusion_pytorch_model.fp16.safetensors": b"w"}
+    hub.add_repo("me/model", {**there, "their-notes.md": b"stays"})
+    push(make_model())
+    assert set(hub.repos["me/model"].files()) == MODEL_FILES | {".gitattributes", "their-notes.md"}
+
+
+def evaluated(folder):
+    weights = hash_weights(DDPMPipelineCustom.from_pretrained(folder).unet)
+    figures = [{"metric": m, "settings": {"chain": {"weights": weights}}} for m in ("bpd", "nearest")]
+    (folder / "metrics.json").write_text(json.dumps({"figures": figures}))
+    for name in EVALUATION_FILES[1:]:
+        (folder / name).write_bytes(b"of an evaluation")
+    return folder
+
+
+OF_EVALUATION = set(EVALUATION_FILES) - {"nearest_features.png"}  # which no figure was measured with
+
+
+def test_an_evaluation_goes_up_with_its_weights_alone(hub, make_model):
+    folder, repo = evaluated(make_model()), lambda: hub.repos["me/model"]
+    push(folder, facts=CardFacts(results=[BPD]))
+    assert set(repo().files()) == MODEL_FILES | OF_EVALUATION | {".gitattributes"}
+    shown = set(re.findall(r"\((\w+\.png)\)", repo().files()["README.md"].decode()))
+    assert shown == {name for name in OF_EVALUATION if name.endswith(".png")}
+    push(make_model("the same"))
+    assert set(repo().files()) >= OF_EVALUATION
+    make_model(bias=1.0)  # trained on, in the same folder
+    push(folder)
+    assert set(repo().files()) == MODEL_FILES | {".gitattributes"}
+    assert b".png" not in repo().files()["README.md"]
+    assert (folder / "nearest.png").exists()
+
+
+def test_figures_in_a_repository_without_a_card_of_ours_stay(hub, make_model):
+    hub.add_repo("me/model", {"metrics.json": b"{}", "README.md": b"# Mine"})
+    push(make_model())
+    assert hub.repos["me/model"].files()["metrics.json"] == b"{}"
+
+
+def test_targets(hub, make_model):
+    folder = make_model()
+    push(folder, "lab/model", private=True, tag="v1")
+    repo = hub.repos["lab/model"]
+    assert repo.private
+    assert repo.tags == {"v1": repo.branches["main"]}
+
+    other = make_model("other", bias=1.0)
+    push(other, "lab/model", revision="second")
+    assert set(repo.branches) == {"main", "second"}
+    assert (
+        repo.files("second")["unet/diffusion_pytorch_model.safetensors"]
+        != repo.files()["unet/diffusion_pytorch_model.safetensors"]
+    )
+    with pytest.raises(ValueError, match="`tag` is 'v1'.*has that tag already"):
+        push(other, "lab/model", revision="second", tag="v1")
+
+    hub.add_repo("stranger/theirs")
+    assert push(folder, "stranger/theirs", create_pr=True).endswith("/stranger/theirs/discussions/1")
+    assert set(hub.repos["stranger/theirs"].files("refs/pr/1")) == MODEL_FILES | {".gitattributes"}
+    assert set(hub.repos["stranger/theirs"].files()) == {".gitattributes"}
+
+
+def test_a_name_without_owner_is_mine(hub, make_model):
+    push(make_model(), "model")
+    assert set(hub.repos) == {"me/model"}
+
+
+# --- what the Hub does not take ------------------------------------------------------------------------------------
+
+REFUSALS = {
+    "wrong token": ({}, {"token": "hf_wrong"}, "the Hub does not know this token.*hf auth login"),
+    "read-only token": ({}, {"token": "hf_reader"}, "'me' can only read.*role `write`"),
+    "no token": ({}, {"token": None}, "no token.*hf auth login.*HF_TOKEN"),
+    "somebody else's name": ({"repo_id": "stranger/new"}, {}, "'me' is no member there: use me/new or lab/new"),
+    "somebody else's repository": ({"repo_id": "stranger/theirs"}, {}, "'me' is no member there"),
+    "an organisation that I read": ({"repo_id": "library/new"}, {}, "'me' can only read there"),
+    "public, but private was asked": (
+        {"repo_id": "me/public", "private": True},
+        {},
+        "'me/public' exists and is public",
+    ),
+    "nothing to open a pull request in": ({"repo_id": "me/none", "create_pr": True}, {}, "no repository 'me/none'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_token_problems_are_found_before_training_starts(hub, case):
+    target, token, message = REFUSALS[case]
+    hub.add_token("hf_reader", role="read")
+    for name in ("stranger/theirs", "me/public"):  # they exist: create_repo(exist_ok=True) would be content
+        hub.add_repo(name)
+    before = set(hub.repos)
+    with pytest.raises(ValueError, match=message):
+        check_push_access(HubTarget(**{"repo_id": "me/new", "token": TOKEN, **target, **token}), waits=NO_WAIT)
+    assert set(hub.repos) == before
+    assert all(len(r.commits) == 1 for r in hub.repos.values())
+
+
+def test_access_is_granted_to_the_full_name_and_makes_the_repository(hub):
+    assert check_push_access(HubTarget("new", TOKEN, private=True)) == "me/new"
+    assert hub.repos["me/new"].private
+    assert check_push_access(HubTarget("me/new", TOKEN, private=True)) == "me/new"
+
+
+def test_a_token_without_the_right_for_this_repository_is_found(hub):
+    """A fine-grained token: its role says nothing, only the Hub knows."""
+    hub.add_repo("me/model")
+    hub.fail("GET .*/auth-check/write", 403)
+    with pytest.raises(ValueError, match="may not write to 'me/model'"):
+        check_push_access(HubTarget("me/model", TOKEN), waits=NO_WAIT)
+
+
+def test_a_client_that_is_told_to_stay_offline_says_so(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PushError, match="HF_HUB_OFFLINE is set"):
+        check_push_access(HubTarget("me/model", TOKEN))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repo_id": "a/b/c"}, "repo_id.*'a/b/c'"),
+        ({"repo_id": "me/a--b"}, "repo_id.*'me/a--b'.*without '--'"),
+        ({"repo_id": "me/" + "a" * 97}, "repo_id.*96 characters"),
+        ({"token": TOKEN + "\n"}, "token has blanks"),
+        ({"revision": "a..b"}, "revision.*'a..b'"),
+        ({"tag": "has blank"}, "tag.*'has blank'"),
+        ({"create_pr": True, "revision": "x"}, "leave out revision and tag"),
+    ],
+)
+def test_bad_targets_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        HubTarget(**{"repo_id": "me/model", **options})
+    assert TOKEN not in str(caught.value)
+
+
+def damage(folder, kind):
+    weights, config = folder / "unet/diffusion_pytorch_model.safetensors", folder / "unet/config.json"
+    if kind == "missing":
+        weights.unlink()
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "shapes":
+        config.write_text(config.read_text().replace('"in_channels": 3', '"in_channels": 4'))
+    elif kind == "json":
+        (folder / "model_index.json").write_text("{")
+    elif kind == "no scheduler":
+        shutil.rmtree(folder / "scheduler")
+    elif kind == "no folder":
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "shapes", "json", "no scheduler", "no folder"])
+def test_a_damaged_model_leaves_nothing_on_the_hub(hub, make_model, kind):
+    folder = make_model()
+    damage(folder, kind)
+    with pytest.raises(ValueError, match=r"damaged|no such folder") as caught:
+        push(folder)
+    assert str(folder) in str(caught.value)
+    assert hub.repos == {}
+
+
+def test_a_card_that_the_hub_does_not_take_leaves_nothing_there(hub, make_model):
+    with pytest.raises(ValueError, match="license"):
+        push(make_model(), facts=CardFacts(license="my-own"))
+    assert hub.repos == {}
+
+
+# --- faults --------------------------------------------------------------------------------------------------------
+
+STAGES = [
+    "GET /api/whoami", "GET /api/models/me/model$", "POST /api/repos/create", "GET .*/auth-check",
+    "POST /api/validate-yaml", "POST .*/preupload/", "POST .*/objects/batch", "PUT /lfs/", "POST .*/commit/",
+    "POST .*/branch/", "GET .*/refs", "POST .*/tag/",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", [408, 429, 503, "drop", "lose"])
+def test_passing_faults_at_every_stage_are_survived(hub, make_model, what, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's own waits
+    for stage in STAGES:
+        hub.fail(stage, what)
+    target = HubTarget("me/model", TOKEN, revision="branch", tag="v1")
+    push_folder(make_model(), target, waits=(0.0,) * 9)
+    repo = hub.repos["me/model"]
+    assert set(repo.files("v1")) == MODEL_FILES | {".gitattributes"}
+    assert len(repo.commits) == 2  # also where the answer to the commit was lost
+    assert sum(f.times for f in hub.faults) == 0
+
+
+@pytest.mark.parametrize("what", [503, "drop"])
+def test_a_fault_that_outlasts_the_client_is_survived(hub, make_model, what, monkeypatch):
+    """The client tries an upload six times itself; then it raises an error of its own kind."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.fail("PUT /lfs/", what, times=8)
+    push(make_model())
+    assert set(hub.repos["me/model"].files()) == MODEL_FILES | {".gitattributes"}
+
+
+@pytest.mark.parametrize("what", [503, 404, "drop"])
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_a_card_that_can_not_be_fetched_is_not_taken_for_absent(hub, make_model, what, method, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    own = b"---\nlicense: mit\n---\n# All my own words\n"
+    hub.add_repo("me/model", {"README.md": own})
+    hub.fail(f"{method} .*/resolve/", what, times=2)
+    with pytest.raises(ValueError, match="404") if what == 404 else contextlib.nullcontext():
+        push(make_model())
+    assert b"# All my own words" in hub.repos["me/model"].files()["README.md"]
+
+
+def test_a_lost_answer_makes_no_second_pull_request(hub, make_model):
+    hub.add_repo("me/model").pulls.append({"title": "Typo", "author": "somebody"})
+    hub.fail(r"POST .*/commit/main", "lose")
+    assert push(make_model(), create_pr=True).endswith("/me/model/discussions/2")
+    assert len(hub.repos["me/model"].pulls) == 2
+
+
+@pytest.mark.parametrize("what", [503, "drop"])
+def test_a_lasting_fault_is_named_and_changes_nothing(hub, make_model, what):
+    folder = make_model()
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    hub.fail(r"POST .*/commit/", what, times=99)
+    with pytest.raises(PushError, match="can't be reached"):
+        push(folder)
+    assert hub.count("POST .*/commit/") == len(NO_WAIT) + 1
+    assert set(hub.repos["me/model"].files()) == {".gitattributes"}
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_refusal_is_not_tried_again(hub, make_model):
+    hub.fail(r"POST .*/commit/", 403, times=99)
+    with pytest.raises(ValueError, match="may not write"):
+        push(make_model())
+    assert hub.count("POST .*/commit/") == 1
+
+
+def test_the_wait_that_the_hub_asks_for_is_kept(hub):
+    waits = []
+    hub.fail("whoami", 429, 1, **{"Retry-After": "17"})
+    from ddpm_hf.sharing.hub import retry
+
+    retry(HubTarget("me/model", TOKEN).api().whoami, "x", waits=(1.0,), pause=waits.append)
+    assert waits == [17.0]
+
+
+def test_a_commit_of_somebody_else_in_between_is_not_undone(hub, make_model):
+    folder = make_model()
+    push(folder)
+    repo = hub.repos["me/model"]
+    edited = repo.files()["README.md"].replace(b"# model", b"# My own title")
+    hub.before_commit = lambda: repo.commit("main", "edit", {**repo.files(), "README.md": edited}, "x")
+    push(make_model("other", bias=1.0))
+    assert b"# My own title" in repo.files()["README.md"]
+
+
+# --- the card on the Hub -------------------------------------------------------------------------------------------
+
+
+def test_what_was_edited_on_the_hub_stays(hub, make_model):
+    folder = make_model()
+    push(folder)
+    repo = hub.repos["me/model"]
+    card = repo.files()["README.md"].decode()
+    card = card.replace("tags:", "language: en\ntags:\n- mine").replace(
+        "## How many steps", "Words of mine.\n\n## Steps"
+    )
+    repo.commit("main", "edited in the browser", {**repo.files(), "README.md": card.encode()}, "x")
+    write_card(folder, CardFacts(hardware="a fast one"))
+    push(folder)
+    card = repo.files()["README.md"].decode()
+    assert "language: en" in card
+    assert "- mine" in card
+    assert "Words of mine.\n\n## Steps" in card
+    assert "a fast one" in card
+
+
+def test_what_the_hub_knows_of_the_same_weights_stays(hub, make_model):
+    """Measured and pushed on another machine."""
+    fid = EvalResult("unconditional-image-generation", "cifar10", "CIFAR-10", "fid", 3.17)
+    push(make_model("there"), facts=CardFacts(results=[fid], license="mit"))
+    push(make_model("here"), facts=CardFacts(hardware="a fast one"))
+    card = hub.repos["me/model"].files()["README.md"].decode()
+    assert "| CIFAR-10 | fid | 3.17 |" in card
+    assert "value: 3.17" in card
+    assert "license: mit" in card
+    assert "a fast one" in card
+    push(make_model("other", bias=1.0))
+    assert "3.17" not in hub.repos["me/model"].files()["README.md"].decode()
+
+
+def test_push_to_hub_keeps_what_was_edited_on_the_hub(hub, make_model, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    pipe = DDPMPipelineCustom.from_pretrained(make_model())
+    pipe.push_to_hub("me/model")
+    repo = hub.repos["me/model"]
+    card = repo.files()["README.md"].replace(b"## Use", b"## My use")
+    repo.commit("main", "edited in the browser", {**repo.files(), "README.md": card}, "x")
+    pipe.push_to_hub("me/model")
+    assert b"## My use" in repo.files()["README.md"]
+
+
+@pytest.mark.parametrize("own", [b"---\na: [\n---\nMine.", b"M\xefne."])
+def test_a_card_on_the_hub_that_can_not_be_read_is_not_replaced(hub, make_model, own):
+    hub.add_repo("me/model", {"README.md": own})
+    with pytest.raises(ValueError, match="card of 'me/model' on the Hub can't be read"):
+        push(make_model())
+    assert len(hub.repos["me/model"].commits) == 1
+
+
+def test_what_was_edited_here_goes_up(hub, make_model):
+    folder = make_model()
+    push(folder)
+    readme = folder / "README.md"
+    for words in ("First thoughts.", "Second thoughts."):
+        readme.write_text(re.sub(r"(?:\w+ thoughts\.\n\n)?## Citation", f"{words}\n\n## Citation", readme.read_text()))
+        push(folder)
+        assert words in hub.repos["me/model"].files()["README.md"].decode()
+    assert "First thoughts" not in hub.repos["me/model"].files()["README.md"].decode()
+
+
+# --- in the background ---------------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_while_checkpoints_are_pushed_and_the_latest_wins(hub, make_model, tmp_path):
+    hub.add_repo("me/model")
+    hold, entered = threading.Event(), threading.Event()
+    (tmp_path / "run/.ddpm-hf-push-of-a-killed-run").mkdir(parents=True)
+    hub.before_commit = lambda: (entered.set(), hold.wait(30))
+    with BackgroundPusher(HubTarget("me/model", TOKEN), say=pytest.fail, waits=NO_WAIT) as pusher:
+        for step in (1, 2, 3):
+            checkpoint = make_model(f"run/checkpoint-{step}", bias=float(step))
+            pusher.submit(checkpoint)  # returns, although the Hub holds the first push
+            if step == 1:
+                assert entered.wait(30)
+            shutil.rmtree(checkpoint)  # a limit on checkpoints removes it
+        hold.set()
+    repo = hub.repos["me/model"]
+    assert [repo.titles[c] for c in repo.commits] == [
+        "initial commit", "Upload DDPM, checkpoint-1", "Upload DDPM, checkpoint-3",
+    ]  # fmt: skip
+    (tmp_path / "up").write_bytes(repo.files()["unet/diffusion_pytorch_model.safetensors"])
+    assert load_file(tmp_path / "up")["conv_out.bias"].tolist() == [3.0] * 3
+    assert list((tmp_path / "run").iterdir()) == []  # no copies are left
+
+
+def test_a_push_that_fails_does_not_end_training_and_says_how_to_resume(hub, make_model, tmp_path):
+    hub.add_repo("me/model")
+    hub.fail(r"/commit/", 503, times=99)
+    said = []
+    target = HubTarget("me/model", TOKEN, private=True, revision="try out".replace(" ", "-"))
+    with BackgroundPusher(target, say=said.append, waits=(0.0,)) as pusher:
+        pusher.submit(make_model("run/checkpoint-1"))
+    command = f"ddpm-hf push {tmp_path / 'run'} me/model --private --revision try-out"
+    assert command in said[-1]
+    assert resume_command(tmp_path / "run", target) == command
+    assert not try_push(make_model(), HubTarget("stranger/x", TOKEN), say=said.append)
+    assert "ddpm-hf push" in said[-1]
+    assert TOKEN not in "".join(said)
+
+
+def test_an_interrupted_run_does_not_wait_for_a_hub_that_is_away(hub, make_model):
+    hub.add_repo("me/model")
+    hub.fail(r"/commit/", 503, times=99)
+    tried = threading.Event()
+    with (  # noqa: PT012
+        pytest.raises(KeyboardInterrupt),
+        BackgroundPusher(HubTarget("me/model", TOKEN), say=lambda text: tried.set(), waits=(3600.0,)) as pusher,
+    ):
+        pusher.submit(make_model("run/checkpoint-1"))
+        assert tried.wait(30)
+        raise KeyboardInterrupt
+
+
+# --- the token -----------------------------------------------------------------------------------------------------
+
+
+def test_the_token_is_in_nothing_that_is_written_said_or_sent(hub, make_model, tmp_path, caplog, capsys, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's own waits
+    caplog.set_level(logging.DEBUG)
+    folder, texts = make_model(), []
+    write_card(folder, CardFacts(options={"hub_token": TOKEN, "note": f"it is {TOKEN}", "seed": 1}))
+    target = HubTarget("me/model", TOKEN)
+    push_folder(folder, target, say=texts.append)
+    for fault in (401, 403, 404, 400, 503, "drop"):
+        hub.fail(r"/commit/", fault, times=3)
+        make_model("model", bias=1.0 + len(texts))
+        try:
+            push_folder(folder, target, say=texts.append, waits=(0.0,))
+        except (ValueError, OSError) as error:
+            texts += [str(error), repr(error), "".join(traceback.format_exception(error))]
+    out = capsys.readouterr()
+    written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    everything = [written, *hub.received, *(repr(t).encode() for t in [*texts, out, caplog.text, target])]
+    assert len(texts) >= 6 * 3
+    assert not any(TOKEN.encode() in part for part in everything)

@@ -1,0 +1,92 @@
+"""When things happen: all counts are in optimizer updates."""
+
+import math
+
+import pytest
+import torch
+from diffusers.optimization import get_scheduler
+
+from ddpm_hf.config.training import TrainConfig
+from ddpm_hf.training.plan import Plan
+
+
+def plan(num_images=100, num_processes=1, **options):
+    return Plan(TrainConfig(dataset_name="digits", **options), num_images, num_processes)
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+)
+def test_learning_rate_is_that_of_diffusers_per_update_whatever_the_processes_and_accumulation(name):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
+    reference = get_scheduler(name, optimizer, num_warmup_steps=10, num_training_steps=110)
+    options = {"learning_rate": 1e-3, "lr_scheduler": name, "lr_warmup_steps": 10, "max_train_steps": 110}
+    plans = [
+        plan(train_batch_size=4, **options),
+        plan(train_batch_size=1, gradient_accumulation_steps=2, num_processes=2, **options),
+    ]
+    for step in range(110):
+        expected = reference.get_last_lr()[0]
+        assert [p.learning_rate(step) for p in plans] == [pytest.approx(expected)] * 2
+        optimizer.step()
+        reference.step()
+    rates = [plans[0].learning_rate(step) for step in range(110)]
+    assert max(rates) == pytest.approx(1e-3)  # the peak is reached
+
+
+def test_epochs_are_counted_in_images():
+    p = plan(num_images=100, num_processes=2, train_batch_size=4, gradient_accumulation_steps=3, num_epochs=10)
+    assert p.global_batch == 24
+    assert p.max_steps == math.ceil(10 * 100 / 24)
+    assert plan(max_train_steps=7).max_steps == 7
+
+
+def test_pipelines_and_previews_come_at_the_ends_of_epochs():
+    p = plan(num_images=96, train_batch_size=24, num_epochs=25, save_model_epochs=10, save_images_epochs=10)
+    ends = [done / 4 for done in range(1, p.max_steps + 1) if p.export_due(done)]
+    assert ends == [1, 11, 21, 25]
+    assert [done / 4 for done in range(1, p.max_steps + 1) if p.preview_due(done)] == [1, 11, 21]
+    # Where no update ends with an epoch, they come with the update that the epoch ends in: each once.
+    p = plan(num_images=100, train_batch_size=24, num_epochs=25, save_model_epochs=1)
+    assert sum(p.export_due(done) for done in range(1, p.max_steps + 1)) == 25
+
+
+def test_what_is_left_of_the_epochs_is_counted_in_images_whatever_the_batch_was():
+    """25 updates of 4 images are done of 10 epochs of 100; the rest goes on with 8 at a time."""
+    p = Plan(TrainConfig(dataset_name="digits", num_epochs=10, train_batch_size=8), 100, 1, 25, 100)
+    assert p.max_steps == 25 + math.ceil(900 / 8)
+    p = Plan(
+        TrainConfig(dataset_name="digits", num_epochs=10, train_batch_size=8, save_model_epochs=1), 100, 1, 25, 100
+    )
+    assert [n for n in range(26, 52) if p.export_due(n)] == [25 + 13, 25 + 25]  # 104 and 200 images later
+
+
+def test_previews_in_steps_come_early_then_regularly_or_never():
+    p = plan(max_train_steps=100, save_images_steps=30)
+    assert [done for done in range(1, 101) if p.preview_due(done)] == [3, 30, 60, 90]
+    assert not any(plan(max_train_steps=100, save_images_steps=0).preview_due(done) for done in range(1, 101))
+
+
+def test_checkpoints_come_regularly_and_at_the_end():
+    p = plan(max_train_steps=25, checkpointing_steps=10)
+    assert [done for done in range(1, 26) if p.checkpoint_due(done)] == [10, 20, 25]
+
+
+def test_plans_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match=r"train_batch_size.*101.*only 100 images"):
+        plan(train_batch_size=101)
+    with pytest.raises(ValueError, match=r"120 images per update.*only 100"):
+        plan(train_batch_size=30, gradient_accumulation_steps=2, num_processes=2)
+    with pytest.raises(ValueError, match="--max_train_steps"):
+        plan(num_images=None)
+
+
+def test_validation_comes_regularly_and_at_the_end_and_says_what_it_costs():
+    p = plan(num_images=1000, max_train_steps=25, eval_steps=10, eval_images=32, train_batch_size=24)
+    assert [done for done in range(1, 26) if p.validation_due(done)] == [10, 20, 25]
+    # 18 network calls for each of 32 images, where ten updates take 3 × 24 × 10.
+    assert p.describe_validation() == (
+        "every 10 updates on 32 images held out of the training set, for 80.0% more network calls"
+    )
+    assert not any(plan(max_train_steps=25).validation_due(done) for done in range(1, 26))
+    assert plan().describe_validation() == "none (--eval_steps)"
