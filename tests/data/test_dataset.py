@@ -274,8 +274,8 @@ def test_workers_outlive_the_signals_that_the_run_survives_but_not_the_run(folde
     script = tmp_path / "script.py"
     script.write_text(f"""
 import os, signal, sys
-from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import load_images
+from ddpm_hf.config.training import TrainConfig
+from ddpm_hf.data.dataset import load_images
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):

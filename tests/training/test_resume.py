@@ -87,7 +87,8 @@ def test_ctrl_c_during_a_preview_saves_and_says_so_and_no_other_run_gets_in_betw
 
 def test_a_second_ctrl_c_ends_at_once():
     script = (
-        "import time; from ddpm_hf.interruption import Agreement, Interruption\n"
+        "import time; from ddpm_hf.distributed import Agreement\n"
+        "from ddpm_hf.training.interruption import Interruption\n"
         "with Interruption(Agreement(1)):\n    print('ready', flush=True)\n    while True: time.sleep(0.01)"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

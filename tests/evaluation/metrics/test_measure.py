@@ -127,7 +127,7 @@ def test_identity_changes_with_weights_and_resizing_and_holds_no_path(resnet, tm
 TWO_PROCESSES = """
 import sys, torch
 from accelerate import PartialState
-from ddpm_hf.extractors import open_extractor
+from ddpm_hf.evaluation.metrics.features import open_extractor
 state, extractor = PartialState(cpu=True), open_extractor(sys.argv[1])
 images = torch.load(sys.argv[2], weights_only=True)
 features = [extractor(images, batch_size=3).pooled, extractor(images[:2], batch_size=3).pooled]

@@ -4,7 +4,6 @@ import json
 import pickle
 import warnings
 
-import foreign_weights
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
@@ -15,6 +14,7 @@ from ddpm_hf.cli import main
 from ddpm_hf.config.commands import ConvertConfig
 from ddpm_hf.sharing.conversion.convert import convert_model
 from ddpm_hf.sharing.conversion.improved_diffusion import improved_network
+from support import foreign_weights
 
 
 def heads(style):
