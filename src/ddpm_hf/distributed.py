@@ -1,14 +1,15 @@
-"""What the processes of a run agree on: errors, signals, sums."""
+"""What the processes of a run agree on: errors, signals, sums, and who does what in lockstep."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather, reduce
 from torch import Tensor
 
 
@@ -51,3 +52,23 @@ def sum_over_processes(table: Tensor) -> Tensor:
     if state.device.type == "mps":  # Metal has no float64
         return table
     return reduce(table.to(state.device), "sum").cpu()
+
+
+def lockstep_batches(count: int, batch_size: int) -> list[Tensor]:
+    """The share of one process of `count` items, in batches of indices: of n processes, each takes every n-th item.
+
+    All processes get batches of the same sizes, so that networks whose weights they share stay in step. Indices of
+    `count` and above are padding: repeat any item in their place.
+    """
+    state = PartialState()
+    share = torch.arange(math.ceil(count / state.num_processes)) * state.num_processes + state.process_index
+    return list(share.split(batch_size))
+
+
+def gather_lockstep(values: Tensor, count: int) -> Tensor:
+    """The values of all `count` items, in order and without the padding, from those of each process's share.
+
+    All processes must call it, and all get the result.
+    """
+    by_process = gather(values).unflatten(0, (PartialState().num_processes, -1))
+    return by_process.transpose(0, 1).flatten(0, 1)[:count]

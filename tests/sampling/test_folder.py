@@ -91,6 +91,23 @@ def test_bad_arguments_are_refused_before_the_first_image_is_asked_for(arguments
         sample_pixels(make_pipe(), *arguments, **options)
 
 
+@pytest.mark.parametrize("num_images", [1, 7])
+def test_in_lockstep_all_processes_call_the_network_equally_often_and_all_get_all_images(
+    num_images, make_pipe, tmp_path
+):
+    script = [str(SUPPORT / "lockstep.py"), str(num_images), str(tmp_path)]
+    done = run([*TWO_PROCESSES, *script], env=ENV)
+    assert done.returncode == 0, done.stderr
+    (first, calls), (second, other_calls) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert calls == other_calls == {1: 1, 7: 2}[num_images] * 3
+    assert torch.equal(first, second)
+    pipe = make_pipe(3, num_class_embeds=4)
+    options = {"class_labels": [0, 2], "num_inference_steps": 3}
+    alone = torch.cat([p for _, p in sample_pixels(pipe, num_images, 7, 2, show_progress=False, **options)])
+    assert first.shape == alone.shape
+    assert (first.int() - alone.int()).abs().max() <= 1  # rounding depends on the batch
+
+
 def test_images_that_are_not_numbers_are_refused_by_number(make_pipe):
     pipe = make_pipe()
     with torch.no_grad():

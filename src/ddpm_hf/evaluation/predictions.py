@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 from ..diffusion.ddpm_process import check_integer
 from ..diffusion.pipeline import DDPMPipelineCustom
 from ..diffusion.scheduling_ddpm_custom import ZERO_SNR_ERROR, DDPMSchedulerCustom
+from ..distributed import lockstep_batches
 
 
 class Prediction(NamedTuple):
@@ -116,10 +116,8 @@ class Probe:
         state, unet, process = PartialState(), self.pipe.unet, self.pipe.scheduler.process
         was_training = unet.training
         unet.eval()
-        # Equal numbers of network calls in all processes, so that sharded networks stay in step; doubles are dropped.
         n = len(self.indices)
-        share = torch.arange(math.ceil(n / state.num_processes)) * state.num_processes + state.process_index
-        batches = share.split(self.batch_size)
+        batches = lockstep_batches(n, self.batch_size)
         is_quiet = not (show_progress and state.is_main_process)
         timesteps = timesteps.expand(n, -1)
         with tqdm(total=len(batches) * timesteps.shape[1], desc=title, unit="call", disable=is_quiet) as bar:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -19,8 +19,10 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.pixels import to_uint8
 from ..diffusion.ddpm_process import check_integer
-from ..diffusion.pipeline import DDPMPipelineCustom, DDPMPipelineCustomOutput
+from ..diffusion.pipeline import DDPMPipelineCustom
+from ..distributed import gather_lockstep, lockstep_batches
 from ..storage.weights import hash_weights
 
 
@@ -67,44 +69,102 @@ def sample_pixels(
     share = remaining[state.process_index :: state.num_processes]
     is_quiet = not (show_progress and share and state.is_main_process)
     bar = tqdm(total=steps * len(share), desc="Sampling", unit="step", disable=is_quiet)
-    return _sample_batches(pipeline, share, seed, class_labels, bar, call_options)
+
+    def made() -> Iterator[tuple[range, Tensor]]:
+        with bar:
+            for batch in share:
+                x_0 = _sample_batch(pipeline, batch, seed, class_labels, bar.update, call_options)
+                if x_0.isnan().any():
+                    raise ValueError(
+                        f"image {batch[int(x_0.isnan().flatten(1).any(1).nonzero()[0])]} holds NaN: the network, in "
+                        f"{pipeline.sampling_dtype}, overflows or is damaged. Use bfloat16 instead of float16, or "
+                        "float32."
+                    )
+                yield batch, to_uint8(x_0).cpu()
+
+    return made()
 
 
-def _sample_batches(
+def sample_in_lockstep(
     pipeline: DDPMPipelineCustom,
-    batches: Sequence[range],
+    num_images: int,
+    seed: int,
+    batch_size: int,
+    *,
+    class_labels: Sequence[int] | None = None,
+    show_progress: bool = False,
+    on_step: Callable[[], object] = lambda: None,
+    **call_options: Any,
+) -> Tensor:
+    """Make all the images by all processes, with equal numbers of network calls, as networks with sharded weights need.
+
+    All processes must call it; all get all images. An image's last bits may depend on the number of processes, unlike
+    those of `sample_pixels`.
+
+    Args:
+        num_images: N, of all processes together.
+        seed: image i comes from a generator seeded with seed + i.
+        batch_size: B, images per network call and process.
+        class_labels: used in turn.
+        on_step: called in every denoising step, equally often by all processes. What it raises is raised.
+        call_options: go to the pipeline's call.
+
+    Returns:
+        uint8 of shape (N, C, H, W), on the network's device.
+
+    Raises:
+        ValueError: for a bad argument.
+    """
+    unet, batches = pipeline.unet, lockstep_batches(num_images, batch_size)
+    steps = len(trajectory(pipeline, class_labels, **call_options))
+    is_quiet = not (show_progress and PartialState().is_main_process)
+    was_training = unet.training
+    unet.eval()
+    try:
+        with tqdm(total=steps * len(batches), desc="Sampling", unit="step", leave=False, disable=is_quiet) as bar:
+
+            def advance() -> None:
+                bar.update()
+                on_step()
+
+            made = [
+                to_uint8(
+                    _sample_batch(pipeline, (batch % num_images).tolist(), seed, class_labels, advance, call_options)
+                )
+                for batch in batches
+            ]
+    finally:
+        unet.train(was_training)
+    return gather_lockstep(torch.cat(made), num_images)
+
+
+def _sample_batch(
+    pipeline: DDPMPipelineCustom,
+    images: Sequence[int],
     seed: int,
     class_labels: Sequence[int] | None,
-    bar: tqdm,
+    on_step: Callable[[], object],
     call_options: dict[str, Any],
-) -> Iterator[tuple[range, Tensor]]:
+) -> Tensor:
+    """x_0 of these images, float32 of shape (B, C, H, W), not clamped."""
+
     def advance(pipe: object, i: int, t: object, tensors: dict[str, Any]) -> dict[str, Any]:
-        bar.update()
+        on_step()
         return tensors
 
     pipeline.set_progress_bar_config(disable=True)
-    with bar:
-        for batch in batches:
-            output = pipeline(
-                len(batch),
-                [torch.Generator().manual_seed(seed + i) for i in batch],
-                output_type="pt",
-                class_labels=labels_in_turn(class_labels, batch),
-                callback_on_step_end=advance,
-                **call_options,
-            )
-            assert isinstance(output, DDPMPipelineCustomOutput)
-            assert isinstance(output.images, Tensor)
-            images = output.images
-            if images.isnan().any():
-                raise ValueError(
-                    f"image {batch[int(images.isnan().flatten(1).any(1).nonzero()[0])]} holds NaN: the network, in "
-                    f"{pipeline.sampling_dtype}, overflows or is damaged. Use bfloat16 instead of float16, or float32."
-                )
-            yield batch, (images * 255).round().to(torch.uint8).cpu()
+    return pipeline(
+        len(images),
+        [torch.Generator().manual_seed(seed + i) for i in images],
+        output_type="latent",
+        return_dict=False,
+        class_labels=labels_in_turn(class_labels, images),
+        callback_on_step_end=advance,
+        **call_options,
+    )[0]
 
 
-def labels_in_turn(class_labels: Sequence[int] | None, images: range) -> list[int] | None:
+def labels_in_turn(class_labels: Sequence[int] | None, images: Sequence[int]) -> list[int] | None:
     """The label of each of these images."""
     return [class_labels[i % len(class_labels)] for i in images] if class_labels else None
 

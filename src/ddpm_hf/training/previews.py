@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
-import torch
-from accelerate.utils import gather_object
 from PIL import Image
 
-from ..data.pictures import image_grid
-from ..diffusion.pipeline import DDPMPipelineCustom, DDPMPipelineCustomOutput
+from ..data.pictures import image_grid, to_pil
+from ..diffusion.pipeline import DDPMPipelineCustom
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
+from ..sampling.generate import sample_in_lockstep
 from .network import ema_weights
 from .state import Run
 
@@ -36,35 +32,16 @@ def sample_grids(run: Run, check: Callable[[], None]) -> dict[str, Image.Image]:
 
 
 def _sample_grid(run: Run, check: Callable[[], None]) -> Image.Image:
-    def advance(pipe: object, i: int, t: object, tensors: dict[str, Any]) -> dict[str, Any]:
-        check()
-        return tensors
-
-    accelerator, network, config = run.accelerator, run.network, run.config
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    pipeline = DDPMPipelineCustom(network, DDPMSchedulerCustom.from_config(run.scheduler.config))
-    pipeline.set_progress_bar_config(disable=not accelerator.is_main_process, desc="Sampling", leave=False)
-    classes = network.config.num_class_embeds
-    made: list[tuple[int, np.ndarray]] = []
-    network.eval()
-    try:
-        # Equal numbers of network calls in all processes, so that sharded networks stay in step; doubles are dropped.
-        share = [
-            (rank + i * processes) % config.eval_batch_size
-            for i in range(math.ceil(config.eval_batch_size / processes))
-        ]
-        for start in range(0, len(share), BATCH_SIZE):
-            batch = share[start : start + BATCH_SIZE]
-            output = pipeline(
-                len(batch),
-                [torch.Generator().manual_seed(config.seed + i) for i in batch],
-                config.ddpm_num_inference_steps,
-                class_labels=[i % (classes - 1) for i in batch] if classes else None,
-                callback_on_step_end=advance,
-            )
-            assert isinstance(output, DDPMPipelineCustomOutput)
-            made += [(i, np.asarray(image)) for i, image in zip(batch, output.images, strict=True)]
-    finally:
-        network.train()
-    everyones = dict(gather_object(made) if processes > 1 else made)
-    return image_grid([Image.fromarray(everyones[i]) for i in range(config.eval_batch_size)])
+    pipeline = DDPMPipelineCustom(run.network, DDPMSchedulerCustom.from_config(run.scheduler.config))
+    classes = run.network.config.num_class_embeds
+    pixels = sample_in_lockstep(
+        pipeline,
+        run.config.eval_batch_size,
+        run.config.seed,
+        BATCH_SIZE,
+        class_labels=range(classes - 1) if classes else None,
+        show_progress=True,
+        on_step=check,
+        num_inference_steps=run.config.ddpm_num_inference_steps,
+    )
+    return image_grid(to_pil(pixels))

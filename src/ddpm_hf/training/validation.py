@@ -10,18 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import gather
-from torch import Tensor
 from torch.nn import Module
 from tqdm.auto import tqdm
 
-from ..data.pixels import to_uint8
-from ..diffusion.pipeline import DDPMPipelineCustom, DDPMPipelineCustomOutput
+from ..diffusion.pipeline import DDPMPipelineCustom
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..evaluation.likelihood import bits_per_dim
 from ..evaluation.metrics.distances import frechet_distance, moments
 from ..evaluation.metrics.patch_features import PatchFeatures
+from ..sampling.generate import sample_in_lockstep
 from ..storage.checkpoint import BEST, best_step, checkpoint_steps
 from ..storage.files import replace_text
 from .log import TrainingLog
@@ -92,42 +89,23 @@ class Validation:
                 class_labels=labels,
                 show_progress=False,
             )
-            samples = self._samples(pipeline)
+            samples = sample_in_lockstep(  # one for each held-out image, with its label
+                pipeline,
+                len(images),
+                run.config.seed,
+                BATCH_SIZE,
+                class_labels=None if labels is None else labels.tolist(),
+                num_inference_steps=min(EVAL_SAMPLING_STEPS, T),
+                timesteps="linspace",
+                eta=0.0,
+                solver_order=2,
+            )
         return {
             "eval_bits_per_dim": bits.total,
             "eval_bits_per_dim_se": bits.standard_error,
             "eval_frechet": frechet_distance(moments(self.features(samples)), self.real),
             "eval_frechet_of_training_images": self.of_seen,
         }
-
-    def _samples(self, pipeline: DDPMPipelineCustom) -> Tensor:
-        """One sample for each held-out image, with its label, in few second-order steps: uint8 (N, C, H, W)."""
-        run, labels, n = self.run, self.held_out.labels, len(self.held_out.pixels)
-        rank, processes = run.accelerator.process_index, run.accelerator.num_processes
-        pipeline.set_progress_bar_config(disable=True)
-        run.network.eval()
-        try:
-            # Equal numbers of network calls in all processes, so that sharded networks stay in step.
-            share = (torch.arange(math.ceil(n / processes)) * processes + rank) % n
-            made = []
-            for batch in share.split(BATCH_SIZE):
-                output = pipeline(
-                    len(batch),
-                    [torch.Generator().manual_seed(run.config.seed + int(i)) for i in batch],
-                    min(EVAL_SAMPLING_STEPS, run.config.ddpm_num_steps),
-                    "latent",
-                    timesteps="linspace",
-                    eta=0.0,
-                    solver_order=2,
-                    class_labels=None if labels is None else labels[batch],
-                )
-                assert isinstance(output, DDPMPipelineCustomOutput)
-                assert isinstance(output.images, Tensor)
-                made.append(to_uint8(output.images))
-        finally:
-            run.network.train()
-        everyones = gather(torch.cat(made)).unflatten(0, (processes, -1))
-        return everyones.transpose(0, 1).flatten(0, 1)[:n]  # in their order, without the doubles
 
     def _best(self) -> dict[str, Any] | None:
         """The best entry of the log whose checkpoint is there, or can be made now. Of the main process."""
