@@ -16,7 +16,7 @@ from PIL import Image
 
 from ddpm_hf.config.training import TrainConfig, parse_train_config
 from ddpm_hf.data.dataset import StoredImages, load_images
-from ddpm_hf.data.pixels import random_flip, to_uint8, to_unit_range
+from ddpm_hf.data.pixels import normalize, random_flip, to_uint8
 from support.runs import run, train_command
 
 N = 23
@@ -369,11 +369,11 @@ def test_rows_without_an_image_are_damaged(tmp_path):
 
 def test_pixels_map_to_plus_minus_one_and_back():
     pixels = torch.arange(256, dtype=torch.uint8)
-    x = to_unit_range(pixels)
+    x = normalize(pixels)
     assert (x[0], x[255]) == (-1, 1)
     assert torch.equal(to_uint8(x), pixels)
     deep = torch.from_numpy(np.arange(65536, dtype=np.uint16))
-    y = to_unit_range(deep)
+    y = normalize(deep)
     assert (y[0], y[65535]) == (-1, 1)
     assert len(y.unique()) == 65536
     torch.testing.assert_close(y[::257], x, rtol=0, atol=1e-6)

@@ -14,7 +14,7 @@ from pathlib import Path
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
 from ddpm_hf.sampling.files import NpzFile, PngFiles
 from ddpm_hf.sampling.folder import sample_to_folder
-from ddpm_hf.sampling.generate import image_batches
+from ddpm_hf.sampling.generate import index_batches
 from support.models import tiny_unet
 
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
@@ -48,7 +48,7 @@ def finished(folder, format):
     """The images of whole batches, and when those were written that are PNGs."""
     files = PngFiles(folder) if format == "png" else NpzFile(folder)
     present = files.present()
-    images = [i for batch in image_batches(NUM_IMAGES, BATCH_SIZE) if present.issuperset(batch) for i in batch]
+    images = [i for batch in index_batches(NUM_IMAGES, BATCH_SIZE) if present.issuperset(batch) for i in batch]
     return images, {i: (folder / f"{i:05d}.png").stat().st_mtime_ns for i in images if format == "png"}
 
 

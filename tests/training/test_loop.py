@@ -19,7 +19,7 @@ from scipy.stats import kstest
 from ddpm_hf import DDPMPipelineCustom, DDPMProcess
 from ddpm_hf.config.training import TrainConfig, parse_train_config
 from ddpm_hf.data.dataset import load_images
-from ddpm_hf.data.pixels import to_unit_range
+from ddpm_hf.data.pixels import normalize
 from ddpm_hf.diffusion.ddpm_process import make_betas
 from ddpm_hf.diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ddpm_hf.distributed import Agreement
@@ -491,7 +491,7 @@ def test_updates_are_algorithm_1_then_clipping_then_adamw_then_ema(tmp_path):
     for step in range(3):
         for micro_step in range(2):
             seed_part(0, step, micro_step)
-            x_0 = to_unit_range(next(batches).pixels)
+            x_0 = normalize(next(batches).pixels)
             t = torch.randint(1000, (4,))
             noise = torch.randn_like(x_0)
             a = process.alphas_cumprod[t].float().reshape(-1, 1, 1, 1)

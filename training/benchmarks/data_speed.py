@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))  # of a Python that h
 
 from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.data.dataset import load_images
-from ddpm_hf.data.pixels import random_flip, to_unit_range
+from ddpm_hf.data.pixels import normalize, random_flip
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
         train_data_dir=options.folder, cache_dir=options.cache_dir, resolution=options.resolution, center_crop=True
     )
     ours = load_images(config, show_progress=False).batches(0, batch, batch, seed=0)
-    peers = {"stock": lambda: next(stock), "ours": lambda: random_flip(to_unit_range(next(ours).pixels))}
+    peers = {"stock": lambda: next(stock), "ours": lambda: random_flip(normalize(next(ours).pixels))}
     seconds = time_in_turns(peers, repeats=9, calls=16)
     print(json.dumps({name: batch / duration for name, duration in seconds.items()}))
 

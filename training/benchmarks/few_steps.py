@@ -30,7 +30,7 @@ from tqdm import tqdm
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
 from ddpm_hf.config.training import parse_train_config
 from ddpm_hf.data.dataset import load_images
-from ddpm_hf.data.pixels import to_unit_range
+from ddpm_hf.data.pixels import normalize
 from ddpm_hf.evaluation.calibration import calibrate, recommended_steps, save_calibrated
 from ddpm_hf.evaluation.likelihood import bits_per_dim
 from ddpm_hf.training.loop import train
@@ -181,7 +181,7 @@ def main() -> None:
         pixels, labels, flags = labelled_fashion(options.fashion_mnist, options.output_dir)
         if not (model / "model_index.json").exists():
             train(parse_train_config([*flags, "--output_dir", str(model)]))
-    real = to_unit_range(pixels)
+    real = normalize(pixels)
     classifier, accuracy = fit_classifier(real, labels)
     pipe = DDPMPipelineCustom.from_pretrained(model)
     if "_calibration" not in pipe.scheduler.config:

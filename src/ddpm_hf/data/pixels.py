@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def to_unit_range(pixels: Tensor) -> Tensor:
+def normalize(pixels: Tensor) -> Tensor:
     """uint8 in [0, 255] or uint16 in [0, 65535] → float32 in [-1, 1] (Section 3.3), on the same device."""
     return pixels.float() / (torch.iinfo(pixels.dtype).max / 2) - 1
 

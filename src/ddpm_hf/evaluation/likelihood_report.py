@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from ..diffusion.pipeline import DDPMPipelineCustom
-from ..storage.files import replace_text
+from ..storage.files import write_text_atomically
 from .likelihood import BitsPerDim, bits_per_dim, combine, rate_distortion
 from .plots import save_bits_per_dim, save_rate_distortion
 from .predictions import draw_indices
@@ -54,7 +54,7 @@ def resumable_bits_per_dim(
         bits = bits_per_dim(pipe, images, indices=part, title=title, show_progress=show_progress, **options)
         if state.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            replace_text(file, json.dumps(asdict(bits), default=Tensor.tolist))
+            write_text_atomically(file, json.dumps(asdict(bits), default=Tensor.tolist))
         measured.append(bits)
     return combine(measured)
 
@@ -100,7 +100,7 @@ def save_likelihood(bits: BitsPerDim, place: Path) -> None:
         tables |= {"rate": _rounded(curve.rate), "distortion_rmse": _rounded(curve.distortion)}
         save_rate_distortion(curve, place / "rate_distortion.png")
     lines = ",\n".join(f' "{name}": {json.dumps(values)}' for name, values in tables.items())
-    replace_text(place / "likelihood.json", f"{{\n{lines}\n}}\n")
+    write_text_atomically(place / "likelihood.json", f"{{\n{lines}\n}}\n")
 
 
 def rate_distortion_table(bits: BitsPerDim, rows: int = 11) -> str:

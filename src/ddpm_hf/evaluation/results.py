@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from ..diffusion.pipeline import EVALUATION_FILES
-from ..storage.files import replace_text
+from ..storage.files import write_text_atomically
 from ..storage.weights import values_digest
 
 TITLES = {
@@ -61,7 +61,7 @@ class MetricsFile:
         """Add a figure, in place of that of the same data and title. The file is always whole."""
         self.figures = [f for f in self.figures if _place(f) != _place(figure)] + [figure]
         content = {"written": datetime.now(UTC).isoformat(timespec="seconds"), "figures": self.figures}
-        replace_text(self.path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_text_atomically(self.path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _place(figure: dict[str, Any]) -> tuple[str, str, str]:

@@ -24,8 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.pictures import to_pil
-from ..storage.files import write_whole
-from .generate import image_batches, labels_in_turn
+from ..storage.files import write_atomically
+from .generate import cycle_labels, index_batches
 
 
 @dataclass
@@ -41,7 +41,7 @@ class PngFiles:
     def save(self, images: range, pixels: Tensor) -> None:
         """Keep a batch, uint8 of shape (B, C, H, W). Its last image is there last."""
         for i, image in zip(images, to_pil(pixels), strict=True):
-            write_whole(self._file(i), partial(image.save, format="PNG"))
+            write_atomically(self._file(i), partial(image.save, format="PNG"))
 
     def first(self, count: int) -> list[Image.Image]:
         """The first images, as pictures."""
@@ -84,7 +84,7 @@ class NpzFile:
     def save(self, images: range, pixels: Tensor) -> None:
         """Keep a batch, uint8 of shape (B, C, H, W)."""
         self._shards.mkdir(exist_ok=True)
-        write_whole(self._shard(images), lambda stream: np.save(stream, pixels.permute(0, 2, 3, 1).numpy()))
+        write_atomically(self._shard(images), lambda stream: np.save(stream, pixels.permute(0, 2, 3, 1).numpy()))
 
     def pack(self, num_images: int, batch_size: int, shape: Sequence[int], class_labels: Sequence[int] | None) -> None:
         """Make the file of the shards, and of what an earlier one holds. One batch at a time is in memory.
@@ -100,15 +100,15 @@ class NpzFile:
                 with archive.open("arr_0.npy", "w", force_zip64=True) as pixels:
                     header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *shape)}
                     np.lib.format.write_array_header_1_0(pixels, header)
-                    for batch in self._stored_batches(image_batches(num_images, batch_size), math.prod(shape)):
+                    for batch in self._stored_batches(index_batches(num_images, batch_size), math.prod(shape)):
                         pixels.write(batch)
                 if class_labels:
                     with archive.open("arr_1.npy", "w") as labels:
-                        np.save(labels, np.array(labels_in_turn(class_labels, range(num_images)), np.int64))
+                        np.save(labels, np.array(cycle_labels(class_labels, range(num_images)), np.int64))
             stream.flush()
             os.fsync(stream.fileno())  # the shards go next
 
-        write_whole(self.file, write)
+        write_atomically(self.file, write)
         shutil.rmtree(self._shards)
 
     def _stored_batches(self, batches: list[range], image_bytes: int) -> Iterator[bytes]:

@@ -16,9 +16,9 @@ from accelerate import PartialState
 
 from ..data.pictures import image_grid
 from ..diffusion.pipeline import DDPMPipelineCustom
-from ..storage.files import check_writable, lock_output_dir, replace_text, write_whole
+from ..storage.files import check_writable, lock_output_dir, write_atomically, write_text_atomically
 from .files import NpzFile, PngFiles, image_files
-from .generate import describe_sampling, image_batches, sample_pixels
+from .generate import describe_sampling, index_batches, sample_pixels
 
 RECORD = "sampling.json"
 GRID = "grid.png"
@@ -71,7 +71,7 @@ def sample_to_folder(
     files = image_files(output_dir, format)
     present = files.present()
     _check_number(output_dir, present, num_images)
-    batches = image_batches(num_images, batch_size)
+    batches = index_batches(num_images, batch_size)
     whole = {number for number, images in enumerate(batches) if present.issuperset(images)}
     missing = num_images - sum(len(batches[number]) for number in whole)
     _check_space(output_dir, missing, num_images if format == "npz" else 0, math.prod(shape))
@@ -90,7 +90,7 @@ def sample_to_folder(
                 files.pack(num_images, batch_size, shape, class_labels)
             if shape[-1] <= PNG_CHANNELS:
                 grid = image_grid(files.first(min(num_images, GRID_IMAGES)))
-                write_whole(output_dir / GRID, partial(grid.save, format="PNG"))
+                write_atomically(output_dir / GRID, partial(grid.save, format="PNG"))
     return missing
 
 
@@ -154,7 +154,7 @@ def _writing(output_dir: Path, record: dict[str, Any], state: PartialState) -> I
     try:
         if state.is_main_process:
             lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
-            replace_text(output_dir / RECORD, f"{{\n{lines}\n}}\n")
+            write_text_atomically(output_dir / RECORD, f"{{\n{lines}\n}}\n")
         state.wait_for_everyone()
         yield
         state.wait_for_everyone()

@@ -26,7 +26,7 @@ from ..distributed import gather_lockstep, lockstep_batches
 from ..storage.weights import hash_weights
 
 
-def image_batches(num_images: int, batch_size: int) -> list[range]:
+def index_batches(num_images: int, batch_size: int) -> list[range]:
     """Which images are in which batch. Raises a ValueError for numbers below 1."""
     check_integer("num_images", num_images, 1)
     check_integer("batch_size", batch_size, 1)
@@ -61,7 +61,7 @@ def sample_pixels(
     Raises:
         ValueError: at once, before any network call, for any bad argument; later, for images that are not finite.
     """
-    batches = image_batches(num_images, batch_size)
+    batches = index_batches(num_images, batch_size)
     check_integer("seed", seed, 0, 2**63 - num_images)
     steps = len(trajectory(pipeline, class_labels, **call_options))
     state = PartialState()
@@ -158,13 +158,13 @@ def _sample_batch(
         [torch.Generator().manual_seed(seed + i) for i in images],
         output_type="latent",
         return_dict=False,
-        class_labels=labels_in_turn(class_labels, images),
+        class_labels=cycle_labels(class_labels, images),
         callback_on_step_end=advance,
         **call_options,
     )[0]
 
 
-def labels_in_turn(class_labels: Sequence[int] | None, images: Sequence[int]) -> list[int] | None:
+def cycle_labels(class_labels: Sequence[int] | None, images: Sequence[int]) -> list[int] | None:
     """The label of each of these images."""
     return [class_labels[i % len(class_labels)] for i in images] if class_labels else None
 

@@ -21,7 +21,7 @@ from ..diffusion.ddpm_process import LEARNED_VARIANCE_TYPES
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..evaluation.calibration import recommended_steps, steps_table
 from ..evaluation.results import evaluation_files
-from ..storage.files import replace_text
+from ..storage.files import write_text_atomically
 from ..storage.weights import weights_digest
 from .card_merge import merge_cards, parse_card, stamp
 
@@ -81,7 +81,7 @@ def write_card(folder: Path, facts: CardFacts | Mapping[str, Any] | None = None)
     """
     file = folder / "README.md"
     facts = facts if isinstance(facts, CardFacts) else CardFacts(**(facts or {}))
-    replace_text(file, update_card(read_card(folder), folder, facts))
+    write_text_atomically(file, update_card(read_card(folder), folder, facts))
     return file
 
 

@@ -134,7 +134,7 @@ def load_checkpoint(folder: Path) -> TrainingState:
     Raises:
         ValueError: for a folder that is no checkpoint, or where a file is missing or differs from its hash.
     """
-    check_whole(folder)
+    check_intact(folder)
     return TrainingState(
         progress=read_progress(folder),
         weights=load_file(folder / STATE / "weights.safetensors"),
@@ -143,7 +143,7 @@ def load_checkpoint(folder: Path) -> TrainingState:
     )
 
 
-def check_whole(folder: Path) -> None:
+def check_intact(folder: Path) -> None:
     """Raise a ValueError, with the file, unless every file of the manifest is there and unchanged."""
     manifest_file = folder / MANIFEST
     if not manifest_file.is_file():
@@ -165,7 +165,7 @@ def latest_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
     for step in reversed(checkpoint_steps(output_dir)):
         folder = output_dir / f"checkpoint-{step}"
         try:
-            check_whole(folder)
+            check_intact(folder)
         except ValueError as error:
             skipped.append(str(error))
         else:

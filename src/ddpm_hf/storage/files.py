@@ -24,7 +24,7 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"`output_dir` {str(folder)!r} can't be written to ({error}): choose another one.") from error
 
 
-def write_whole(file: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(file: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file: whenever this process ends, there is what was there before, or the new one whole."""
     unfinished = file.with_name(f"{file.name}.partial")
     with unfinished.open("wb") as stream:
@@ -32,9 +32,9 @@ def write_whole(file: Path, write: Callable[[IO[bytes]], object]) -> None:
     unfinished.replace(file)
 
 
-def replace_text(file: Path, text: str) -> None:
+def write_text_atomically(file: Path, text: str) -> None:
     """Write a text file in the same way."""
-    write_whole(file, lambda stream: stream.write(text.encode()))
+    write_atomically(file, lambda stream: stream.write(text.encode()))
 
 
 def lock_output_dir(output_dir: Path) -> FileLock:

@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from ..diffusion.pipeline import DDPMPipelineCustom
-from .checkpoint import MANIFEST, check_whole, checkpoint_steps, latest_checkpoint
+from .checkpoint import MANIFEST, check_intact, checkpoint_steps, latest_checkpoint
 
 
 def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> DDPMPipelineCustom:
@@ -57,7 +57,7 @@ def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = 
 def _load_folder(folder: Path, dtype: torch.dtype) -> DDPMPipelineCustom:
     if (folder / "model_index.json").is_file():
         if (folder / MANIFEST).is_file():
-            check_whole(folder)
+            check_intact(folder)
         return DDPMPipelineCustom.from_pretrained(folder, dtype=dtype)
     if checkpoint_steps(folder):
         checkpoint, skipped = latest_checkpoint(folder)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..config.training import TrainConfig
 from ..data.dataset import Batch, load_images
 from ..data.pictures import image_grid, to_pil
-from ..data.pixels import random_flip, to_uint8, to_unit_range
+from ..data.pixels import normalize, random_flip, to_uint8
 from ..diffusion.ddpm_process import DDPMProcess
 from ..diffusion.pipeline import DDPMPipelineCustom
 from ..storage.checkpoint import best_step, save_checkpoint
@@ -174,7 +174,7 @@ def train(config: TrainConfig) -> Path:
     # 4. Calibration, samples beside real images, the loss curve and the card
     calibrate_export(run, images)
     if is_main:
-        real = image_grid(to_pil(to_uint8(to_unit_range(images.sample(config.eval_batch_size, config.seed)))))
+        real = image_grid(to_pil(to_uint8(normalize(images.sample(config.eval_batch_size, config.seed)))))
         grids["test_samples"].save(output_dir / "samples.png")
         real.save(output_dir / "real.png")
         save_side_by_side(grids["test_samples"], real, output_dir / "samples_and_real.png")
@@ -213,7 +213,7 @@ def augment(
     batch: Batch, config: TrainConfig, num_classes: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """x_0 in [-1, 1], (B, C, H, W), flipped at random if wanted, and labels, of which some are dropped, (B,)."""
-    x_0 = to_unit_range(to_device(batch.pixels, device))
+    x_0 = normalize(to_device(batch.pixels, device))
     if config.random_flip:
         x_0 = random_flip(x_0)
     if batch.labels is None or num_classes is None:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from ..config.training import TrainConfig
 from ..diffusion.pipeline import CODE_FILES, EVALUATION_FILES, DDPMPipelineCustom
-from ..storage.checkpoint import BEST, check_whole, checkpoint_steps, latest_checkpoint, remove_checkpoint
+from ..storage.checkpoint import BEST, check_intact, checkpoint_steps, latest_checkpoint, remove_checkpoint
 from ..storage.files import check_writable
 
 # What a run leaves in its folder, beside checkpoints and the logs: all that --overwrite_output_dir may remove.
@@ -46,7 +46,7 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig) -> tuple[Path | No
         checkpoint = Path(resume)
         if not checkpoint.is_dir() and len(checkpoint.parts) == 1:  # a bare name
             checkpoint = output_dir / checkpoint
-        check_whole(checkpoint)
+        check_intact(checkpoint)
         if checkpoint.resolve().parent != output_dir.resolve():
             _refuse_other_run(output_dir, config)
         return checkpoint, []

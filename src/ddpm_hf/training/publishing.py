@@ -11,7 +11,7 @@ import torch
 
 from ..config.training import TrainConfig
 from ..data.dataset import Images
-from ..data.pixels import to_uint8, to_unit_range
+from ..data.pixels import normalize, to_uint8
 from ..data.sources import public_name
 from ..diffusion.pipeline import DDPMPipelineCustom
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
@@ -71,7 +71,7 @@ def calibrate_export(run: Run, images: Images) -> None:
     pipeline = DDPMPipelineCustom(run.network, DDPMSchedulerCustom.from_config(run.scheduler.config))
     run.network.eval()
     with ema_weights(run.ema, run.unet):
-        calibrate(pipeline, to_uint8(to_unit_range(batch.pixels)), class_labels=batch.labels, seed=run.config.seed)
+        calibrate(pipeline, to_uint8(normalize(batch.pixels)), class_labels=batch.labels, seed=run.config.seed)
     if run.accelerator.is_main_process:
         pipeline.scheduler.save_pretrained(Path(run.config.output_dir) / "scheduler")
 

@@ -20,7 +20,7 @@ from ..evaluation.metrics.distances import frechet_distance, moments
 from ..evaluation.metrics.patch_features import PatchFeatures
 from ..sampling.generate import sample_in_lockstep
 from ..storage.checkpoint import BEST, best_step, checkpoint_steps
-from ..storage.files import replace_text
+from ..storage.files import write_text_atomically
 from .log import TrainingLog
 from .network import ema_weights
 from .plan import EVAL_CALLS, EVAL_SAMPLING_STEPS
@@ -125,7 +125,7 @@ class Validation:
             if best is None or not self.run.accelerator.is_main_process:
                 return
             record = {"checkpoint": f"checkpoint-{best['step']}", "metric_for_best_model": metric, **best}
-            replace_text(folder / BEST, json.dumps(record, indent=2) + "\n")
+            write_text_atomically(folder / BEST, json.dumps(record, indent=2) + "\n")
             save_validation_curves(self.log.validations(), best["step"], folder / "validation.png")
 
 

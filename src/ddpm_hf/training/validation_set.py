@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.dataset import Batch, Images, IndexedImages, transform_of
 from ..data.decoding import Decoded, RowDecoder, StreamDecoder
-from ..data.pixels import to_uint8, to_unit_range
+from ..data.pixels import normalize, to_uint8
 from ..data.sources import Source, Stream, open_source, open_stream
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def hold_out(config: TrainConfig, images: Images, split: Source | Stream | None)
         pixels, labels = next(images.read([np.sort(order[:n])]))
         images = RemainingImages(images, np.sort(order[n:]))
     seen = images.sample(len(pixels), config.seed)
-    return images, HeldOut(to_uint8(to_unit_range(pixels)), labels, to_uint8(to_unit_range(seen)))
+    return images, HeldOut(to_uint8(normalize(pixels)), labels, to_uint8(normalize(seen)))
 
 
 def _read_split(
