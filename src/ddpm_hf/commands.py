@@ -92,7 +92,7 @@ def calibrate(model: str, config: CalibrateConfig) -> Path:
     images = load_images(images_of_model(pipeline.unet, config, config.seed), show_progress=state.is_main_process)
     count = config.num_images
     if count > len(images):
-        raise ValueError(f"`num_images` is {count}, but {images.source} has {len(images)}: lower it.")
+        raise ValueError(f"`num_images` is {count}, but {images.name} has {len(images)}: lower it.")
     batch = next(images.batches(0, count, count, config.seed))
     calibration = measure(
         pipeline,

@@ -73,7 +73,7 @@ def main() -> None:
     shuffled, labels = images.pixels[order], images.labels[order]
     held_out, real, others = shuffled[:N], shuffled[N : 2 * N], shuffled[2 * N :]
     kinds = {"patches": PatchFeatures, "random convolutions": random_convolutions, "pixels": pixels}
-    print(f"| {images.source.rsplit('/', 1)[-1]} | " + " | ".join(kinds) + " |\n|---|" + "---|" * len(kinds))
+    print(f"| {images.name.rsplit('/', 1)[-1]} | " + " | ".join(kinds) + " |\n|---|" + "---|" * len(kinds))
     extract = {name: kind(held_out) for name, kind in kinds.items()}
     reference = {name: moments(features(held_out)) for name, features in extract.items()}
     for damage, pictures in damages(real, others, labels[2 * N :]).items():

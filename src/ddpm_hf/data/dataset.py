@@ -35,7 +35,7 @@ class Images(ABC):
     """A training set: an endless, shuffled stream of images, from any place of which one can go on.
 
     Attributes:
-        source: its name, for messages.
+        name: that of the source, for messages.
         label_names: what the labels 0 … n - 1 are called; None for unconditional training.
         skipped: what `--on_bad_image skip` has left out. A stream finds it out by and by.
         has_length: whether `len()` gives the number of images; that of a stream is not known.
@@ -43,8 +43,8 @@ class Images(ABC):
 
     has_length = True
 
-    def __init__(self, source: str, label_names: list[str] | None = None, skipped: Iterable[Unreadable] = ()) -> None:
-        self.source, self.label_names, self.skipped = source, label_names, list(skipped)
+    def __init__(self, name: str, label_names: list[str] | None = None, skipped: Iterable[Unreadable] = ()) -> None:
+        self.name, self.label_names, self.skipped = name, label_names, list(skipped)
 
     @property
     def num_classes(self) -> int | None:
@@ -52,7 +52,7 @@ class Images(ABC):
         return None if self.label_names is None else len(self.label_names)
 
     def __len__(self) -> int:
-        raise TypeError(f"how many images {self.source} holds is not known before its end.")
+        raise TypeError(f"how many images {self.name} holds is not known before its end.")
 
     @abstractmethod
     def batches(self, first: int, size: int, stride: int, seed: int) -> Iterator[Batch]:
@@ -106,12 +106,12 @@ class StoredImages(IndexedImages):
     def __init__(
         self,
         pixels: Tensor,
-        source: str,
+        name: str,
         labels: Tensor | None = None,
         label_names: list[str] | None = None,
         skipped: Iterable[Unreadable] = (),
     ) -> None:
-        super().__init__(source, label_names, skipped)
+        super().__init__(name, label_names, skipped)
         self.pixels, self.labels, self.length = pixels, labels, len(pixels)
 
     def read(self, requests: Iterable[np.ndarray]) -> Iterator[Batch]:
@@ -139,7 +139,7 @@ class DecodedImages(IndexedImages):
         """
         for decoded in decode_batches(self.decoder, (self.readable[r].tolist() for r in requests), self.workers):
             if decoded.unreadable:
-                raise decoded.unreadable[0].error(self.source)
+                raise decoded.unreadable[0].error(self.name)
             yield Batch(decoded.pixels, decoded.labels)
 
 
@@ -175,7 +175,7 @@ class StreamedImages(Images):
 
     def _note(self, unreadable: list[Unreadable], left: int) -> None:
         if not self.skip_unreadable or not left:
-            raise unreadable[0].error(self.source)
+            raise unreadable[0].error(self.name)
         known = {bad.path for bad in self.skipped if bad.path}
         self.skipped += [bad for bad in unreadable if bad.path not in known]
 

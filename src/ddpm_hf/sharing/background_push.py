@@ -13,7 +13,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from tqdm.auto import tqdm
 
 from .card import CardFacts
-from .hub import WAITS, HubTarget, PushError, Say
+from .hub import DELAYS, HubTarget, Log, PushError
 from .push import STAGE, failure_text, is_shared, push_export
 
 
@@ -30,10 +30,10 @@ class BackgroundPusher:
         ValueError: for a name without its owner.
     """
 
-    def __init__(self, target: HubTarget, *, say: Say = tqdm.write, waits: tuple[float, ...] = WAITS) -> None:
+    def __init__(self, target: HubTarget, *, log: Log = tqdm.write, delays: tuple[float, ...] = DELAYS) -> None:
         if "/" not in target.repo_id:
             raise ValueError(f"`repo_id` is {target.repo_id!r}, but must be the full name, owner/name.")
-        self._target, self._say, self._waits = target, say, waits
+        self._target, self._log, self._delays = target, log, delays
         self._changed = threading.Condition()
         self._waiting: tuple[Path, Path, CardFacts | None] | None = None  # the copy to push, what it is of, its facts
         self._cleared: set[Path] = set()
@@ -48,7 +48,7 @@ class BackgroundPusher:
             self._remove_leftovers(checkpoint.parent)
             copy = _link_files(checkpoint)
         except OSError as error:
-            self._say(f"{checkpoint} was not pushed: {error}")
+            self._log(f"{checkpoint} was not pushed: {error}")
             return
         with self._changed:
             if self._waiting is not None:
@@ -92,17 +92,17 @@ class BackgroundPusher:
         shows_bars = not are_progress_bars_disabled()
         disable_progress_bars()  # they would tear the bar of the training apart
         message = f"Upload DDPM, {checkpoint.name}"
-        waits = () if self._hurry.is_set() else self._waits
+        delays = () if self._hurry.is_set() else self._delays
         try:
-            push_export(copy, self._target, facts, message, self._say, waits, self._pause)
+            push_export(copy, self._target, facts, message, self._log, delays, self._sleep)
         except Exception as error:
-            self._say(failure_text(error, checkpoint.parent, self._target))
+            self._log(failure_text(error, checkpoint.parent, self._target))
         finally:
             if shows_bars:
                 enable_progress_bars()
             shutil.rmtree(copy, ignore_errors=True)
 
-    def _pause(self, seconds: float) -> None:
+    def _sleep(self, seconds: float) -> None:
         if self._hurry.wait(seconds):
             raise PushError("training has ended before the Hub could be reached.")
 

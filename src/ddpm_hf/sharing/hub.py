@@ -21,14 +21,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each further try
+DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each further try
 LONGEST_WAIT = 300.0  # seconds, of what the Hub may ask for
 TRANSIENT = {408, 412, 425, 429}  # and 5xx. 412: somebody else has committed since we looked
 HTTP_CLIENTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3"}  # of the client's various releases
 NEW_TOKEN = "make one with the role `write` at https://huggingface.co/settings/tokens and log in with `hf auth login`"
 
 T = TypeVar("T")
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class PushError(OSError):
     """The Hub could not be reached, or refused: its repository is as it was, and so is what lies here."""
 
 
-def check_push_access(target: HubTarget, *, say: Say = print, waits: tuple[float, ...] = WAITS) -> str:
+def check_push_access(target: HubTarget, *, log: Log = print, delays: tuple[float, ...] = DELAYS) -> str:
     """Make sure that a push will be accepted; makes the repository if it does not exist. Call it before long work.
 
     Returns:
@@ -95,7 +95,7 @@ def check_push_access(target: HubTarget, *, say: Say = print, waits: tuple[float
     api = target.api()
 
     def ask(call: Callable[[], T], what: str) -> T:
-        return retry(call, what, say=say, waits=waits)
+        return retry(call, what, log=log, delays=delays)
 
     with readable_errors(target):
         repo_id = _own_name(target, ask(api.whoami, "Looking up the token's account"))
@@ -132,24 +132,24 @@ def retry(
     call: Callable[[], T],
     what: str,
     *,
-    say: Say = print,
-    waits: tuple[float, ...] = WAITS,
-    pause: Callable[[float], object] = time.sleep,
+    log: Log = print,
+    delays: tuple[float, ...] = DELAYS,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> T:
     """The result of `call`, which is tried again after each of `waits` (seconds) where its failure may pass.
 
     Raises:
         Exception: that of the last try.
     """
-    for wait in (*waits, None):
+    for wait in (*delays, None):
         try:
             return call()
         except Exception as error:
             if wait is None or not is_transient(error):
                 raise
             wait = max(wait, _asked_wait(error))
-            say(f"{what}: {reason(error)}. Trying again in {wait:g} s.")
-            pause(wait)
+            log(f"{what}: {reason(error)}. Trying again in {wait:g} s.")
+            sleep(wait)
     raise AssertionError
 
 

@@ -24,7 +24,7 @@ from ..storage.loading import load_pipeline, stored_dtype
 from ..storage.weights import weights_digest
 from .card import CardFacts, combine_facts, known_facts, write_card
 from .card_merge import merge_cards, parse_card
-from .hub import WAITS, HubTarget, PushError, Say, check_push_access, explain, readable_errors, retry
+from .hub import DELAYS, HubTarget, Log, PushError, check_push_access, explain, readable_errors, retry
 
 EXTRAS = ("README.md", "samples.png", "real.png", "samples_and_real.png", "loss.png", *EVALUATION_FILES)
 STAGE = ".ddpm-hf-push-"
@@ -36,9 +36,9 @@ def push_folder(
     facts: CardFacts | None = None,
     *,
     message: str = "Upload DDPM",
-    say: Say = print,
-    waits: tuple[float, ...] = WAITS,
-    pause: Callable[[float], object] = time.sleep,
+    log: Log = print,
+    delays: tuple[float, ...] = DELAYS,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> str:
     """Push the model of a folder: a pipeline, a training folder, or a checkpoint of ours or of diffusers' script.
 
@@ -56,19 +56,19 @@ def push_folder(
         export_model(folder, Path(stage))
         write_card(Path(stage), facts)
         with readable_errors(target):  # before a repository is made for a card that the Hub does not take
-            retry(ModelCard.load(Path(stage) / "README.md").validate, "Checking the card", say=say, waits=waits)
-        target = replace(target, repo_id=check_push_access(target, say=say, waits=waits))
-        return push_export(Path(stage), target, facts, message, say, waits, pause)
+            retry(ModelCard.load(Path(stage) / "README.md").validate, "Checking the card", log=log, delays=delays)
+        target = replace(target, repo_id=check_push_access(target, log=log, delays=delays))
+        return push_export(Path(stage), target, facts, message, log, delays, sleep)
 
 
-def try_push(folder: Path, target: HubTarget, facts: CardFacts | None = None, *, say: Say = print) -> bool:
+def try_push(folder: Path, target: HubTarget, facts: CardFacts | None = None, *, log: Log = print) -> bool:
     """`push_folder` for the end of a training run: a failure is said, with the command that makes up for it."""
     try:
-        url = push_folder(folder, target, facts, say=say)
+        url = push_folder(folder, target, facts, log=log)
     except Exception as error:
-        say(failure_text(error, folder, target))
+        log(failure_text(error, folder, target))
         return False
-    say(f"Pushed to {url}")
+    log(f"Pushed to {url}")
     return True
 
 
@@ -104,16 +104,16 @@ def push_export(
     target: HubTarget,
     facts: CardFacts | None,
     message: str,
-    say: Say,
-    waits: tuple[float, ...],
-    pause: Callable[[float], object],
+    log: Log,
+    delays: tuple[float, ...],
+    sleep: Callable[[float], object],
 ) -> str:
     """Push a folder that holds a whole export and belongs to this call, into a repository that exists."""
     facts = combine_facts(facts or CardFacts(), CardFacts(repo_id=target.repo_id))
     api = target.api()
 
     def attempt(call: Callable[[], str], what: str) -> str:
-        return retry(call, what, say=say, waits=waits, pause=pause)
+        return retry(call, what, log=log, delays=delays, sleep=sleep)
 
     with readable_errors(target):
         if target.revision and not target.revision.startswith("refs/"):

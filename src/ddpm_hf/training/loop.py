@@ -112,7 +112,7 @@ def train(config: TrainConfig) -> Path:
             if plan.checkpoint_due(run.step) or plan.export_due(run.step):
                 is_new = save(run, log)
                 if is_new and pusher is not None:
-                    pusher.submit(output_dir / f"checkpoint-{run.step}", card_facts(run, images.source))
+                    pusher.submit(output_dir / f"checkpoint-{run.step}", card_facts(run, images.name))
             if plan.export_due(run.step):
                 export(run, log)
             if validation is not None and plan.validation_due(run.step) and not log.is_in_trouble():
@@ -179,7 +179,7 @@ def train(config: TrainConfig) -> Path:
         real.save(output_dir / "real.png")
         save_side_by_side(grids["test_samples"], real, output_dir / "samples_and_real.png")
         save_loss_curve(*log.curve(), output_dir / "loss.png")
-        publish(run, images.source, prepared.target)
+        publish(run, images.name, prepared.target)
     accelerator.end_training()
     if lock is not None:
         lock.release()

@@ -47,7 +47,7 @@ def card_facts(run: Run, source: str) -> CardFacts:
     """What a run knows of its model, for the card.
 
     Args:
-        source: the name of the data, as `Images.source` gives it.
+        source: the name of the data, as `Images.name` gives it.
     """
     name, hub_id = public_name(run.config, source)
     count = f", {run.plan.num_images:,} images" if run.plan.num_images else ""
@@ -81,7 +81,7 @@ def publish(run: Run, source: str, target: HubTarget | None) -> None:
     folder, facts = Path(run.config.output_dir), card_facts(run, source)
     write_card(folder, facts)
     if target is not None:
-        try_push(folder, target, facts, say=run.accelerator.print)
+        try_push(folder, target, facts, log=run.accelerator.print)
 
 
 def _device_name(device: torch.device) -> str:

@@ -35,7 +35,7 @@ class RemainingImages(IndexedImages):
     """The images of `base` with these indices, in an order of their own."""
 
     def __init__(self, base: IndexedImages, indices: np.ndarray) -> None:
-        super().__init__(base.source, base.label_names, base.skipped)
+        super().__init__(base.name, base.label_names, base.skipped)
         self.base, self.kept, self.length = base, indices, len(indices)
 
     def read(self, requests: Iterable[np.ndarray]) -> Iterator[Batch]:

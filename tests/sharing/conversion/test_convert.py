@@ -13,7 +13,7 @@ from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.cli import main
 from ddpm_hf.config.commands import ConvertConfig
 from ddpm_hf.sharing.conversion.convert import convert_model
-from ddpm_hf.sharing.conversion.improved_diffusion import improved_network
+from ddpm_hf.sharing.conversion.improved_diffusion import improved_diffusion_network
 from support import foreign_weights
 
 
@@ -106,11 +106,11 @@ def test_outputs_that_differ_are_not_converted(tmp_path, monkeypatch):
     torch.save(foreign_weights.improved(), tmp_path / "model.pt")
 
     def wrong_epsilon(weights, num_heads):
-        network = improved_network(weights, num_heads)
+        network = improved_diffusion_network(weights, num_heads)
         network.config["norm_eps"] = 1e-6
         return network
 
-    monkeypatch.setattr("ddpm_hf.sharing.conversion.convert.improved_network", wrong_epsilon)
+    monkeypatch.setattr("ddpm_hf.sharing.conversion.convert.improved_diffusion_network", wrong_epsilon)
     with pytest.raises(ValueError, match="outputs differ"):
         convert_model(str(tmp_path / "model.pt"), tmp_path / "new", ConvertConfig(resolution=8, num_heads=2))
     assert not (tmp_path / "new").exists()

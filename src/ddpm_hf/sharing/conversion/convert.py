@@ -23,9 +23,9 @@ from ...diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ...storage.files import check_writable
 from ...storage.loading import load_pipeline, stored_dtype
 from ..card import CardFacts, write_card
-from .improved_diffusion import improved_network, is_improved
-from .original_network import Forward, SourceNetwork, Weights
-from .pytorch_diffusion import ho_network, is_ho
+from .improved_diffusion import improved_diffusion_network, is_improved_diffusion
+from .original_network import Forward, OriginalNetwork, Weights
+from .pytorch_diffusion import is_pytorch_diffusion, pytorch_diffusion_network
 
 TOLERANCE = 1e-9  # relative, in float64: another ε, padding or order of heads is off by far more
 
@@ -63,7 +63,7 @@ def convert_model(source: str, destination: Path, config: ConvertConfig) -> Path
         for loader in (DDPMPipeline, DDPMPipelineCustom):
             saved = loader.from_pretrained(stage, dtype=pipeline.unet.dtype).unet
             _check_equal(reference, saved, torch.float64 if is_file else saved.dtype)
-        write_card(stage, CardFacts() if is_file else _source_facts(source, config.revision))
+        write_card(stage, CardFacts() if is_file else _facts_of_original(source, config.revision))
         if destination.exists():
             destination.rmdir()
         stage.rename(destination)
@@ -75,7 +75,7 @@ def convert_model(source: str, destination: Path, config: ConvertConfig) -> Path
 
 def _from_weight_file(file: Path, config: ConvertConfig) -> tuple[DDPMPipelineCustom, Forward]:
     weights = read_weights(file)
-    network = _source_network(weights, config)
+    network = _original_network(weights, config)
     if config.resolution is None:
         raise ValueError("a weight file does not say for what images it is: pass --resolution, e.g. 32.")
     unet = UNet2DModel(sample_size=config.resolution, **network.config).eval()
@@ -90,10 +90,10 @@ def _from_weight_file(file: Path, config: ConvertConfig) -> tuple[DDPMPipelineCu
     return DDPMPipelineCustom(unet, scheduler), network.forward
 
 
-def _source_network(weights: Weights, config: ConvertConfig) -> SourceNetwork:
-    if is_ho(weights):
-        return ho_network(weights)
-    if not is_improved(weights):
+def _original_network(weights: Weights, config: ConvertConfig) -> OriginalNetwork:
+    if is_pytorch_diffusion(weights):
+        return pytorch_diffusion_network(weights)
+    if not is_improved_diffusion(weights):
         raise ValueError(
             f"the weight file is of an unknown architecture (its first tensor is {next(iter(weights), 'missing')!r}): "
             "known are the PyTorch ports of DDPM (Ho et al. 2020) and improved-diffusion."
@@ -107,7 +107,7 @@ def _source_network(weights: Weights, config: ConvertConfig) -> SourceNetwork:
             f"`ddpm_num_steps` is {config.ddpm_num_steps}, but improved-diffusion rescales t to 0 … 1000, which "
             "UNet2DModel can't: only models trained with 1000 steps can be converted exactly."
         )
-    return improved_network(weights, config.num_heads)
+    return improved_diffusion_network(weights, config.num_heads)
 
 
 def read_weights(file: Path) -> Weights:
@@ -178,7 +178,7 @@ def _check_equal(reference: Forward, unet: UNet2DModel, dtype: torch.dtype) -> N
 # --- the card ------------------------------------------------------------------------------------------------------
 
 
-def _source_facts(source: str, revision: str | None) -> CardFacts:
+def _facts_of_original(source: str, revision: str | None) -> CardFacts:
     """What the source's card says of its license and data, and where it is on the Hub."""
     folder = Path(source)
     try:

@@ -16,8 +16,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from .original_network import (
     Forward,
+    OriginalNetwork,
     Renaming,
-    SourceNetwork,
     Weights,
     conv,
     frequencies,
@@ -34,12 +34,12 @@ RESNET = {
 }  # fmt: skip
 
 
-def is_improved(weights: Weights) -> bool:
+def is_improved_diffusion(weights: Weights) -> bool:
     """Whether the names are those of this code base."""
     return "time_embed.0.weight" in weights and "input_blocks.0.0.weight" in weights
 
 
-def improved_network(weights: Weights, num_heads: int) -> SourceNetwork:
+def improved_diffusion_network(weights: Weights, num_heads: int) -> OriginalNetwork:
     """Read the architecture from the shapes.
 
     Raises:
@@ -77,7 +77,7 @@ def improved_network(weights: Weights, num_heads: int) -> SourceNetwork:
         raise ValueError("the first level has other channels than the first convolution: not converted.")
     if "label_emb.weight" in weights:
         config["num_class_embeds"] = weights["label_emb.weight"].shape[0]
-    return SourceNetwork(config, _rename(weights, levels, num_heads), _forward_of(weights, num_heads))
+    return OriginalNetwork(config, _rename(weights, levels, num_heads), _forward_of(weights, num_heads))
 
 
 def _head_size(weights: Weights, num_heads: int) -> int:

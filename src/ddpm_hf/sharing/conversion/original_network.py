@@ -18,7 +18,7 @@ Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass
-class SourceNetwork:
+class OriginalNetwork:
     """A network of another code base.
 
     Args:

@@ -14,8 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from .original_network import (
     Forward,
+    OriginalNetwork,
     Renaming,
-    SourceNetwork,
     Weights,
     conv,
     frequencies,
@@ -29,12 +29,12 @@ EPS = 1e-6
 RESNET = {"norm1": "norm1", "conv1": "conv1", "temb_proj": "time_emb_proj", "norm2": "norm2", "conv2": "conv2"}
 
 
-def is_ho(weights: Weights) -> bool:
+def is_pytorch_diffusion(weights: Weights) -> bool:
     """Whether the names are those of this code base."""
     return "temb.dense.0.weight" in weights and "mid.block_1.conv1.weight" in weights
 
 
-def ho_network(weights: Weights) -> SourceNetwork:
+def pytorch_diffusion_network(weights: Weights) -> OriginalNetwork:
     """Read the architecture from the shapes.
 
     Raises:
@@ -61,7 +61,7 @@ def ho_network(weights: Weights) -> SourceNetwork:
     }
     if weights["conv_in.weight"].shape[0] != config["block_out_channels"][0]:
         raise ValueError("the first level has other channels than the first convolution: not converted.")
-    return SourceNetwork(config, _rename(weights, levels, blocks), _forward_of(weights))
+    return OriginalNetwork(config, _rename(weights, levels, blocks), _forward_of(weights))
 
 
 def _count(weights: Weights, prefix: str) -> int:
