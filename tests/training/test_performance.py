@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddpm_hf.config.training import TrainConfig, parse_train_config
 from ddpm_hf.diffusion import ddpm_process
 from ddpm_hf.storage.checkpoint import load_checkpoint
-from ddpm_hf.training import performance as execution
+from ddpm_hf.training import performance
 from ddpm_hf.training.loop import train
 from ddpm_hf.training.performance import choose_channels_last, choose_compile, choose_precision
 from support.runs import SUPPORT, TINY_OPTIONS, TWO_PROCESSES, TWO_PROCESSES_ENV, run
@@ -50,7 +50,7 @@ def largest_difference(one, other):
 @pytest.mark.parametrize("native", [True, False])
 def test_half_precision_is_taken_where_it_is_native_and_never_fp16(native, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
-    monkeypatch.setattr(execution, "cpu_has_bfloat16", lambda: native)
+    monkeypatch.setattr(performance, "cpu_has_bfloat16", lambda: native)
     wanted = "bf16" if native else "no"
     assert choose_precision(GPU, SMALL).value == wanted
     assert choose_precision(CPU, LARGE).value == wanted
@@ -176,4 +176,4 @@ def test_accumulation_shares_gradients_once_per_update(tmp_path):
 def test_a_gpu_that_is_built_for_but_absent_leaves_the_choice_to_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: GPU)
-    assert execution._device() == CPU
+    assert performance._device() == CPU

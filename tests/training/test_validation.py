@@ -31,7 +31,7 @@ from ddpm_hf.training.network import build_ema, build_unet
 from ddpm_hf.training.plan import EVAL_CALLS, EVAL_SAMPLING_STEPS, Plan
 from ddpm_hf.training.state import Run
 from ddpm_hf.training.validation import Validation
-from ddpm_hf.training.validation_set import check_still_held_out, hold_out, open_eval_split
+from ddpm_hf.training.validation_set import check_still_held_out, make_validation_set, open_eval_split
 from support.runs import TINY_OPTIONS
 
 
@@ -50,14 +50,14 @@ def numbered(count):
 
 def test_held_out_images_are_not_trained_on_and_all_others_are():
     config = config_of(seed=3)
-    images, held_out = hold_out(config, numbered(100), None)
+    images, validation_set = make_validation_set(config, numbered(100), None)
     assert len(images) == 84
     epoch = torch.cat([b.pixels for b, _ in zip(images.batches(0, 4, 4, seed=0), range(21), strict=False)])
-    assert sorted([*epoch.flatten().tolist(), *held_out.pixels.flatten().tolist()]) == list(range(100))
-    assert torch.equal(held_out.labels, held_out.pixels.flatten().long() % 10)
-    assert not set(held_out.seen.flatten().tolist()) & set(held_out.pixels.flatten().tolist())
-    assert torch.equal(hold_out(config, numbered(100), None)[1].pixels, held_out.pixels)
-    assert not torch.equal(hold_out(config_of(seed=4), numbered(100), None)[1].pixels, held_out.pixels)
+    assert sorted([*epoch.flatten().tolist(), *validation_set.pixels.flatten().tolist()]) == list(range(100))
+    assert torch.equal(validation_set.labels, validation_set.pixels.flatten().long() % 10)
+    assert not set(validation_set.seen.flatten().tolist()) & set(validation_set.pixels.flatten().tolist())
+    assert torch.equal(make_validation_set(config, numbered(100), None)[1].pixels, validation_set.pixels)
+    assert not torch.equal(make_validation_set(config_of(seed=4), numbered(100), None)[1].pixels, validation_set.pixels)
     batch, again = (next(images.batches(40, 8, 8, seed=1)) for _ in range(2))
     assert torch.equal(batch.labels, batch.pixels.flatten().long() % 10)
     assert torch.equal(batch.pixels, again.pixels)
@@ -86,11 +86,11 @@ def test_another_split_is_measured_on_by_the_names_of_its_labels(dataset_with_a_
     source = open_source(config)
     split = open_eval_split(config, source)
     everything = load_images(config, source, show_progress=False)
-    images, held_out = hold_out(config, everything, split)
+    images, validation_set = make_validation_set(config, everything, split)
     assert len(images) == 60
-    assert len(held_out.pixels) == 16
+    assert len(validation_set.pixels) == 16
     expected = {100: 1, 200: 2}
-    assert held_out.labels.tolist() == [expected[int(level)] for level in held_out.pixels[:, 0, 0, 0]]
+    assert validation_set.labels.tolist() == [expected[int(level)] for level in validation_set.pixels[:, 0, 0, 0]]
     with pytest.raises(ValueError, match="`eval_images` is 21, but the split 'test' has 20 images: lower it"):
         open_eval_split(config_of(**dataset_with_a_test_split, eval_images=21), source)
     with pytest.raises(ValueError, match="`eval_split` is 'tset': "):
@@ -104,13 +104,13 @@ def test_a_stream_is_measured_on_another_split(dataset_with_a_test_split):
     options = {**dataset_with_a_test_split, "streaming": True, "max_train_steps": 9}
     config = config_of(**options)
     stream = open_stream(config)
-    images, held_out = hold_out(config, load_images(config, stream), open_eval_split(config, stream))
+    images, validation_set = make_validation_set(config, load_images(config, stream), open_eval_split(config, stream))
     assert not images.has_length
-    assert held_out.pixels.shape == held_out.seen.shape == (16, 1, 8, 8)
-    assert set(held_out.pixels.unique().tolist()) == {100, 200}
+    assert validation_set.pixels.shape == validation_set.seen.shape == (16, 1, 8, 8)
+    assert set(validation_set.pixels.unique().tolist()) == {100, 200}
     few = config_of(**options, eval_images=21)
     with pytest.raises(ValueError, match="the split 'test' has 20 images"):
-        hold_out(few, images, open_eval_split(few, stream))
+        make_validation_set(few, images, open_eval_split(few, stream))
     with pytest.raises(ValueError, match="can't be told apart in a stream: name another split"):
         open_eval_split(config_of(**{**options, "eval_split": None}), stream)
 
@@ -163,9 +163,9 @@ def digits():
 
 def test_the_distance_tells_what_a_bad_model_does_from_what_a_good_one_does(digits):
     pixels, labels = digits
-    held_out, real, others = pixels[:256], pixels[256:512], pixels[512:]
-    features = PatchFeatures(held_out)
-    reference = moments(features(held_out))
+    validation_set, real, others = pixels[:256], pixels[256:512], pixels[512:]
+    features = PatchFeatures(validation_set)
+    reference = moments(features(validation_set))
 
     def distance(images):
         return frechet_distance(moments(features(images)), reference)
@@ -219,11 +219,11 @@ def test_what_is_logged_is_measured_on_the_exported_weights(classes, tmp_path):
     for shadow in run.ema.shadow_params:
         shadow.mul_(0.5)
     images = load_images(TrainConfig(**TINY_OPTIONS, label_column="label" if classes else None))
-    _, held_out = hold_out(run.config, images, None)
+    _, validation_set = make_validation_set(run.config, images, None)
     raw = [p.clone() for p in run.unet.parameters()]
     checks = []
     run.step = 1
-    validation = Validation(run, log, held_out)
+    validation = Validation(run, log, validation_set)
     assert validation.measure(lambda: checks.append(1))
     assert len(checks) == EVAL_CALLS + EVAL_SAMPLING_STEPS  # one batch
     assert all(torch.equal(a, b) for a, b in zip(raw, run.unet.parameters(), strict=True))
@@ -235,22 +235,24 @@ def test_what_is_logged_is_measured_on_the_exported_weights(classes, tmp_path):
     run.ema.copy_to(run.unet.parameters())
     pipe = DDPMPipelineCustom(run.unet.eval(), DDPMSchedulerCustom())
     pipe.set_progress_bar_config(disable=True)
-    bits = bits_per_dim(pipe, held_out.pixels, calls_per_image=EVAL_CALLS, class_labels=held_out.labels)
+    bits = bits_per_dim(pipe, validation_set.pixels, calls_per_image=EVAL_CALLS, class_labels=validation_set.labels)
     assert entry["eval_bits_per_dim"] == bits.total
     assert entry["eval_bits_per_dim_se"] == bits.standard_error
     samples = pipe(
         16, [torch.Generator().manual_seed(i) for i in range(16)], EVAL_SAMPLING_STEPS, "latent", timesteps="linspace",
-        eta=0.0, solver_order=2, class_labels=held_out.labels,
+        eta=0.0, solver_order=2, class_labels=validation_set.labels,
     ).images  # fmt: skip
-    features = PatchFeatures(held_out.pixels)
-    of_samples, of_seen, of_real = (moments(features(x)) for x in (to_uint8(samples), held_out.seen, held_out.pixels))
+    features = PatchFeatures(validation_set.pixels)
+    of_samples, of_seen, of_real = (
+        moments(features(x)) for x in (to_uint8(samples), validation_set.seen, validation_set.pixels)
+    )
     assert entry["eval_frechet"] == frechet_distance(of_samples, of_real)
     assert entry["eval_frechet_of_training_images"] == frechet_distance(of_seen, of_real)
 
 
 def test_a_signal_ends_a_validation_which_leaves_no_trace(tmp_path):
     run, log = a_run(tmp_path)
-    _, held_out = hold_out(run.config, load_images(TrainConfig(**TINY_OPTIONS)), None)
+    _, validation_set = make_validation_set(run.config, load_images(TrainConfig(**TINY_OPTIONS)), None)
     before = [p.clone() for p in run.unet.parameters()]
     calls = []
 
@@ -260,19 +262,19 @@ def test_a_signal_ends_a_validation_which_leaves_no_trace(tmp_path):
             raise Interrupted(signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        Validation(run, log, held_out).measure(interrupt)
+        Validation(run, log, validation_set).measure(interrupt)
     assert log.validations() == []
     assert all(torch.equal(a, b) for a, b in zip(before, run.unet.parameters(), strict=True))
     assert run.unet.training
-    Validation(run, log, held_out).measure(lambda: None)
-    Validation(run, other := TrainingLog(run.accelerator, run.config), held_out).measure(lambda: None)
+    Validation(run, log, validation_set).measure(lambda: None)
+    Validation(run, other := TrainingLog(run.accelerator, run.config), validation_set).measure(lambda: None)
     assert log.validations() == other.validations() != []
 
 
 def test_the_best_is_the_smallest_finite_value_whose_checkpoint_is_there(tmp_path):
     run, log = a_run(tmp_path)
-    _, held_out = hold_out(run.config, load_images(TrainConfig(**TINY_OPTIONS)), None)
-    validation = Validation(run, log, held_out)
+    _, validation_set = make_validation_set(run.config, load_images(TrainConfig(**TINY_OPTIONS)), None)
+    validation = Validation(run, log, validation_set)
     for step, bits, frechet in ((2, 1.0, 9.0), (4, 3.0, 1.0), (6, 2.0, 3.0), (8, float("nan"), float("nan"))):
         values = {"eval_bits_per_dim": bits, "eval_bits_per_dim_se": 0.1, "eval_frechet": frechet}
         log.write_validation(step, {**values, "eval_frechet_of_training_images": 0.5})

@@ -129,7 +129,7 @@ class TrainingLog:
         if self.accelerator.is_main_process:
             self._rows[-1][-1] = bad
 
-    def is_in_trouble(self) -> bool:
+    def has_diverged(self) -> bool:
         """Whether the last gradient was not finite."""
         return bool(self._bad_in_a_row)
 
@@ -179,7 +179,7 @@ class TrainingLog:
 
     def _check_skipped(self, step: int, is_last: bool) -> None:
         in_a_row, limit = int(self._worst_streak), self.config.max_skipped_steps
-        if in_a_row >= limit or (is_last and self.is_in_trouble()):
+        if in_a_row >= limit or (is_last and self.has_diverged()):
             raise FloatingPointError(
                 f"{in_a_row} gradients in a row were not finite (--max_skipped_steps is {limit}), so the run ends at "
                 f"update {step}. No checkpoint was written since they began: resume from the last one with a lower "

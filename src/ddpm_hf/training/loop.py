@@ -38,7 +38,7 @@ from .publishing import calibrate_export, card_facts, publish, pushing
 from .setup import dry_run_report, prepare
 from .state import Run, capture, exported_network, restore
 from .validation import Validation, describe_best
-from .validation_set import hold_out
+from .validation_set import make_validation_set
 
 
 def train(config: TrainConfig) -> Path:
@@ -56,26 +56,26 @@ def train(config: TrainConfig) -> Path:
     # 1. Set-up: what can be wrong is found here, before anything is decoded or written
     started = time.monotonic()
     output_dir = Path(config.output_dir)
-    prepared = prepare(config)
-    accelerator, agreement, plan = prepared.accelerator, prepared.agreement, prepared.plan
+    setup = prepare(config)
+    accelerator, agreement, plan = setup.accelerator, setup.agreement, setup.plan
     say, is_main = accelerator.print, accelerator.is_main_process
-    say("\n".join([*prepared.notes, plan.describe(prepared.source.name, prepared.num_parameters, accelerator.device)]))
+    say("\n".join([*setup.notes, plan.describe(setup.source.name, setup.num_parameters, accelerator.device)]))
     if config.dry_run:
-        say(dry_run_report(config, prepared))
+        say(dry_run_report(config, setup))
         return output_dir
     with agreement.together():
         lock = lock_output_dir(output_dir) if is_main else None
-    images = load_images(config, prepared.source, show_progress=is_main)
-    held_out = None
+    images = load_images(config, setup.source, show_progress=is_main)
+    validation_set = None
     if config.eval_steps is not None:
-        images, held_out = hold_out(config, images, prepared.eval_split)
+        images, validation_set = make_validation_set(config, images, setup.eval_split)
     if images.has_length and len(images) != plan.num_images:  # some can't be read
         plan = replace(plan, num_images=len(images))
 
     # 2. Network, optimizer and EMA, new or from a checkpoint
     torch.manual_seed(config.seed)
     unet = build_unet(config, images.num_classes)
-    if prepared.execution.channels_last:
+    if setup.performance.channels_last:
         unet.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         unet.parameters(),
@@ -86,18 +86,18 @@ def train(config: TrainConfig) -> Path:
         fused=True,
     )
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    network: Any = torch.compile(unet, dynamic=False) if prepared.execution.compiled else unet  # for the losses alone
+    network: Any = torch.compile(unet, dynamic=False) if setup.performance.compiled else unet  # for the losses alone
     ema = build_ema(config, unet)
     parameters = list(unet.parameters())
-    run = Run(config, plan, prepared.scheduler, accelerator, agreement, unet, optimizer, ema, images.label_names)
-    if prepared.checkpoint is not None:
-        restore(run, prepared.checkpoint)
-        say(f"Going on from {prepared.checkpoint}.")
+    run = Run(config, plan, setup.scheduler, accelerator, agreement, unet, optimizer, ema, images.label_names)
+    if setup.checkpoint is not None:
+        restore(run, setup.checkpoint)
+        say(f"Going on from {setup.checkpoint}.")
     if is_main and (run.step or config.overwrite_output_dir):  # nobody's files are removed unasked
         say("".join(clear_output_dir(output_dir, run.step, config.logging_dir)), end="")
     log = TrainingLog(accelerator, config)
     log.begin(run.step, run.unlogged, images.skipped)
-    validation = Validation(run, log, held_out) if held_out is not None else None
+    validation = Validation(run, log, validation_set) if validation_set is not None else None
 
     # 3. Train: each rank takes every num_processes-th part of the stream of images
     size, rank = config.train_batch_size, accelerator.process_index
@@ -105,9 +105,9 @@ def train(config: TrainConfig) -> Path:
     bar = tqdm(
         range(run.step, plan.max_steps), "Training", plan.max_steps, initial=run.step, unit="step", disable=not is_main
     )
-    with Interruption(agreement) as interruption, pushing(prepared.target) as pusher:
+    with Interruption(agreement) as interruption, pushing(setup.target) as pusher:
 
-        def keep_and_show() -> None:
+        def save_and_report() -> None:
             """Save, push, export, measure and preview, whatever is due after the updates that are done."""
             if plan.checkpoint_due(run.step) or plan.export_due(run.step):
                 is_new = save(run, log)
@@ -115,7 +115,7 @@ def train(config: TrainConfig) -> Path:
                     pusher.submit(output_dir / f"checkpoint-{run.step}", card_facts(run, images.name))
             if plan.export_due(run.step):
                 export(run, log)
-            if validation is not None and plan.validation_due(run.step) and not log.is_in_trouble():
+            if validation is not None and plan.validation_due(run.step) and not log.has_diverged():
                 if validation.measure(interruption.check):
                     save(run, log)
                 validation.record_best()
@@ -124,7 +124,7 @@ def train(config: TrainConfig) -> Path:
 
         try:
             if run.step:  # a run that was killed may not have come to it
-                keep_and_show()
+                save_and_report()
             for step in bar:
                 began = time.perf_counter()
                 interruption.check()
@@ -158,7 +158,7 @@ def train(config: TrainConfig) -> Path:
                     decay = {} if run.ema is None else {"ema_decay": run.ema.cur_decay_value}
                     log.write(bar, run.step, lr=plan.learning_rate(step), grad_norm=grad_norm, **decay)
                 with log.pause():
-                    keep_and_show()
+                    save_and_report()
             if config.load_best_model_at_end and best_step(output_dir) is not None:
                 restore(run, output_dir / f"checkpoint-{best_step(output_dir)}")
                 export(run, log)
@@ -179,7 +179,7 @@ def train(config: TrainConfig) -> Path:
         real.save(output_dir / "real.png")
         save_side_by_side(grids["test_samples"], real, output_dir / "samples_and_real.png")
         save_loss_curve(*log.curve(), output_dir / "loss.png")
-        publish(run, images.name, prepared.target)
+        publish(run, images.name, setup.target)
     accelerator.end_training()
     if lock is not None:
         lock.release()
@@ -278,7 +278,7 @@ def save(run: Run, log: TrainingLog) -> bool:
 
     While gradients are not finite nothing is written: the weights may be spoilt already, and good checkpoints would go.
     """
-    if run.step == run.saved_step or log.is_in_trouble():
+    if run.step == run.saved_step or log.has_diverged():
         return False
     run.unlogged = log.unlogged()
     state, unet = capture(run)
@@ -292,7 +292,7 @@ def save(run: Run, log: TrainingLog) -> bool:
 
 def export(run: Run, log: TrainingLog) -> None:
     """Write the pipeline into the output folder. All processes must call it, and all raise if it fails."""
-    if log.is_in_trouble():
+    if log.has_diverged():
         return
     unet = exported_network(run)
     with run.agreement.together():

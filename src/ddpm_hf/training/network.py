@@ -138,7 +138,7 @@ def ema_weights(ema: EMAModel | None, unet: torch.nn.Module) -> Iterator[None]:
         ema.restore(unet.parameters())
 
 
-def unet_of(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> UNet2DModel:
+def unet_with_weights(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> UNet2DModel:
     """A network of its own around these weights, which it does not copy."""
     with torch.device("meta"):
         unet = UNet2DModel.from_config(config)

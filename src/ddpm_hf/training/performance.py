@@ -24,10 +24,10 @@ class Choice(NamedTuple):
     """The value of an option, and why it was chosen."""
 
     value: str | None
-    reason: str = "as told"
+    reason: str = "as requested"
 
 
-class Execution(NamedTuple):
+class Performance(NamedTuple):
     """How the network is computed in training, and a note on what was left to us."""
 
     channels_last: bool
@@ -44,9 +44,9 @@ def settle_precision(config: TrainConfig) -> Choice:
     return choose_precision(_device(), unet.num_parameters())
 
 
-def choose_execution(
+def choose_performance(
     config: TrainConfig, precision: Choice, accelerator: Accelerator, num_parameters: int, updates: int
-) -> Execution:
+) -> Performance:
     """The rest of it, for a run of so many updates.
 
     Raises:
@@ -70,7 +70,7 @@ def choose_execution(
         if getattr(config, name) == "auto"
     ]
     notes = [f"Chosen: {'; '.join(chosen)}."] if chosen else []
-    return Execution(channels_last.value == "yes", compiled.value == "yes", notes)
+    return Performance(channels_last.value == "yes", compiled.value == "yes", notes)
 
 
 def choose_precision(device: torch.device, num_parameters: int) -> Choice:

@@ -26,15 +26,15 @@ from ..storage.files import check_space
 from .log import check_trackers
 from .network import build_unet
 from .output_folder import prepare_output_dir
-from .performance import Execution, choose_execution, settle_precision
+from .performance import Performance, choose_performance, settle_precision
 from .plan import Plan
 from .publishing import check_target
 from .state import CHECKPOINT_BYTES, compare
-from .validation_set import check_still_held_out, held_out_of_training, open_eval_split
+from .validation_set import check_still_held_out, num_held_out, open_eval_split
 
 
 @dataclass
-class Preparation:
+class Setup:
     """What a run begins with."""
 
     accelerator: Accelerator
@@ -44,13 +44,13 @@ class Preparation:
     eval_split: Source | Stream | None  # None: held-out images are taken from the source
     plan: Plan
     num_parameters: int
-    execution: Execution
+    performance: Performance
     checkpoint: Path | None  # to go on from
     target: HubTarget | None  # to push to
     notes: list[str]  # for the user
 
 
-def prepare(config: TrainConfig) -> Preparation:
+def prepare(config: TrainConfig) -> Setup:
     """Check a configuration against the machine, the data, the output folder and the Hub.
 
     Raises:
@@ -82,7 +82,7 @@ def prepare(config: TrainConfig) -> Preparation:
     progress = read_progress(checkpoint) if checkpoint is not None else {}
     plan = Plan(
         config,
-        None if isinstance(source, Stream) else len(source) - held_out_of_training(config),
+        None if isinstance(source, Stream) else len(source) - num_held_out(config),
         accelerator.num_processes,
         progress.get("step", 0),
         progress.get("images_seen", 0),
@@ -92,16 +92,16 @@ def prepare(config: TrainConfig) -> Preparation:
         notes += compare(checkpoint, progress, config, plan, label_names)
     if config.lr_warmup_steps >= plan.max_steps and config.lr_scheduler != "constant":
         notes.append(f"Note: the warm-up of {config.lr_warmup_steps} updates is no shorter than the run.")
-    execution = choose_execution(
+    performance = choose_performance(
         config, precision, accelerator, unet.num_parameters(), plan.max_steps - plan.steps_before
     )
-    notes += execution.notes
+    notes += performance.notes
     if config.eval_steps is not None:
         notes.append(f"Validation {plan.describe_validation()}.")
     check_space(output_dir, CHECKPOINT_BYTES * unet.num_parameters())
     with agreement.together():
         target = check_target(config) if accelerator.is_main_process and not config.dry_run else None
-    return Preparation(
+    return Setup(
         accelerator,
         agreement,
         scheduler,
@@ -109,16 +109,16 @@ def prepare(config: TrainConfig) -> Preparation:
         eval_split,
         plan,
         unet.num_parameters(),
-        execution,
+        performance,
         checkpoint,
         target,
         notes,
     )
 
 
-def dry_run_report(config: TrainConfig, prepared: Preparation) -> str:
+def dry_run_report(config: TrainConfig, setup: Setup) -> str:
     """The options as they are resolved, and what the run would need."""
-    plan, parameters = prepared.plan, prepared.num_parameters
+    plan, parameters = setup.plan, setup.num_parameters
     pixels = (plan.num_images or 0) * math.prod((config.channels or 3, config.resolution, config.resolution))
     decoded = pixels * (2 if config.preserve_input_precision else 1)
     return (

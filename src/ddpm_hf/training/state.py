@@ -25,10 +25,10 @@ from ..config.training import TrainConfig
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import Agreement
 from ..storage.checkpoint import TrainingState, load_checkpoint
-from .network import ema_weights, unet_of
+from .network import ema_weights, unet_with_weights
 from .plan import Plan
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whatever way the processes share it
+FULL_STATE_DICT = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whatever way the processes share it
 
 CHECKPOINT_BYTES = 16  # per parameter: exported and raw weights, and Adam's two moments
 
@@ -68,9 +68,9 @@ class Run:
         return self.accelerator.unwrap_model(self.unet, keep_torch_compile=False)
 
 
-def whole_weights(run: Run) -> dict[str, Tensor]:
+def full_weights(run: Run) -> dict[str, Tensor]:
     """The weights that the network has now, on the CPU of the main process. All processes must call it."""
-    weights: dict[str, Any] = get_model_state_dict(run.unet, options=WHOLE)
+    weights: dict[str, Any] = get_model_state_dict(run.unet, options=FULL_STATE_DICT)
     return {name: weight.clone(memory_format=torch.contiguous_format) for name, weight in weights.items()}
 
 
@@ -80,13 +80,13 @@ def exported_network(run: Run) -> UNet2DModel | None:
     They are the EMA's, if there is one. All processes must call it.
     """
     with ema_weights(run.ema, run.unet):
-        weights = whole_weights(run)
-    return unet_of(run.network.config, weights) if run.accelerator.is_main_process else None
+        weights = full_weights(run)
+    return unet_with_weights(run.network.config, weights) if run.accelerator.is_main_process else None
 
 
 def capture(run: Run) -> tuple[TrainingState, UNet2DModel | None]:
     """What a checkpoint holds, and the network of its pipeline. All processes must call it."""
-    whole: dict[str, Any] = get_optimizer_state_dict(run.unet, run.optimizer.optimizer, options=WHOLE)
+    whole: dict[str, Any] = get_optimizer_state_dict(run.unet, run.optimizer.optimizer, options=FULL_STATE_DICT)
     moments = whole.get("state", {})  # other processes have nothing
     scaler = run.accelerator.scaler
     progress = {
@@ -102,7 +102,7 @@ def capture(run: Run) -> tuple[TrainingState, UNet2DModel | None]:
         "config": run.config.public(),
     }
     optimizer = {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()}
-    return TrainingState(progress, whole_weights(run), optimizer), exported_network(run)
+    return TrainingState(progress, full_weights(run), optimizer), exported_network(run)
 
 
 def restore(run: Run, folder: Path) -> None:
@@ -119,15 +119,15 @@ def restore(run: Run, folder: Path) -> None:
         moments[parameter][key] = value
     options_of_now = get_optimizer_state_dict(run.unet, run.optimizer.optimizer)["param_groups"]
     optimizer: dict[str, Any] = {"state": dict(moments), "param_groups": options_of_now}
-    set_optimizer_state_dict(run.unet, run.optimizer.optimizer, optimizer, options=WHOLE)
+    set_optimizer_state_dict(run.unet, run.optimizer.optimizer, optimizer, options=FULL_STATE_DICT)
     _order_moments(run.optimizer.optimizer)
     if run.ema is not None and state.ema is not None:
-        set_model_state_dict(run.unet, {**state.ema}, options=WHOLE)
+        set_model_state_dict(run.unet, {**state.ema}, options=FULL_STATE_DICT)
         with torch.no_grad():
             for shadow, weight in zip(run.ema.shadow_params, run.unet.parameters(), strict=True):
                 shadow.copy_(weight)
         run.ema.optimization_step = state.step
-    set_model_state_dict(run.unet, {**state.weights}, options=WHOLE)
+    set_model_state_dict(run.unet, {**state.weights}, options=FULL_STATE_DICT)
     if run.accelerator.scaler is not None and progress["grad_scaler"] is not None:
         run.accelerator.scaler.load_state_dict(progress["grad_scaler"])
     run.step = state.step

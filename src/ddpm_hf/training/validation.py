@@ -26,7 +26,7 @@ from .network import ema_weights
 from .plan import EVAL_CALLS, EVAL_SAMPLING_STEPS
 from .plots import save_validation_curves
 from .state import Run
-from .validation_set import HeldOut
+from .validation_set import ValidationSet
 
 BATCH_SIZE = 64
 
@@ -38,11 +38,11 @@ class Validation:
     much less by chance than their standard errors say.
     """
 
-    def __init__(self, run: Run, log: TrainingLog, held_out: HeldOut) -> None:
-        self.run, self.log, self.held_out = run, log, held_out
-        self.features = PatchFeatures(held_out.pixels)
-        self.real = moments(self.features(held_out.pixels))
-        self.of_seen = frechet_distance(moments(self.features(held_out.seen)), self.real)
+    def __init__(self, run: Run, log: TrainingLog, validation_set: ValidationSet) -> None:
+        self.run, self.log, self.validation_set = run, log, validation_set
+        self.features = PatchFeatures(validation_set.pixels)
+        self.real = moments(self.features(validation_set.pixels))
+        self.of_seen = frechet_distance(moments(self.features(validation_set.seen)), self.real)
 
     def measure(self, check: Callable[[], None]) -> bool:
         """Measure the weights that would be exported and log it, unless that is done. All processes must call it.
@@ -65,7 +65,7 @@ class Validation:
 
     def _measure(self, check: Callable[[], None]) -> dict[str, float]:
         """bits/dim with its standard error, and the Fréchet distances of samples and of training images."""
-        run, images, labels = self.run, self.held_out.pixels, self.held_out.labels
+        run, images, labels = self.run, self.validation_set.pixels, self.validation_set.labels
         pipeline = DDPMPipelineCustom(run.network, DDPMSchedulerCustom.from_config(run.scheduler.config))
         batches = math.ceil(math.ceil(len(images) / run.plan.num_processes) / BATCH_SIZE)
         calls, T = min(EVAL_CALLS, run.config.ddpm_num_steps), run.config.ddpm_num_steps

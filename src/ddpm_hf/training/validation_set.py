@@ -17,10 +17,10 @@ from ..data.sources import Source, Stream, open_source, open_stream
 if TYPE_CHECKING:
     from ..config.training import TrainConfig
 
-HELD_OUT = 1  # beside the seed, so that these are other random numbers than those of the order of an epoch
+VALIDATION_SEED = 1  # beside the seed, so that these are other random numbers than those of the order of an epoch
 
 
-class HeldOut(NamedTuple):
+class ValidationSet(NamedTuple):
     """Held-out images, their labels, and as many images of the training set.
 
     `pixels` and `seen` are uint8 of shape (N, C, H, W), `labels` int64 of shape (N,), or None without labels.
@@ -43,7 +43,7 @@ class RemainingImages(IndexedImages):
         return self.base.read(self.kept[request] for request in requests)
 
 
-def held_out_of_training(config: TrainConfig) -> int:
+def num_held_out(config: TrainConfig) -> int:
     """How many of the training images are not trained on."""
     return config.eval_images if config.eval_steps is not None and config.eval_split is None else 0
 
@@ -79,7 +79,7 @@ def check_still_held_out(before: Mapping[str, Any], config: TrainConfig) -> None
     Args:
         before: the options of the checkpoint.
     """
-    if not held_out_of_training(config):
+    if not num_held_out(config):
         return
     now = config.public()
     names = ("eval_images", "seed", "eval_split")
@@ -93,7 +93,9 @@ def check_still_held_out(before: Mapping[str, Any], config: TrainConfig) -> None
         )
 
 
-def hold_out(config: TrainConfig, images: Images, split: Source | Stream | None) -> tuple[Images, HeldOut]:
+def make_validation_set(
+    config: TrainConfig, images: Images, split: Source | Stream | None
+) -> tuple[Images, ValidationSet]:
     """Divide the images of a run into those to train on and those to measure on, by its seed.
 
     Args:
@@ -102,7 +104,7 @@ def hold_out(config: TrainConfig, images: Images, split: Source | Stream | None)
     Raises:
         ValueError: for too few images, or those that can't be read.
     """
-    n, rng = config.eval_images, np.random.default_rng([config.seed, 0, HELD_OUT])
+    n, rng = config.eval_images, np.random.default_rng([config.seed, 0, VALIDATION_SEED])
     if split is not None:
         pixels, labels = _read_split(config, split, images.label_names, rng)
     else:
@@ -111,7 +113,7 @@ def hold_out(config: TrainConfig, images: Images, split: Source | Stream | None)
         pixels, labels = next(images.read([np.sort(order[:n])]))
         images = RemainingImages(images, np.sort(order[n:]))
     seen = images.sample(len(pixels), config.seed)
-    return images, HeldOut(to_uint8(normalize(pixels)), labels, to_uint8(normalize(seen)))
+    return images, ValidationSet(to_uint8(normalize(pixels)), labels, to_uint8(normalize(seen)))
 
 
 def _read_split(
