@@ -226,7 +226,7 @@ def test_without_a_limit_half_of_the_free_disk_may_be_used(folder, tmp_path, mon
         cache.folder.mkdir(parents=True)
         cache.pixels_file.write_bytes(bytes(present))
         usage = type("Usage", (), {"free": free})
-        monkeypatch.setattr("ddpm_hf.data.cache.shutil.disk_usage", lambda path, usage=usage: usage)
+        monkeypatch.setattr("ddpm_hf.storage.files.shutil.disk_usage", lambda path, usage=usage: usage)
         monkeypatch.setattr("ddpm_hf.data.dataset.open_source", lambda config: source())
         config = TrainConfig(
             train_data_dir=str(folder), cache_dir=str(tmp_path / str(free)), resolution=8, channels=1, center_crop=True

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf.data.pixels import normalize
 
 
 def sample(pipe: DDPMPipeline, seeds: range, steps: int, **call_options: object) -> tuple[Tensor, float]:
@@ -42,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
 
     pixels, labels = labelled_fashion(options.fashion_mnist) if options.fashion_mnist else labelled_digits()
-    real = pixels.float() / 127.5 - 1
+    real = normalize(pixels)
     classifier, accuracy = fit_classifier(real, labels)
 
     stock = DDPMPipeline.from_pretrained(options.model).to(best_device())

@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf.data.pixels import normalize
 
 OURS = str(Path(__file__).parents[1] / "train.py")
 NETWORK = {
@@ -151,7 +152,7 @@ def main() -> None:
             results[peer.name] = {"seconds": round(seconds), "images_seen": n * len(train_set)}
             print(f"{peer.name}: {n} epochs in {seconds:.0f} s", flush=True)
 
-    real = pixels.float() / 127.5 - 1
+    real = normalize(pixels)
     classifier, accuracy = fit_classifier(real, labels)
     print(f"classifier: {accuracy:.1%} of held-out images")
     for name, result in results.items():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..config.training import TrainConfig
+from ..storage.files import free_bytes, write_atomically
 from .decoding import RowDecoder, decode_batches
 from .sources import Source
 from .transform import Transform, Unreadable
@@ -147,12 +147,8 @@ class ImageCache:
         """Say that the pixels of these images are on the disk, once they are."""
         pixels.flush()
         os.fsync(pixels.fileno())
-        file = self.folder / name
-        with file.with_suffix(".partial").open("w", encoding="utf-8") as stream:
-            json.dump(asdict(survey), stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        file.with_suffix(".partial").replace(file)
+        record = json.dumps(asdict(survey), indent=1).encode()
+        write_atomically(self.folder / name, lambda stream: stream.write(record), sync=True)
 
     def _survey(self, name: str) -> Survey | None:
         """What a record says, unless it is missing, or the pixels that it speaks of are."""
@@ -181,7 +177,6 @@ def cache_root(config: TrainConfig) -> Path:
 
 def fits_disk(cache: ImageCache, limit_gb: float | None) -> bool:
     """Whether all decoded images may be kept: half of the free disk space at most, if no limit is given."""
-    existing = next(folder for folder in cache.folder.parents if folder.is_dir())
-    free = shutil.disk_usage(existing).free + cache.present_bytes
+    free = free_bytes(cache.folder) + cache.present_bytes
     limit = free / 2 if limit_gb is None else min(free, limit_gb * 1e9)
     return len(cache.source) * cache.image_bytes <= limit

@@ -1,9 +1,11 @@
-"""Pixels, uint8, and images in [-1, 1]: the only place that converts one into the other."""
+"""Stored pixels and images in [-1, 1]: the only place that converts one into the other. And flips of such images."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+LEVELS_PER_UNIT = 127.5  # of the 256 levels of uint8: 255 of them span [-1, 1]
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -13,7 +15,7 @@ def normalize(pixels: Tensor) -> Tensor:
 
 def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] → uint8, rounded to the nearest of the 256 levels."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return ((images.float().clamp(-1, 1) + 1) * LEVELS_PER_UNIT).round().to(torch.uint8)
 
 
 def random_flip(x: Tensor) -> Tensor:

@@ -197,7 +197,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
 
         # 3. x_T ~ N(0, I), in float32 whatever the network's precision
         device = self._execution_device
-        shape = (batch_size, self.unet.config.in_channels, *self.image_size())
+        shape = (batch_size, self.unet.config.in_channels, *image_size(self.unet))
         x_t = draw_noise(shape, generator, device, torch.float32) * self.scheduler.init_noise_sigma
 
         # 4. Denoise step by step
@@ -262,7 +262,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
             raise ValueError(
                 "fast sampling needs the network in one place and precision: leave out the offloading, or this call."
             )
-        self.image_size()  # known, or told how to be
+        image_size(self.unet)  # raises unless it is known
         is_guided = self.unet.config.num_class_embeds is not None and guidance_scale != 1
         self.disable_fast_sampling()  # the twin of before makes room
         twin = FastNetwork(self.unet, batch_size * (2 if is_guided else 1), steps * (num_images // batch_size))
@@ -313,24 +313,6 @@ class DDPMPipelineCustom(DiffusionPipeline):
         if not takes_variance or self.scheduler.config.variance_type not in LEARNED_VARIANCE_TYPES:
             return prediction
         return torch.cat([prediction, *variance], dim=1)
-
-    def image_size(self) -> tuple[int, int]:
-        """(H, W) of the images.
-
-        Raises:
-            ValueError: where the network does not know it, or can't halve it as often as it does.
-        """
-        size = self.unet.config.sample_size
-        if size is None:
-            raise ValueError("the network's configuration has no `sample_size`: set unet.config.sample_size.")
-        height, width = (size, size) if isinstance(size, int) else size
-        halvings = len(self.unet.config.block_out_channels) - 1
-        if height % 2**halvings or width % 2**halvings:
-            raise ValueError(
-                f"`sample_size` of the network is {size}, but the network halves images {halvings} times: it needs a "
-                f"multiple of {2**halvings}."
-            )
-        return height, width
 
     # --- arguments --------------------------------------------------------------------------------------------------
 
@@ -535,6 +517,25 @@ class DDPMPipelineCustom(DiffusionPipeline):
             create_pr=create_pr,
             allow_patterns=list(SHARED_FILES),
         )
+
+
+def image_size(unet: UNet2DModel) -> tuple[int, int]:
+    """(H, W) of the images of a network.
+
+    Raises:
+        ValueError: if the network's configuration lacks a size, or has one that the network can't halve often enough.
+    """
+    size = unet.config.sample_size
+    if size is None:
+        raise ValueError("the network's configuration has no `sample_size`: set unet.config.sample_size.")
+    height, width = (size, size) if isinstance(size, int) else size
+    halvings = len(unet.config.block_out_channels) - 1
+    if height % 2**halvings or width % 2**halvings:
+        raise ValueError(
+            f"`sample_size` of the network is {size}, but the network halves images {halvings} times: it needs a "
+            f"multiple of {2**halvings}."
+        )
+    return height, width
 
 
 def _write_json(file: Path, config: dict[str, Any]) -> None:

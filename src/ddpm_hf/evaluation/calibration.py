@@ -7,7 +7,6 @@ from them is in `ddpm_few_steps.py`. Nothing is trained: N images cost N · T ne
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from ..diffusion.pipeline import DDPMPipelineCustom
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import sum_over_processes
 from ..storage.checkpoint import MANIFEST
-from ..storage.files import check_writable
+from ..storage.files import check_writable, write_text_atomically
 from .predictions import Probe
 
 MIN_IMAGES = 16  # below it the standard error itself is a guess
@@ -159,6 +158,4 @@ def save_calibrated(pipe: DDPMPipelineCustom, place: Path) -> None:
         return
     pipe.save_config(place)
     name = pipe.scheduler.config_name
-    with tempfile.TemporaryDirectory(dir=place) as folder:  # first aside, then in one move: whole or not at all
-        pipe.scheduler.save_config(folder)
-        (Path(folder) / name).replace(place / "scheduler" / name)
+    write_text_atomically(place / "scheduler" / name, pipe.scheduler.to_json_string())

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..config.commands import EvaluateConfig
 from ..data.pictures import check_plotting
-from ..diffusion.pipeline import DDPMPipelineCustom
+from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..sampling.generate import trajectory
 from ..storage.checkpoint import MANIFEST
@@ -207,8 +207,8 @@ def estimate(job: Evaluation) -> str:
 def time_network_call(pipeline: DDPMPipelineCustom, batch_size: int) -> float:
     """Seconds of one call with a batch of images, the one before it not counted."""
     network = pipeline.unet
-    size, channels = network.config.sample_size, network.config.in_channels
-    x = torch.zeros(batch_size, channels, size, size, device=network.device, dtype=network.dtype)
+    shape = batch_size, network.config.in_channels, *image_size(network)
+    x = torch.zeros(shape, device=network.device, dtype=network.dtype)
     t = torch.zeros(batch_size, dtype=torch.long, device=network.device)
     labels = t if network.config.num_class_embeds is not None else None
     with torch.no_grad():

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..data.pixels import LEVELS_PER_UNIT, normalize
 from ..diffusion.ddpm_process import (
     LEARNED_VARIANCE_TYPES,
     VARIANCE_TYPES,
@@ -139,7 +140,7 @@ def bits_per_dim(
 
     sums, totals = sum_over_processes(sums), sum_over_processes(totals)
     terms, x_0_mse, eps_mse = sums[1:] / sums[0]
-    L_T = chain.L_T(probe.images[probe.indices].float() / 127.5 - 1).mean()
+    L_T = chain.L_T(normalize(probe.images[probe.indices])).mean()
     return BitsPerDim(
         float(totals.mean()), float(totals.std() / math.sqrt(n)), float(L_T), terms, x_0_mse, eps_mse,
         chain.timesteps.tolist(), chain.variance_type, n, m,
@@ -184,7 +185,7 @@ def rate_distortion(bits: BitsPerDim) -> RateDistortion:
             f"{bits.calls_per_image} calls per image: leave calls_per_image out, or use more images."
         )
     sent_before = torch.cat([bits.terms.new_zeros(1), bits.terms[:-1].cumsum(0)])
-    return RateDistortion(bits.timesteps, bits.L_T + sent_before, bits.x_0_mse.sqrt() * 127.5)
+    return RateDistortion(bits.timesteps, bits.L_T + sent_before, bits.x_0_mse.sqrt() * LEVELS_PER_UNIT)
 
 
 class _Chain:

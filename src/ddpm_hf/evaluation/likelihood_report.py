@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from ..data.pixels import LEVELS_PER_UNIT
 from ..diffusion.pipeline import DDPMPipelineCustom
 from ..storage.files import write_text_atomically
 from .likelihood import BitsPerDim, bits_per_dim, combine, rate_distortion
@@ -81,7 +82,7 @@ def likelihood_details(bits: BitsPerDim) -> dict[str, Any]:
         "L_T": bits.L_T,
         "rate": rate,
         "L_0": bits.L_0,
-        "distortion_rmse": float(bits.x_0_mse[-1].sqrt() * 127.5),
+        "distortion_rmse": float(bits.x_0_mse[-1].sqrt() * LEVELS_PER_UNIT),
         "calls_per_image": bits.calls_per_image,
     }
 

@@ -11,8 +11,9 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.pixels import normalize
 from ..diffusion.ddpm_process import check_integer
-from ..diffusion.pipeline import DDPMPipelineCustom
+from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..diffusion.scheduling_ddpm_custom import ZERO_SNR_ERROR, DDPMSchedulerCustom
 from ..distributed import lockstep_batches
 
@@ -72,8 +73,8 @@ class Probe:
                 f"`images` are {found or type(self.images).__name__}, but must be a uint8 tensor of shape (N, C, H, W)."
             )
         config = self.pipe.unet.config
-        size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
-        expected = (config.in_channels, *(size or self.images.shape[2:]))
+        size = image_size(self.pipe.unet) if config.sample_size else self.images.shape[2:]
+        expected = (config.in_channels, *size)
         if tuple(self.images.shape[1:]) != expected:
             raise ValueError(
                 f"`images` have shape {tuple(self.images.shape[1:])} (C, H, W), but the network was made for {expected}"
@@ -140,7 +141,7 @@ class Probe:
     def _load(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """x_0 and labels of some images."""
         indices = self.indices[rows]
-        x_0 = self.images[indices.to(self.images.device)].to(self.pipe.unet.device).float() / 127.5 - 1
+        x_0 = normalize(self.images[indices.to(self.images.device)].to(self.pipe.unet.device))
         return x_0, None if self._labels is None else self._labels[indices.to(self._labels.device)]
 
 

@@ -6,6 +6,8 @@ import psutil
 import torch
 from diffusers import UNet2DModel
 
+from ..diffusion.pipeline import image_size
+
 # What inference on one image holds at its peak, in feature maps of the first level: 22 to 25 in what was measured.
 FEATURE_MAPS = 32
 # More images per call make a CPU no faster, and a GPU little.
@@ -29,6 +31,5 @@ def fitting_batch_size(unet: UNet2DModel) -> int:
 
 
 def _bytes_per_image(unet: UNet2DModel) -> int:
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = image_size(unet)
     return FEATURE_MAPS * height * width * unet.config.block_out_channels[0] * unet.dtype.itemsize

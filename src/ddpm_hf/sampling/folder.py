@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,8 +14,8 @@ from typing import Any, Literal
 from accelerate import PartialState
 
 from ..data.pictures import image_grid
-from ..diffusion.pipeline import DDPMPipelineCustom
-from ..storage.files import check_writable, lock_output_dir, write_atomically, write_text_atomically
+from ..diffusion.pipeline import DDPMPipelineCustom, image_size
+from ..storage.files import check_free_space, check_writable, lock_output_dir, write_atomically, write_text_atomically
 from .files import NpzFile, PngFiles, image_files
 from .generate import describe_sampling, index_batches, sample_pixels
 
@@ -62,7 +61,7 @@ def sample_to_folder(
             be written, in which another run is at work, or which holds other images.
         OSError: where writing fails. What was written is kept.
     """
-    state, shape = PartialState(), _image_shape(pipeline)
+    state, shape = PartialState(), (*image_size(pipeline.unet), pipeline.unet.config.in_channels)
     if format == "png" and shape[-1] > PNG_CHANNELS:
         raise ValueError(f"`format` is 'png', which can't hold {shape[-1]} channels: use --format npz.")
     check_writable(output_dir)
@@ -74,7 +73,10 @@ def sample_to_folder(
     batches = index_batches(num_images, batch_size)
     whole = {number for number, images in enumerate(batches) if present.issuperset(images)}
     missing = num_images - sum(len(batches[number]) for number in whole)
-    _check_space(output_dir, missing, num_images if format == "npz" else 0, math.prod(shape))
+    if missing:
+        image_bytes = math.prod(shape)
+        packed = num_images * image_bytes if format == "npz" else 0  # the batches stay until the file of all is written
+        check_free_space(output_dir, missing * max(BLOCK, image_bytes) + packed, f"{missing} images")
     made = sample_pixels(
         pipeline, num_images, seed, batch_size,
         class_labels=class_labels, skip=whole, show_progress=show_progress, **call_options,
@@ -92,13 +94,6 @@ def sample_to_folder(
                 grid = image_grid(files.first(min(num_images, GRID_IMAGES)))
                 write_atomically(output_dir / GRID, partial(grid.save, format="PNG"))
     return missing
-
-
-def _image_shape(pipeline: DDPMPipelineCustom) -> tuple[int, int, int]:
-    """(H, W, C) of the images."""
-    size, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width, channels
 
 
 def _check_origin(output_dir: Path, record: dict[str, Any]) -> None:
@@ -133,17 +128,6 @@ def _check_number(output_dir: Path, present: set[int], num_images: int) -> None:
         raise ValueError(
             f"`output_dir` {str(output_dir)!r} holds {len(beyond)} images of a longer run (number {min(beyond)} …), "
             f"but `num_images` is {num_images}: ask for more, or choose another --output_dir."
-        )
-
-
-def _check_space(output_dir: Path, missing: int, packed: int, image_bytes: int) -> None:
-    """Raise a ValueError unless the disk has room for the missing images, and for those of an `.npz` once more."""
-    there = next(place for place in (output_dir, *output_dir.absolute().parents) if place.exists())
-    free, needed = shutil.disk_usage(there).free, missing * max(BLOCK, image_bytes) + packed * image_bytes
-    if missing and free < needed:
-        raise ValueError(
-            f"`output_dir` {str(output_dir)!r} is on a disk with {free / 2**20:,.0f} MiB free, but {missing} images "
-            f"take {needed / 2**20:,.0f} MiB: free some, or choose another --output_dir."
         )
 
 

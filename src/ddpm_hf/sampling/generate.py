@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..data.pixels import to_uint8
 from ..diffusion.ddpm_process import check_integer
-from ..diffusion.pipeline import DDPMPipelineCustom
+from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..distributed import gather_lockstep, lockstep_batches
 from ..storage.weights import hash_weights
 
@@ -184,7 +184,7 @@ def trajectory(
         ValueError: for bad timesteps, labels or guidance. All the labels: that of image 900 may be a mistake too.
     """
     pipeline.prepare_class_labels(class_labels or None, len(class_labels) if class_labels else 1, guidance_scale)
-    pipeline.image_size()  # known, or told how to be
+    image_size(pipeline.unet)  # raises unless it is known
     pipeline.set_timesteps(num_inference_steps, timesteps)
     return pipeline.scheduler.timesteps.tolist()
 

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..diffusion.ddpm_process import LEARNED_VARIANCE_TYPES
+from ..diffusion.pipeline import image_size
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..evaluation.calibration import recommended_steps, steps_table
 from ..evaluation.results import evaluation_files
@@ -190,15 +191,12 @@ def network_cost(unet_config: str) -> tuple[int, int | None]:
     """
     with torch.device("meta"):  # shapes without numbers: nothing is computed
         unet = UNet2DModel.from_config(json.loads(unet_config))
-    size = unet.config.sample_size
-    if size is None:
-        return unet.num_parameters(), None
-    x = torch.empty(1, unet.config.in_channels, *([size] * 2 if isinstance(size, int) else size), device="meta")
     label = torch.zeros(1, dtype=torch.long, device="meta")
     try:
+        x = torch.empty(1, unet.config.in_channels, *image_size(unet), device="meta")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             unet(x, label, class_labels=label if unet.config.num_class_embeds else None)
-    except (RuntimeError, ValueError):  # sizes that the network can't halve
+    except (RuntimeError, ValueError):  # no size, or one that the network can't halve
         return unet.num_parameters(), None
     return unet.num_parameters(), counter.get_total_flops()
 

@@ -2,46 +2,70 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from filelock import FileLock, Timeout
 
-if TYPE_CHECKING:
-    pass
-
 
 def check_writable(folder: Path) -> None:
-    """Raise a ValueError unless the folder is there, or can be made, and takes files. Leaves nothing behind."""
+    """Raise a ValueError unless files can be written into the folder, or it can be made. Leaves nothing behind."""
     try:
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=_nearest_existing(folder)):
             pass
     except OSError as error:
         raise ValueError(f"`output_dir` {str(folder)!r} can't be written to ({error}): choose another one.") from error
 
 
-def write_atomically(file: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file: whenever this process ends, there is what was there before, or the new one whole."""
-    unfinished = file.with_name(f"{file.name}.partial")
-    with unfinished.open("wb") as stream:
+def check_free_space(output_dir: Path, num_bytes: int, contents: str) -> None:
+    """Raise a ValueError unless the disk of a folder has room for these contents."""
+    free = free_bytes(output_dir)
+    if free < num_bytes:
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} is on a disk with {free / 2**20:,.0f} MiB free, but {contents} take "
+            f"{num_bytes / 2**20:,.0f} MiB: free some, or choose another --output_dir."
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space on the disk that the folder is on, or will be on."""
+    return shutil.disk_usage(_nearest_existing(folder)).free
+
+
+def _nearest_existing(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
+def write_atomically(file: Path, write: Callable[[IO[bytes]], object], *, sync: bool = False) -> None:
+    """Write a file under a temporary name, `*.partial`, and rename it: the old content stays until the new is complete.
+
+    Args:
+        write: gets the open file.
+        sync: flush the content to the disk before the rename, so that it survives a power failure, too.
+    """
+    partial = file.with_name(f"{file.name}.partial")
+    with partial.open("wb") as stream:
         write(stream)
-    unfinished.replace(file)
+        if sync:
+            stream.flush()
+            os.fsync(stream.fileno())
+    partial.replace(file)
 
 
 def write_text_atomically(file: Path, text: str) -> None:
-    """Write a text file in the same way."""
+    """`write_atomically` for text, in UTF-8."""
     write_atomically(file, lambda stream: stream.write(text.encode()))
 
 
 def lock_output_dir(output_dir: Path) -> FileLock:
-    """Make the folder, and keep other runs out of it until the lock is released or this process has ended.
+    """Make the folder, and lock other runs out of it until the lock is released or this process ends.
 
     Raises:
-        ValueError: where another run is at work there.
+        ValueError: if another run holds the lock.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output_dir / ".lock")
@@ -52,14 +76,3 @@ def lock_output_dir(output_dir: Path) -> FileLock:
             f"another run is writing into `output_dir` {str(output_dir)!r}: wait for it, or choose another one."
         ) from None
     return lock
-
-
-def check_space(output_dir: Path, checkpoint_bytes: int) -> None:
-    """Raise a ValueError unless the disk has room for a checkpoint while the one before is still there."""
-    there = next(place for place in (output_dir, *output_dir.absolute().parents) if place.exists())
-    free = shutil.disk_usage(there).free
-    if free < 2 * checkpoint_bytes:
-        raise ValueError(
-            f"`output_dir` {str(output_dir)!r} is on a disk with {free / 2**20:,.0f} MiB free, but two checkpoints "
-            f"take {checkpoint_bytes / 2**19:,.0f} MiB: free some, or choose another one."
-        )

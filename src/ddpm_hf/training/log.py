@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config.training import TrainConfig
+from ..storage.files import write_text_atomically
 
 LOG_EVERY = 10  # updates
 QUARTERS = 4  # of the timesteps, whose losses are logged apart
@@ -75,9 +76,7 @@ class TrainingLog:
         if skipped_images:
             report = json.dumps([asdict(image) for image in skipped_images], indent=2)
             (self.file.parent / "skipped_images.json").write_text(report + "\n", "utf-8")
-        rewritten = self.file.with_suffix(".partial")
-        rewritten.write_text("".join(json.dumps(e) + "\n" for e in self.entries), "utf-8")
-        rewritten.replace(self.file)
+        write_text_atomically(self.file, "".join(json.dumps(e) + "\n" for e in self.entries))
         name = self.file.parent / "tracker_run"
         if not (start and name.is_file()):
             name.write_text(uuid.uuid4().hex, "utf-8")

@@ -22,7 +22,7 @@ from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import Agreement
 from ..sharing.hub import HubTarget
 from ..storage.checkpoint import MANIFEST, read_progress
-from ..storage.files import check_space
+from ..storage.files import check_free_space
 from .log import check_trackers
 from .network import build_unet
 from .output_folder import prepare_output_dir
@@ -98,7 +98,7 @@ def prepare(config: TrainConfig) -> Setup:
     notes += performance.notes
     if config.eval_steps is not None:
         notes.append(f"Validation {plan.describe_validation()}.")
-    check_space(output_dir, CHECKPOINT_BYTES * unet.num_parameters())
+    check_free_space(output_dir, 2 * CHECKPOINT_BYTES * unet.num_parameters(), "two checkpoints")
     with agreement.together():
         target = check_target(config) if accelerator.is_main_process and not config.dry_run else None
     return Setup(

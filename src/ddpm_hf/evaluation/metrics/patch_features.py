@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate, unfold
 
+from ...data.pixels import normalize
 from ...diffusion.ddpm_process import check_integer
 
 PATCH = 5  # pixels
@@ -84,7 +85,7 @@ class _Vocabulary:
 
 def _views(images: Tensor) -> list[Tensor]:
     """What is looked at, in [-1, 1]: the images, and small ones of them where they are large."""
-    x = images.float() / 127.5 - 1
+    x = normalize(images)
     if x.shape[-1] <= COARSE:
         return [x]
     return [x, interpolate(x, size=(COARSE, COARSE), mode="bilinear", antialias=True)]

@@ -162,6 +162,7 @@ def _keep(reference: Reference, file: Path) -> None:
     metadata = {"key": json.dumps(reference.key), "sha256": _hash(tensors)}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        # Not `write_atomically`: several evaluations share the folder, and would share its temporary file.
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             partial = Path(folder) / file.name
             save_file(tensors, partial, metadata)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...config.commands import ConvertConfig
-from ...diffusion.pipeline import DDPMPipelineCustom
+from ...diffusion.pipeline import DDPMPipelineCustom, image_size
 from ...diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ...storage.files import check_writable
 from ...storage.loading import load_pipeline, stored_dtype
@@ -161,10 +161,8 @@ def _forward_of(unet: UNet2DModel) -> Forward:
 @torch.no_grad()
 def _check_equal(reference: Forward, unet: UNet2DModel, dtype: torch.dtype) -> None:
     """Raise a ValueError unless the network gives the reference's outputs: bit for bit, or to float64's rounding."""
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, unet.config.in_channels, height, width, generator=generator).to(dtype)
+    x = torch.randn(2, unet.config.in_channels, *image_size(unet), generator=generator).to(dtype)
     classes = unet.config.num_class_embeds
     labels = torch.tensor([0, classes - 1]) if classes else None
     unet = unet.double() if dtype == torch.float64 else unet
