@@ -17,14 +17,14 @@ from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
 from ddpm_hf.diffusion.pipeline import EVALUATION_FILES
 from ddpm_hf.sharing.background_push import BackgroundPusher
 from ddpm_hf.sharing.card import CardFacts, write_card
-from ddpm_hf.sharing.hub import HubTarget, PushError, check_push_access
+from ddpm_hf.sharing.hub import HubTarget, PushError, Retry, check_push_access
 from ddpm_hf.sharing.push import push_folder, resume_command, try_push
 from ddpm_hf.storage.weights import hash_weights
 from support.hub_server import serve_hub
 
 TOKEN = "hf_ThisIsTheSecretOfTheTests"
 BPD = EvalResult("unconditional-image-generation", "digits", "digits", "bpd", 2.5)
-NO_DELAYS = (0.0, 0.0, 0.0)
+NO_DELAYS = Retry(delays=(0.0, 0.0, 0.0))
 MODEL_FILES = {
     "README.md", "model_index.json", "pipeline.py", "scheduling_ddpm_custom.py", "ddpm_process.py", "ddpm_few_steps.py",
     "ddpm_fast_network.py",
@@ -60,7 +60,7 @@ def make_model(make_unet, tmp_path):
 
 
 def push(folder, repo_id="me/model", facts=None, **options):
-    return push_folder(folder, HubTarget(repo_id, TOKEN, **options), facts, delays=NO_DELAYS)
+    return push_folder(folder, HubTarget(repo_id, TOKEN, **options), facts, retry=NO_DELAYS)
 
 
 # --- what goes up --------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_targets(hub, make_model):
         repo.files("second")["unet/diffusion_pytorch_model.safetensors"]
         != repo.files()["unet/diffusion_pytorch_model.safetensors"]
     )
-    with pytest.raises(ValueError, match="`tag` is 'v1'.*has that tag already"):
+    with pytest.raises(ValueError, match="`tag` is 'v1'.*already has that tag"):
         push(other, "lab/model", revision="second", tag="v1")
 
     hub.add_repo("stranger/theirs")
@@ -184,12 +184,16 @@ def test_a_name_without_owner_is_mine(hub, make_model):
 # --- what the Hub does not take ------------------------------------------------------------------------------------
 
 REFUSALS = {
-    "wrong token": ({}, {"token": "hf_wrong"}, "the Hub does not know this token.*hf auth login"),
-    "read-only token": ({}, {"token": "hf_reader"}, "'me' can only read.*role `write`"),
+    "wrong token": ({}, {"token": "hf_wrong"}, "the Hub rejects this token.*hf auth login"),
+    "read-only token": ({}, {"token": "hf_reader"}, "token of 'me' is read-only.*role `write`"),
     "no token": ({}, {"token": None}, "no token.*hf auth login.*HF_TOKEN"),
-    "somebody else's name": ({"repo_id": "stranger/new"}, {}, "'me' is no member there: use me/new or lab/new"),
-    "somebody else's repository": ({"repo_id": "stranger/theirs"}, {}, "'me' is no member there"),
-    "an organisation that I read": ({"repo_id": "library/new"}, {}, "'me' can only read there"),
+    "somebody else's name": (
+        {"repo_id": "stranger/new"},
+        {},
+        "'me' is not a member of 'stranger': use me/new or lab/new",
+    ),
+    "somebody else's repository": ({"repo_id": "stranger/theirs"}, {}, "'me' is not a member of 'stranger'"),
+    "an organisation that I read": ({"repo_id": "library/new"}, {}, "'me' has only read access to 'library'"),
     "public, but private was asked": (
         {"repo_id": "me/public", "private": True},
         {},
@@ -207,7 +211,7 @@ def test_token_problems_are_found_before_training_starts(hub, case):
         hub.add_repo(name)
     before = set(hub.repos)
     with pytest.raises(ValueError, match=message):
-        check_push_access(HubTarget(**{"repo_id": "me/new", "token": TOKEN, **target, **token}), delays=NO_DELAYS)
+        check_push_access(HubTarget(**{"repo_id": "me/new", "token": TOKEN, **target, **token}), NO_DELAYS)
     assert set(hub.repos) == before
     assert all(len(r.commits) == 1 for r in hub.repos.values())
 
@@ -223,7 +227,7 @@ def test_a_token_without_the_right_for_this_repository_is_found(hub):
     hub.add_repo("me/model")
     hub.fail("GET .*/auth-check/write", 403)
     with pytest.raises(ValueError, match="may not write to 'me/model'"):
-        check_push_access(HubTarget("me/model", TOKEN), delays=NO_DELAYS)
+        check_push_access(HubTarget("me/model", TOKEN), NO_DELAYS)
 
 
 def test_a_client_that_is_told_to_stay_offline_says_so(hub, monkeypatch):
@@ -238,7 +242,7 @@ def test_a_client_that_is_told_to_stay_offline_says_so(hub, monkeypatch):
         ({"repo_id": "a/b/c"}, "repo_id.*'a/b/c'"),
         ({"repo_id": "me/a--b"}, "repo_id.*'me/a--b'.*without '--'"),
         ({"repo_id": "me/" + "a" * 97}, "repo_id.*96 characters"),
-        ({"token": TOKEN + "\n"}, "token has blanks"),
+        ({"token": TOKEN + "\n"}, "token contains spaces"),
         ({"revision": "a..b"}, "revision.*'a..b'"),
         ({"tag": "has blank"}, "tag.*'has blank'"),
         ({"create_pr": True, "revision": "x"}, "leave out revision and tag"),
@@ -297,7 +301,7 @@ def test_passing_faults_at_every_stage_are_survived(hub, make_model, what, monke
     for stage in STAGES:
         hub.fail(stage, what)
     target = HubTarget("me/model", TOKEN, revision="branch", tag="v1")
-    push_folder(make_model(), target, delays=(0.0,) * 9)
+    push_folder(make_model(), target, retry=Retry(delays=(0.0,) * 9))
     repo = hub.repos["me/model"]
     assert set(repo.files("v1")) == MODEL_FILES | {".gitattributes"}
     assert len(repo.commits) == 2  # also where the answer to the commit was lost
@@ -339,7 +343,7 @@ def test_a_lasting_fault_is_named_and_changes_nothing(hub, make_model, what):
     hub.fail(r"POST .*/commit/", what, times=99)
     with pytest.raises(PushError, match="can't be reached"):
         push(folder)
-    assert hub.count("POST .*/commit/") == len(NO_DELAYS) + 1
+    assert hub.count("POST .*/commit/") == len(NO_DELAYS.delays) + 1
     assert set(hub.repos["me/model"].files()) == {".gitattributes"}
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
@@ -354,9 +358,7 @@ def test_a_refusal_is_not_tried_again(hub, make_model):
 def test_the_wait_that_the_hub_asks_for_is_kept(hub):
     delays = []
     hub.fail("whoami", 429, 1, **{"Retry-After": "17"})
-    from ddpm_hf.sharing.hub import retry
-
-    retry(HubTarget("me/model", TOKEN).api().whoami, "x", delays=(1.0,), sleep=delays.append)
+    Retry(delays=(1.0,), sleep=delays.append)(HubTarget("me/model", TOKEN).api().whoami, "x")
     assert delays == [17.0]
 
 
@@ -443,7 +445,7 @@ def test_training_goes_on_while_checkpoints_are_pushed_and_the_latest_wins(hub, 
     hold, entered = threading.Event(), threading.Event()
     (tmp_path / "run/.ddpm-hf-push-of-a-killed-run").mkdir(parents=True)
     hub.before_commit = lambda: (entered.set(), hold.wait(30))
-    with BackgroundPusher(HubTarget("me/model", TOKEN), log=pytest.fail, delays=NO_DELAYS) as pusher:
+    with BackgroundPusher(HubTarget("me/model", TOKEN), Retry(pytest.fail, (0.0,))) as pusher:
         for step in (1, 2, 3):
             checkpoint = make_model(f"run/checkpoint-{step}", bias=float(step))
             pusher.submit(checkpoint)  # returns, although the Hub holds the first push
@@ -465,7 +467,7 @@ def test_a_push_that_fails_does_not_end_training_and_says_how_to_resume(hub, mak
     hub.fail(r"/commit/", 503, times=99)
     logged = []
     target = HubTarget("me/model", TOKEN, private=True, revision="try out".replace(" ", "-"))
-    with BackgroundPusher(target, log=logged.append, delays=(0.0,)) as pusher:
+    with BackgroundPusher(target, Retry(logged.append, (0.0,))) as pusher:
         pusher.submit(make_model("run/checkpoint-1"))
     command = f"ddpm-hf push {tmp_path / 'run'} me/model --private --revision try-out"
     assert command in logged[-1]
@@ -481,7 +483,7 @@ def test_an_interrupted_run_does_not_wait_for_a_hub_that_is_away(hub, make_model
     tried = threading.Event()
     with (  # noqa: PT012
         pytest.raises(KeyboardInterrupt),
-        BackgroundPusher(HubTarget("me/model", TOKEN), log=lambda text: tried.set(), delays=(3600.0,)) as pusher,
+        BackgroundPusher(HubTarget("me/model", TOKEN), Retry(lambda text: tried.set(), (3600.0,))) as pusher,
     ):
         pusher.submit(make_model("run/checkpoint-1"))
         assert tried.wait(30)
@@ -497,12 +499,12 @@ def test_the_token_is_in_nothing_that_is_written_said_or_sent(hub, make_model, t
     folder, texts = make_model(), []
     write_card(folder, CardFacts(options={"hub_token": TOKEN, "note": f"it is {TOKEN}", "seed": 1}))
     target = HubTarget("me/model", TOKEN)
-    push_folder(folder, target, log=texts.append)
+    push_folder(folder, target, retry=Retry(texts.append))
     for fault in (401, 403, 404, 400, 503, "drop"):
         hub.fail(r"/commit/", fault, times=3)
         make_model("model", bias=1.0 + len(texts))
         try:
-            push_folder(folder, target, log=texts.append, delays=(0.0,))
+            push_folder(folder, target, retry=Retry(texts.append, (0.0,)))
         except (ValueError, OSError) as error:
             texts += [str(error), repr(error), "".join(traceback.format_exception(error))]
     out = capsys.readouterr()

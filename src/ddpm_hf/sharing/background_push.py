@@ -1,4 +1,4 @@
-"""Pushing checkpoints while training goes on."""
+"""Pushing checkpoints while training continues."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import shutil
 import tempfile
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -13,62 +15,55 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from tqdm.auto import tqdm
 
 from .card import CardFacts
-from .hub import DELAYS, HubTarget, Log, PushError
+from .hub import HubTarget, PushError, Retry
 from .push import STAGE, failure_text, is_shared, push_export
+
+BESIDE_A_PROGRESS_BAR = Retry(log=tqdm.write)
 
 
 class BackgroundPusher:
-    """Pushes checkpoints while training goes on: `submit` returns at once, and only the latest one waiting goes up.
+    """Pushes checkpoints while training continues: `submit` returns at once, and replaces a checkpoint still waiting.
 
-    Use it in a `with` block, around the training loop. Its end waits for the push under way; where an exception ends
-    the loop, it does not wait for a Hub that can't be reached. No failure of a push leaves this class.
+    Use it in a `with` block around the training loop. Leaving the block waits for the push under way, but when an
+    exception ends the loop, not for a Hub that can't be reached. A failed push is logged and never raised.
 
     Args:
         target: with the full name of a repository, as `check_push_access` returns it.
+        retry: its `log` takes failures, too; its `sleep` is not used.
 
     Raises:
         ValueError: for a name without its owner.
     """
 
-    def __init__(self, target: HubTarget, *, log: Log = tqdm.write, delays: tuple[float, ...] = DELAYS) -> None:
+    def __init__(self, target: HubTarget, retry: Retry = BESIDE_A_PROGRESS_BAR) -> None:
         if "/" not in target.repo_id:
             raise ValueError(f"`repo_id` is {target.repo_id!r}, but must be the full name, owner/name.")
-        self._target, self._log, self._delays = target, log, delays
-        self._changed = threading.Condition()
-        self._waiting: tuple[Path, Path, CardFacts | None] | None = None  # the copy to push, what it is of, its facts
-        self._cleared: set[Path] = set()
-        self._closing = threading.Event()
+        self._target, self._retry = target, replace(retry, sleep=self._sleep)
+        # Not HfApi.run_as_future: its worker thread can't be waited for.
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push-to-hub")
+        self._latest: Future[None] | None = None
         self._hurry = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="push-to-hub", daemon=True)
-        self._thread.start()
+        self._cleared: set[Path] = set()
 
     def submit(self, checkpoint: Path, facts: CardFacts | None = None) -> None:
-        """Push a checkpoint, or any saved pipeline, which may be removed as soon as this returns."""
+        """Push a checkpoint, or any saved pipeline. It may be deleted as soon as this returns."""
         try:
             self._remove_leftovers(checkpoint.parent)
             copy = _link_files(checkpoint)
         except OSError as error:
-            self._log(f"{checkpoint} was not pushed: {error}")
+            self._retry.log(f"{checkpoint} was not pushed: {error}")
             return
-        with self._changed:
-            if self._waiting is not None:
-                shutil.rmtree(self._waiting[0], ignore_errors=True)
-            self._waiting = copy, checkpoint, facts
-            self._changed.notify()
+        if self._latest is not None:
+            self._latest.cancel()  # unless it has started
+        self._latest = self._executor.submit(self._push, copy, checkpoint, facts)
+        self._latest.add_done_callback(lambda _: shutil.rmtree(copy, ignore_errors=True))
 
     def _remove_leftovers(self, run: Path) -> None:
-        """Remove, once, the copies that a run which was killed has left."""
+        """Remove, once, the copies that a killed run has left."""
         if run not in self._cleared:
             self._cleared.add(run)
             for leftover in run.glob(f"{STAGE}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-
-    def close(self) -> None:
-        """Wait until what was submitted is on the Hub, or can't be."""
-        self._closing.set()
-        with self._changed:
-            self._changed.notify()
-        self._thread.join()
 
     def __enter__(self) -> BackgroundPusher:
         return self
@@ -76,39 +71,26 @@ class BackgroundPusher:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is not None:
             self._hurry.set()
-        self.close()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while self._waiting is None and not self._closing.is_set():
-                    self._changed.wait()
-                if self._waiting is None:
-                    return
-                (copy, checkpoint, facts), self._waiting = self._waiting, None
-            self._push(copy, checkpoint, facts)
+        self._executor.shutdown()
 
     def _push(self, copy: Path, checkpoint: Path, facts: CardFacts | None) -> None:
         shows_bars = not are_progress_bars_disabled()
-        disable_progress_bars()  # they would tear the bar of the training apart
-        message = f"Upload DDPM, {checkpoint.name}"
-        delays = () if self._hurry.is_set() else self._delays
+        disable_progress_bars()  # they would break up the training's own
         try:
-            push_export(copy, self._target, facts, message, self._log, delays, self._sleep)
+            push_export(copy, self._target, facts, f"Upload DDPM, {checkpoint.name}", self._retry)
         except Exception as error:
-            self._log(failure_text(error, checkpoint.parent, self._target))
+            self._retry.log(failure_text(error, checkpoint.parent, self._target))
         finally:
             if shows_bars:
                 enable_progress_bars()
-            shutil.rmtree(copy, ignore_errors=True)
 
     def _sleep(self, seconds: float) -> None:
         if self._hurry.wait(seconds):
-            raise PushError("training has ended before the Hub could be reached.")
+            raise PushError("training ended before the Hub could be reached.")
 
 
 def _link_files(folder: Path) -> Path:
-    """A copy of what a saved pipeline shares, beside it: hard links where the disk has them."""
+    """A copy of the files of a saved pipeline that are shared, beside it: hard links where the disk has them."""
     copy = Path(tempfile.mkdtemp(prefix=STAGE, dir=folder.parent))
     try:
         for file in folder.rglob("*"):
@@ -117,7 +99,7 @@ def _link_files(folder: Path) -> Path:
                 continue
             (copy / name).parent.mkdir(exist_ok=True)
             try:
-                if name.suffix != ".safetensors":  # what is small may be written to here
+                if name.suffix != ".safetensors":  # small files may be rewritten, as the card is
                     raise OSError
                 os.link(file, copy / name)
             except OSError:

@@ -1,6 +1,6 @@
-"""Pushing a model to the Hub: a complete export first, then one commit, which is there or not.
+"""Pushing a model to the Hub: a complete export first, then one atomic commit.
 
-The real client does the talking. What it does not do itself is done here: another try where a failure may pass, no
+huggingface_hub does the transfers. Added here is what it lacks: retries of the requests that it does not retry, no
 second commit or pull request where only an answer was lost, and a card that keeps what was edited on the Hub.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,7 +22,7 @@ from ..storage.loading import load_pipeline, stored_dtype
 from ..storage.weights import weights_digest
 from .card import CardFacts, combine_facts, known_facts, write_card
 from .card_merge import merge_cards, parse_card
-from .hub import DELAYS, HubTarget, Log, PushError, check_push_access, explain, readable_errors, retry
+from .hub import DEFAULT_RETRY, HubTarget, Log, PushError, Retry, check_push_access, explain, readable_errors
 
 EXTRAS = ("README.md", "samples.png", "real.png", "samples_and_real.png", "loss.png", *EVALUATION_FILES)
 STAGE = ".ddpm-hf-push-"
@@ -36,35 +34,33 @@ def push_folder(
     facts: CardFacts | None = None,
     *,
     message: str = "Upload DDPM",
-    log: Log = print,
-    delays: tuple[float, ...] = DELAYS,
-    sleep: Callable[[float], object] = time.sleep,
+    retry: Retry = DEFAULT_RETRY,
 ) -> str:
     """Push the model of a folder: a pipeline, a training folder, or a checkpoint of ours or of diffusers' script.
 
-    The model is loaded and exported once more, so that what goes up is whole, in safetensors, with its code and card,
-    and without training state, logs or paths.
+    The model is loaded and exported again, so that the upload is complete, in safetensors, with its code and card, and
+    without training state, logs or local paths.
 
     Returns:
-        The address of the commit or of the pull request.
+        The URL of the commit or of the pull request.
 
     Raises:
-        ValueError: for a damaged model, a bad token or name. Nothing is on the Hub then.
+        ValueError: for a damaged model, a bad token or name. Nothing is uploaded then.
         PushError: where the Hub can't be reached or refuses.
     """
     with tempfile.TemporaryDirectory(prefix=STAGE) as stage:
         export_model(folder, Path(stage))
         write_card(Path(stage), facts)
-        with readable_errors(target):  # before a repository is made for a card that the Hub does not take
-            retry(ModelCard.load(Path(stage) / "README.md").validate, "Checking the card", log=log, delays=delays)
-        target = replace(target, repo_id=check_push_access(target, log=log, delays=delays))
-        return push_export(Path(stage), target, facts, message, log, delays, sleep)
+        with readable_errors(target):  # before a repository is created for a card that the Hub rejects
+            retry(ModelCard.load(Path(stage) / "README.md").validate, "Checking the card")
+        target = replace(target, repo_id=check_push_access(target, retry))
+        return push_export(Path(stage), target, facts, message, retry)
 
 
 def try_push(folder: Path, target: HubTarget, facts: CardFacts | None = None, *, log: Log = print) -> bool:
-    """`push_folder` for the end of a training run: a failure is said, with the command that makes up for it."""
+    """`push_folder` for the end of a training run: a failure is logged, with the command to try again."""
     try:
-        url = push_folder(folder, target, facts, log=log)
+        url = push_folder(folder, target, facts, retry=Retry(log))
     except Exception as error:
         log(failure_text(error, folder, target))
         return False
@@ -73,7 +69,7 @@ def try_push(folder: Path, target: HubTarget, facts: CardFacts | None = None, *,
 
 
 def resume_command(folder: Path, target: HubTarget) -> str:
-    """The command that pushes a folder. The token is not in it."""
+    """The command that pushes a folder, without the token."""
     options = ["--private"] * target.private + ["--create_pr"] * target.create_pr
     for name in ("revision", "tag"):
         options += [f"--{name}", getattr(target, name)] if getattr(target, name) else []
@@ -83,10 +79,10 @@ def resume_command(folder: Path, target: HubTarget) -> str:
 def export_model(folder: Path, destination: Path) -> None:
     """Write the model of `folder` as a new pipeline, with its card and pictures, in the precision of its weights.
 
-    Files of an evaluation come along where it was one of these weights.
+    The files of an evaluation are included if it measured these weights.
 
     Raises:
-        ValueError: where there is no model, or a damaged one.
+        ValueError: where there is no model, or it is damaged.
     """
     if not folder.is_dir():
         raise ValueError(f"`model` is {str(folder)!r}, but there is no such folder.")
@@ -104,30 +100,24 @@ def push_export(
     target: HubTarget,
     facts: CardFacts | None,
     message: str,
-    log: Log,
-    delays: tuple[float, ...],
-    sleep: Callable[[float], object],
+    retry: Retry,
 ) -> str:
-    """Push a folder that holds a whole export and belongs to this call, into a repository that exists."""
+    """Push a complete export into an existing repository. The card in `stage` is rewritten."""
     facts = combine_facts(facts or CardFacts(), CardFacts(repo_id=target.repo_id))
     api = target.api()
-
-    def attempt(call: Callable[[], str], what: str) -> str:
-        return retry(call, what, log=log, delays=delays, sleep=sleep)
-
     with readable_errors(target):
         if target.revision and not target.revision.startswith("refs/"):
-            attempt(lambda: _make_branch(api, target), "Creating the branch")
+            retry(lambda: _make_branch(api, target), "Creating the branch")
         if target.tag:
-            attempt(lambda: _check_tag(api, target), "Looking up the tags")
-        url = attempt(lambda: _commit(api, stage, target, facts, message), "Pushing")
+            retry(lambda: _check_tag(api, target), "Looking up the tags")
+        url = retry(lambda: _commit(api, stage, target, facts, message), "Pushing")
         if target.tag:
-            attempt(lambda: _tag(api, target, url.rsplit("/", 1)[-1]), "Tagging")
+            retry(lambda: _tag(api, target, url.rsplit("/", 1)[-1]), "Tagging")
     return url
 
 
 def _commit(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, message: str) -> str:
-    """One try: look at what is there, and commit what differs. Doing it twice makes no second commit."""
+    """One attempt: commit what differs from the repository. A second attempt makes no second commit."""
     repo_id, revision = target.repo_id, target.revision
     pull = None
     if target.create_pr:
@@ -157,10 +147,10 @@ def _commit(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, messag
 
 
 def _update_card(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, head: str | None) -> bool:
-    """The card of the export, with what is known on the Hub of the same weights and what was edited there.
+    """Add to the card of the export what the Hub's card knows of the same weights, and what was edited there.
 
     Returns:
-        Whether the card on the Hub was of other weights.
+        Whether the card on the Hub describes other weights.
     """
     if head is None:
         write_card(stage, facts)
@@ -184,7 +174,7 @@ def _update_card(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, h
 
 
 def _open_pull(api: HfApi, repo_id: str, title: str) -> int | None:
-    """The number of our open pull request of this name, if an earlier try has made it."""
+    """The number of our open pull request of this title, if an earlier attempt has opened it."""
     try:
         pulls = api.get_repo_discussions(
             repo_id, author=api.whoami()["name"], discussion_type="pull_request", discussion_status="open"
@@ -203,19 +193,23 @@ def _make_branch(api: HfApi, target: HubTarget) -> str:
 
 def _check_tag(api: HfApi, target: HubTarget) -> str:
     """Refuse a tag that another commit has, before anything is uploaded."""
-    tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(target.repo_id).tags}
     head = api.model_info(target.repo_id, revision=target.revision).sha
-    if tags.get(str(target.tag), head) != head:
-        raise ValueError(f"`tag` is {target.tag!r}, but {target.repo_id!r} has that tag already: choose another one.")
+    if _tagged_commit(api, target) not in (None, head):
+        raise ValueError(f"`tag` is {target.tag!r}, but {target.repo_id!r} already has that tag: choose another one.")
     return str(head)
 
 
 def _tag(api: HfApi, target: HubTarget, commit: str) -> str:
     api.create_tag(target.repo_id, tag=str(target.tag), revision=commit, exist_ok=True)
-    tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(target.repo_id).tags}
-    if tags.get(str(target.tag)) != commit:
-        raise ValueError(f"the model is pushed, but `tag` {target.tag!r} is another commit's: choose another one.")
+    if _tagged_commit(api, target) != commit:
+        raise ValueError(
+            f"the model was pushed, but `tag` {target.tag!r} belongs to another commit: choose another one."
+        )
     return commit
+
+
+def _tagged_commit(api: HfApi, target: HubTarget) -> str | None:
+    return next((t.target_commit for t in api.list_repo_refs(target.repo_id).tags if t.name == target.tag), None)
 
 
 def is_shared(name: str) -> bool:
@@ -224,6 +218,6 @@ def is_shared(name: str) -> bool:
 
 
 def failure_text(error: Exception, folder: Path, target: HubTarget) -> str:
-    """Why a push failed, and the command that makes up for it."""
+    """Why a push failed, and the command to try again."""
     text = str(error) if isinstance(error, (ValueError, PushError)) else explain(error, target)
     return f"Not pushed: {text}\nThe model is safe in {folder}. Push it with:\n  {resume_command(folder, target)}"
