@@ -17,7 +17,7 @@ from ddpm_hf.config.commands import EvaluateConfig
 from ddpm_hf.evaluation.likelihood import bits_per_dim, rate_distortion
 from ddpm_hf.evaluation.metrics.distances import frechet_distance, moments, precision_recall
 from ddpm_hf.evaluation.metrics.features import open_extractor
-from ddpm_hf.evaluation.metrics.memorization import nearest_neighbours, nearness
+from ddpm_hf.evaluation.metrics.memorization import memorization, nearest_neighbours
 from ddpm_hf.evaluation.real_images import load_real_images
 from ddpm_hf.sharing.card import CardFacts, write_card
 from support.card_rules import card_errors
@@ -88,7 +88,7 @@ def test_sample_figures_are_those_of_the_files(model, extractor):
     x, y = (extract(pixels, show_progress=False).pooled for pixels in (samples, real))
     to_train = nearest_neighbours(samples, real, 1, show_progress=False).distances[:, 0]
     to_others = nearest_neighbours(real, real, 1, own=torch.arange(len(real)), show_progress=False).distances[:, 0]
-    nearest = nearness(to_train, to_others)
+    nearest = memorization(to_train, to_others)
     expected = {
         "fd": frechet_distance(moments(x), moments(y)),
         "precision": precision_recall(x, y)[0],

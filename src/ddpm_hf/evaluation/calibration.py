@@ -21,7 +21,7 @@ from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import sum_over_processes
 from ..storage.checkpoint import MANIFEST
 from ..storage.files import check_writable, write_text_atomically
-from .predictions import Probe
+from .predictions import NoisyImages
 
 MIN_IMAGES = 16  # below it the standard error itself is a guess
 
@@ -57,12 +57,12 @@ def calibrate(
         ValueError: before anything is computed: for images that the network can't take, for fewer than 16 of them, and
             for a scheduler of another kind. After it, for predictions that are not finite.
     """
-    probe = Probe(pipe, images, num_images, seed, batch_size, class_labels, min_images=MIN_IMAGES)
+    noisy = NoisyImages(pipe, images, num_images, seed, batch_size, class_labels, min_images=MIN_IMAGES)
     scheduler = pipe.scheduler
-    T, n = len(scheduler), len(probe.indices)
+    T, n = len(scheduler), len(noisy.indices)
     # Σ and Σ² over the images of ‖x_0 - x̂_0‖²/d and ‖ε̂‖²/d, for every t
     sums = torch.zeros(2, 2, T, dtype=torch.float64)
-    for p in probe.predictions(torch.arange(T), same_noise=True, title="Calibrating", show_progress=show_progress):
+    for p in noisy.predictions(torch.arange(T), same_noise=True, title="Calibrating", show_progress=show_progress):
         output = p.output[:, : p.x_t.shape[1]]
         pred_x_0 = scheduler.predict_x_0(output, p.x_t, p.t)
         pred_eps = scheduler.process.predict_eps(output, p.x_t, p.t, scheduler.config.prediction_type)

@@ -27,7 +27,7 @@ from .phases import (
     Evaluation,
     make_samples,
     measure_likelihood,
-    measure_nearness,
+    measure_memorization,
     measure_quality,
 )
 from .real_images import load_real_images
@@ -83,7 +83,7 @@ def evaluate(
             if set(job.metrics) - EXTRACTOR_FREE:
                 measure_quality(job, samples)
             if "nearest" in job.metrics:
-                measure_nearness(job, samples)
+                measure_memorization(job, samples)
     finally:
         if lock is not None:
             lock.release()

@@ -28,7 +28,7 @@ from ..diffusion.ddpm_process import (
 from ..diffusion.pipeline import DDPMPipelineCustom
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import sum_over_processes
-from .predictions import Prediction, Probe
+from .predictions import NoisyImages, Prediction
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ def bits_per_dim(
     Raises:
         ValueError: before anything is computed, for any bad argument.
     """
-    probe = Probe(pipe, images, num_images, seed, batch_size, class_labels, chosen=indices)
+    noisy = NoisyImages(pipe, images, num_images, seed, batch_size, class_labels, chosen=indices)
     chain = _Chain(pipe, num_inference_steps, timesteps, variance_type)
-    K, n = len(chain.timesteps), len(probe.indices)
+    K, n = len(chain.timesteps), len(noisy.indices)
     columns = _columns(K, n, calls_per_image, seed)
     m = columns.shape[1]
 
@@ -128,7 +128,7 @@ def bits_per_dim(
     sums = torch.zeros(4, K, dtype=torch.float64)
     totals = torch.zeros(n, dtype=torch.float64)
     visited = chain.timesteps[columns]
-    for p in probe.predictions(visited, same_noise=False, title=title, show_progress=show_progress):
+    for p in noisy.predictions(visited, same_noise=False, title=title, show_progress=show_progress):
         k = columns[p.rows, p.column]
         values = torch.stack(chain.measure(p, k)).double().cpu()
         sums.index_add_(1, k, torch.cat([torch.ones(1, len(k), dtype=torch.float64), values]))
@@ -140,7 +140,7 @@ def bits_per_dim(
 
     sums, totals = sum_over_processes(sums), sum_over_processes(totals)
     terms, x_0_mse, eps_mse = sums[1:] / sums[0]
-    L_T = chain.L_T(normalize(probe.images[probe.indices])).mean()
+    L_T = chain.L_T(normalize(noisy.images[noisy.indices])).mean()
     return BitsPerDim(
         float(totals.mean()), float(totals.std() / math.sqrt(n)), float(L_T), terms, x_0_mse, eps_mse,
         chain.timesteps.tolist(), chain.variance_type, n, m,

@@ -24,7 +24,7 @@ from ..sampling.generate import describe_sampling
 from .likelihood_report import likelihood_details, rate_distortion_table, resumable_bits_per_dim, save_likelihood
 from .metrics.features import Extractor, Features
 from .metrics.measure import Measurement, measure
-from .metrics.memorization import nearest_neighbours, nearness
+from .metrics.memorization import memorization, nearest_neighbours
 from .metrics.reference_statistics import Reference, reference_statistics
 from .plots import save_neighbours
 from .predictions import draw_indices
@@ -224,7 +224,7 @@ def all_real_features(job: Evaluation, data: RealImages) -> Tensor:
     return kept if len(kept) == len(data.pixels) else job.extractor(data.pixels, job.config.batch_size).pooled
 
 
-def measure_nearness(job: Evaluation, samples: Samples) -> None:
+def measure_memorization(job: Evaluation, samples: Samples) -> None:
     """Whether samples lie nearer to training images than unseen images do: in pixels and in features, with pictures."""
     real = job.unseen or job.train
     chosen = draw_indices(len(real.pixels), min(len(real.pixels), MOST_HELD_OUT), job.config.seed)
@@ -256,7 +256,7 @@ def compare(
     settings: dict[str, Any],
     picture: str,
 ) -> None:
-    """One figure of `measure_nearness`, and its picture.
+    """One figure of `measure_memorization`, and its picture.
 
     Args:
         samples: uint8 (N, C, H, W), for the picture.
@@ -267,7 +267,7 @@ def compare(
     found = nearest_neighbours(queries, train, NEIGHBOURS, title="Training images nearest to samples")
     held_out = nearest_neighbours(real, train, 1, own=own, title="… and to real images")
     distances = found.distances[:, 0]
-    result = nearness(distances, held_out.distances[:, 0])
+    result = memorization(distances, held_out.distances[:, 0])
     warnings = list(dict.fromkeys(job.train.notes + (job.unseen or job.train).notes))
     if job.unseen is None:
         warnings.append("held-out images are training images, each compared with all the others")

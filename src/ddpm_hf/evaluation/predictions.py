@@ -31,7 +31,7 @@ class Prediction(NamedTuple):
 
 
 @dataclass
-class Probe:
+class NoisyImages:
     """Images to test a network on, chosen and checked.
 
     Args:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ddpm_hf.evaluation.metrics import memorization as nearest
-from ddpm_hf.evaluation.metrics.memorization import nearest_neighbours, nearness
+from ddpm_hf.evaluation.metrics import memorization as module
+from ddpm_hf.evaluation.metrics.memorization import memorization, nearest_neighbours
 from ddpm_hf.evaluation.plots import save_neighbours
 
 QUIET = {"show_progress": False}
@@ -18,7 +18,7 @@ def photographs(number, seed):
 
 
 def test_neighbours_are_those_of_a_loop_over_all_pairs(monkeypatch):
-    monkeypatch.setattr(nearest, "CHUNK", 7)  # so that 20 points are several blocks
+    monkeypatch.setattr(module, "CHUNK", 7)  # so that 20 points are several blocks
     queries, points = photographs(20, 0), photographs(31, 1)
     points[17] = queries[3]
     found = nearest_neighbours(queries, points, 3, **QUIET)
@@ -40,7 +40,7 @@ def test_sums_beyond_float32_are_exact():
 
 
 def test_an_image_is_not_its_own_neighbour_but_its_copy_is(monkeypatch):
-    monkeypatch.setattr(nearest, "CHUNK", 4)
+    monkeypatch.setattr(module, "CHUNK", 4)
     images = photographs(10, 0)
     images[8] = images[2]
     found = nearest_neighbours(images, images, 1, own=torch.arange(10), **QUIET)
@@ -59,7 +59,7 @@ def test_a_model_that_memorises_is_told_from_one_that_does_not():
             known = nearest_neighbours(train, train, 1, own=torch.arange(400), **QUIET)
         else:
             known = nearest_neighbours(unseen, train, 1, **QUIET)
-        return nearness(to_train.distances[:, 0], known.distances[:, 0])
+        return memorization(to_train.distances[:, 0], known.distances[:, 0])
 
     for unseen in (held_out, None):
         good = share(new, unseen)
@@ -73,7 +73,7 @@ def test_a_model_that_memorises_is_told_from_one_that_does_not():
 
 def test_the_standard_error_covers_the_truth():
     """Distances that are all from one distribution: the share is 5 %, give or take what is stated."""
-    found = [nearness(torch.rand(200), torch.rand(300)) for _ in range(400)]
+    found = [memorization(torch.rand(200), torch.rand(300)) for _ in range(400)]
     within = [abs(f.share - 0.05) < 2 * f.standard_error for f in found]
     assert 0.92 < sum(within) / 400 < 0.99
 
@@ -81,10 +81,10 @@ def test_the_standard_error_covers_the_truth():
 def test_copies_are_found_where_the_data_has_copies_itself():
     """A tenth of the held-out images are in the training set: nothing is nearer than that, but as near."""
     held_out = torch.cat([torch.zeros(30), torch.rand(270) + 1])
-    copier = nearness(torch.zeros(50), held_out)
+    copier = memorization(torch.zeros(50), held_out)
     assert (copier.share, copier.threshold, copier.expected) == (1, 0, pytest.approx(0.1))
-    assert nearness(torch.ones(50), held_out).share == 0
-    assert nearness(torch.ones(50), held_out + 1).expected == 0.05
+    assert memorization(torch.ones(50), held_out).share == 0
+    assert memorization(torch.ones(50), held_out + 1).expected == 0.05
 
 
 def test_copies_are_copies_in_features_too():
@@ -99,7 +99,7 @@ def test_copies_are_copies_in_features_too():
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_extremes_of_a_share_are_not_certain(share):
     """Of 500 samples, none or all are near: a true share of 0.3 % less is likely enough to lie within two errors."""
-    result = nearness(torch.full((500,), 1 - share), torch.rand(100_000))
+    result = memorization(torch.full((500,), 1 - share), torch.rand(100_000))
     assert result.share == share
     assert 0.0018 < result.standard_error < 0.004
 

@@ -29,7 +29,7 @@ class Neighbours(NamedTuple):
     indices: Tensor
 
 
-class Nearness(NamedTuple):
+class Memorization(NamedTuple):
     """How many samples lie nearer to the training set than new images do.
 
     Args:
@@ -106,7 +106,7 @@ def _block(queries: Tensor, points: Tensor, k: int, own: Tensor | None) -> tuple
     return squares, indices
 
 
-def nearness(samples: Tensor, held_out: Tensor) -> Nearness:
+def memorization(samples: Tensor, held_out: Tensor) -> Memorization:
     """Compare distances to the nearest training image: those of samples with those of images that are new to it.
 
     In the spirit of the test for data copying of Meehan et al. (2020, arXiv 2004.05675). Smooth and dark samples are
@@ -125,4 +125,4 @@ def nearness(samples: Tensor, held_out: Tensor) -> Nearness:
     n = len(samples)
     p = (float(near.sum()) + 1) / (n + 2)
     variance = p * (1 - p) / n + expected * (1 - expected) / len(held_out)
-    return Nearness(float(near.double().mean()), math.sqrt(variance), threshold, expected)
+    return Memorization(float(near.double().mean()), math.sqrt(variance), threshold, expected)
