@@ -35,6 +35,7 @@ FOLDERS = {
 # Within a folder. A file that is not named here imports none of its neighbours.
 FILES = {
     "config.commands": {"options"},
+    "config.parsing": {"training"},
     "config.training": {"options"},
     "data.cache": {"decoding", "sources", "transform"},
     "data.dataset": {"cache", "decoding", "sources", "transform"},

@@ -2,8 +2,7 @@
 
 import sys
 
-from ddpm_hf.config.options import exit_with_error
-from ddpm_hf.config.training import parse_train_config
+from ddpm_hf.config.parsing import exit_with_error, parse_train_config
 
 
 def main() -> None:

@@ -7,11 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from .commands import calibrate, convert, evaluate, push, sample
 from .config.commands import CalibrateConfig, ConvertConfig, EvaluateConfig, PushConfig, SampleConfig
-from .config.options import HelpFormatter, exit_with_error
+from .config.parsing import HelpFormatter, HfArgumentParser, exit_with_error
 
 DESCRIPTION = """\
 DDPM (Ho et al. 2020) for the Hugging Face ecosystem.

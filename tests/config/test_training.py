@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_hf.config.training import TrainConfig, parse_train_config
+from ddpm_hf.config.parsing import parse_train_config
+from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.training.network import build_ema, build_unet
 from ddpm_hf.training.plan import Plan

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_hf.config.training import TrainConfig, parse_train_config
+from ddpm_hf.config.parsing import parse_train_config
+from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.data.dataset import StoredImages, load_images
 from ddpm_hf.data.pixels import normalize, random_flip, to_uint8
 from support.runs import run, train_command

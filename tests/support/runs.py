@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ddpm_hf.config.training import PRESETS
+from ddpm_hf.config.parsing import PRESETS
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests" / "support"

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from scipy.stats import kstest
 
 from ddpm_hf import DDPMPipelineCustom, DDPMProcess
-from ddpm_hf.config.training import TrainConfig, parse_train_config
+from ddpm_hf.config.parsing import parse_train_config
+from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.data.pixels import normalize
 from ddpm_hf.diffusion.ddpm_process import make_betas

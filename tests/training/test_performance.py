@@ -8,7 +8,8 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_hf.config.training import TrainConfig, parse_train_config
+from ddpm_hf.config.parsing import parse_train_config
+from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.diffusion import ddpm_process
 from ddpm_hf.storage.checkpoint import load_checkpoint
 from ddpm_hf.training import performance

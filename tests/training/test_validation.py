@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import avg_pool2d
 
 from ddpm_hf import DDPMPipelineCustom
-from ddpm_hf.config.training import TrainConfig, parse_train_config
+from ddpm_hf.config.parsing import parse_train_config
+from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.data.dataset import StoredImages, load_images
 from ddpm_hf.data.pixels import to_uint8
 from ddpm_hf.data.sources import open_source, open_stream

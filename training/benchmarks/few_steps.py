@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
-from ddpm_hf.config.training import parse_train_config
+from ddpm_hf.config.parsing import parse_train_config
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.data.pixels import normalize
 from ddpm_hf.evaluation.calibration import calibrate, recommended_steps, save_calibrated

@@ -1,11 +1,8 @@
-"""What every configuration is made of: options with help, checks that name them, and the look of --help."""
+"""What every configuration is made of: options with help and checks that name them."""
 
 from __future__ import annotations
 
-import argparse
 import math
-import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import field, fields
 from types import NoneType
@@ -69,26 +66,3 @@ def check_seed(seed: int, images: int = 1) -> None:
     """Raise a ValueError unless torch takes the seed, and those of the next images too."""
     if not 0 <= seed <= 2**63 - images:
         raise ValueError(f"`seed` is {seed}, but must lie between 0 and 2^63 - {images}.")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """One spelling of each option, short names for its value, and its default if it has one."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.nargs == 0 or not action.option_strings:
-            return super()._format_action_invocation(action)
-        return f"{action.option_strings[0]} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
-
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {int: "N", float: "X"}.get(action.type, "VALUE")  # type: ignore[call-overload]
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def exit_with_error(error: Exception) -> None:
-    """End a command with the message of a foreseen error, without a traceback."""
-    sys.exit(f"error: {error}")

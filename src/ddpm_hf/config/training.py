@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
-from transformers import HfArgumentParser
+from .options import at_least, check_seed, check_types, fraction, option, positive
 
-from .options import HelpFormatter, at_least, check_seed, check_types, fraction, option, positive
-
-PRESETS = Path(__file__).parent / "presets"
-DEFAULT_PRESET = "digits"
 IMAGE_MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}  # Pillow's name → channels
 TRACKERS = ("tensorboard", "wandb", "trackio")
 MIN_EVAL_IMAGES = 16
@@ -411,68 +405,6 @@ class TrainConfig(
                 f"`channels` is {self.channels}, but `image_mode` {mode!r} has {IMAGE_MODES[mode]}: leave one out."
             )
         self.image_mode, self.channels = mode, IMAGE_MODES[mode]
-
-
-def parse_train_config(argv: Sequence[str]) -> TrainConfig:
-    """Flags over YAML over defaults. Without a source of images, the preset `digits` is the YAML file.
-
-    Raises:
-        SystemExit: with argparse's message, for unknown flags or values of the wrong type.
-        ValueError: naming the option, for values that make no sense.
-    """
-    parser = HfArgumentParser(
-        GROUPS,
-        prog="train.py",
-        usage="%(prog)s [--config PRESET] [--OPTION VALUE …]",
-        description="Train a DDPM. Without any option: scikit-learn's digits, in about five minutes on two CPU cores.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config",
-        metavar="PRESET",
-        help=f"Options from a preset ({', '.join(presets())}) or a YAML file; flags override it.",
-    )
-    given = parser.parse_args(list(argv))
-    has_source = given.dataset_name is not None or given.train_data_dir is not None
-    chosen = given.config or (None if has_source else DEFAULT_PRESET)
-    if chosen is not None:
-        parser.set_defaults(**_read_yaml(preset_file(chosen), {f.name for f in fields(TrainConfig)}))
-        if has_source:  # a source on the command line replaces the file's
-            parser.set_defaults(dataset_name=None, train_data_dir=None)
-    options = vars(parser.parse_args(list(argv)))
-    options.pop("config")
-    return TrainConfig(**options)
-
-
-def presets() -> list[str]:
-    """The names of the presets that the package ships."""
-    return sorted(file.stem for file in PRESETS.glob("*.yaml"))
-
-
-def preset_file(name: str) -> Path:
-    """The YAML file of a preset, or the file of that path.
-
-    Raises:
-        ValueError: where there is neither.
-    """
-    file = PRESETS / f"{name}.yaml" if name in presets() else Path(name)
-    if not file.is_file():
-        raise ValueError(f"`config` is {name!r}, but must be one of {', '.join(presets())}, or a YAML file.")
-    return file
-
-
-def _read_yaml(file: Path, known: set[str]) -> dict[str, Any]:
-    try:
-        options = yaml.safe_load(file.read_text("utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{file} must hold `option: value` lines.")
-    unknown = sorted(str(name) for name in options if name not in known)
-    if unknown:
-        raise ValueError(f"{file} has unknown options {', '.join(unknown)}: see --help for those that exist.")
-    return options
 
 
 def _json_mapping(text: str) -> dict[str, Any]:

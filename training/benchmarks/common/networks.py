@@ -6,7 +6,7 @@ import torch
 import yaml
 from diffusers import UNet2DModel
 
-from ddpm_hf.config.training import preset_file
+from ddpm_hf.config.parsing import preset_file
 
 
 def _of_preset(name: str, channels: int) -> dict[str, Any]:
