@@ -27,14 +27,14 @@ def sample(model: str, config: SampleConfig) -> Path:
     from .sampling.batch_size import fitting_batch_size
     from .sampling.files import image_files
     from .sampling.folder import sample_to_folder
-    from .sampling.generate import trajectory
+    from .sampling.generate import check_options
     from .storage.files import check_writable
 
     output_dir = Path(config.output_dir)
     check_writable(output_dir)
     state = _processes()
     pipeline, call_options = _pipeline_for_samples(model, config, config.dtype), _call_options(config)
-    trajectory(pipeline, config.class_label, **call_options)  # mistakes are told before anything is compiled
+    check_options(pipeline, config.class_label, **call_options)  # before anything is compiled
     batch_size = config.batch_size or fitting_batch_size(pipeline.unet)
     if config.fast:
         missing = config.num_images - len(image_files(output_dir, config.format).present())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -161,6 +162,19 @@ def test_any_stock_scheduler_swaps_in(make_pipeline, scheduler, learned):
     assert np.isfinite(out.images).all()
     assert 0.1 < out.images.mean() < 0.9
     assert len(out.trajectory) >= 3
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [DDPMSchedulerCustom, DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, EulerDiscreteScheduler],
+)
+def test_planned_timesteps_are_those_of_the_call_and_change_nothing(make_pipeline, scheduler):
+    pipe = make_pipeline(scheduler())
+    pipe.scheduler.set_timesteps(7)
+    before = pickle.dumps(vars(pipe.scheduler))
+    planned = pipe.planned_timesteps(5)
+    assert pickle.dumps(vars(pipe.scheduler)) == before
+    assert pipe(num_inference_steps=5, trajectory_every=1).trajectory_timesteps == [int(t) for t in planned]
 
 
 def test_stock_ddim_gives_the_images_of_our_eta_0(make_pipeline):

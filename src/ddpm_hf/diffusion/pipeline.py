@@ -7,6 +7,7 @@ loads with this package, with none of ours (as remote code), and with stock diff
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
@@ -192,7 +193,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
         network = self._current_network()
 
         # 2. Choose the trajectory
-        self.set_timesteps(num_inference_steps, timesteps)
+        self.scheduler.set_timesteps(**self._timesteps_kwargs(num_inference_steps, timesteps))
         step_kwargs = self._step_kwargs(generator, eta)
 
         # 3. x_T ~ N(0, I), in float32 whatever the network's precision
@@ -402,33 +403,39 @@ class DDPMPipelineCustom(DiffusionPipeline):
             raise ValueError(f"`class_labels` has {wrong}, but every label must lie between 0 and {num_classes - 1}.")
         return labels.to(self._execution_device, torch.long)
 
-    def set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | str | None) -> None:
-        """Set the scheduler's trajectory, by the arguments of a call.
-
-        Timesteps stay on the CPU: reading one never waits for a GPU.
+    def planned_timesteps(
+        self, num_inference_steps: int | None = None, timesteps: Sequence[int] | Tensor | str | None = None
+    ) -> list[int]:
+        """The timesteps that a call with these arguments would follow. Changes nothing.
 
         Raises:
-            ValueError: for what can't be followed.
+            ValueError: as the call would.
         """
+        scheduler = copy.copy(self.scheduler)
+        scheduler.set_timesteps(**self._timesteps_kwargs(num_inference_steps, timesteps))
+        return scheduler.timesteps.tolist()
+
+    def _timesteps_kwargs(
+        self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | str | None
+    ) -> dict[str, Any]:
+        """Arguments of `set_timesteps`. No device: reading a timestep on the CPU never waits for a GPU."""
         T = self.scheduler.config.num_train_timesteps
         if timesteps is None or isinstance(timesteps, str):
             steps = T if num_inference_steps is None else num_inference_steps
             check_integer("num_inference_steps", steps, 1, T)
             if timesteps is None:
-                self.scheduler.set_timesteps(steps)
-            elif isinstance(self.scheduler, DDPMSchedulerCustom):
-                self.scheduler.set_timesteps(steps, spacing=timesteps)
-            else:
-                raise ValueError(
-                    f"`timesteps` is {timesteps!r}, but {type(self.scheduler).__name__} takes no spacing by name: pass "
-                    "the timesteps themselves, or use DDPMSchedulerCustom."
-                )
-            return
+                return {"num_inference_steps": steps}
+            if isinstance(self.scheduler, DDPMSchedulerCustom):
+                return {"num_inference_steps": steps, "spacing": timesteps}
+            raise ValueError(
+                f"`timesteps` is {timesteps!r}, but {type(self.scheduler).__name__} takes no spacing by name: pass "
+                "the timesteps themselves, or use DDPMSchedulerCustom."
+            )
         if num_inference_steps is not None:
             raise ValueError("pass one of `num_inference_steps` and `timesteps`; both were given.")
         if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
             raise ValueError(f"`timesteps` were given, but {type(self.scheduler).__name__} takes no custom timesteps.")
-        self.scheduler.set_timesteps(timesteps=check_custom_timesteps(timesteps, T).tolist())
+        return {"timesteps": check_custom_timesteps(timesteps, T).tolist()}
 
     def _step_kwargs(
         self, generator: torch.Generator | list[torch.Generator] | None, eta: float | None

@@ -16,7 +16,7 @@ from ..config.commands import EvaluateConfig
 from ..data.pictures import check_plotting
 from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
-from ..sampling.generate import trajectory
+from ..sampling.generate import check_options
 from ..storage.checkpoint import MANIFEST
 from ..storage.files import check_writable, lock_output_dir
 from ..storage.weights import hash_weights
@@ -157,7 +157,7 @@ def prepare(
     if classes is not None and labels is None:
         labels = list(range(train.num_classes or classes))
     for steps in (call_options["num_inference_steps"], config.likelihood_steps):
-        trajectory(pipeline, labels, **call_options | {"num_inference_steps": steps})  # which checks it
+        check_options(pipeline, labels, **call_options | {"num_inference_steps": steps})
     return Evaluation(pipeline, place, config, metrics, train, unseen, extractor, call_options, labels, figures, ema)
 
 
@@ -194,7 +194,7 @@ def estimate(job: Evaluation) -> str:
         calls = config.calls_per_image or config.likelihood_steps or T
         rows.append(("Likelihood", job.num_likelihood_images, calls))
     if set(job.metrics) - SAMPLE_FREE:
-        steps = len(trajectory(job.pipeline, job.class_labels, **job.call_options))
+        steps = len(check_options(job.pipeline, job.class_labels, **job.call_options))
         rows.append(("Samples", config.num_images, steps * (1 if job.call_options["guidance_scale"] == 1 else 2)))
     lines = [
         f"{name}: {images:,} images of {calls:,} network calls each, about "

@@ -63,7 +63,7 @@ def sample_pixels(
     """
     batches = index_batches(num_images, batch_size)
     check_integer("seed", seed, 0, 2**63 - num_images)
-    steps = len(trajectory(pipeline, class_labels, **call_options))
+    steps = len(check_options(pipeline, class_labels, **call_options))
     state = PartialState()
     remaining = [batch for number, batch in enumerate(batches) if number not in skip]
     share = remaining[state.process_index :: state.num_processes]
@@ -116,7 +116,7 @@ def sample_in_lockstep(
         ValueError: for a bad argument.
     """
     unet, batches = pipeline.unet, lockstep_batches(num_images, batch_size)
-    steps = len(trajectory(pipeline, class_labels, **call_options))
+    steps = len(check_options(pipeline, class_labels, **call_options))
     is_quiet = not (show_progress and PartialState().is_main_process)
     was_training = unet.training
     unet.eval()
@@ -169,7 +169,7 @@ def cycle_labels(class_labels: Sequence[int] | None, images: Sequence[int]) -> l
     return [class_labels[i % len(class_labels)] for i in images] if class_labels else None
 
 
-def trajectory(
+def check_options(
     pipeline: DDPMPipelineCustom,
     class_labels: Sequence[int] | None = None,
     *,
@@ -178,15 +178,14 @@ def trajectory(
     guidance_scale: float = 1.0,
     **call_options: Any,
 ) -> list[int]:
-    """The timesteps that a call with these options follows.
+    """The timesteps that pipeline calls with these options follow. Changes nothing.
 
     Raises:
-        ValueError: for bad timesteps, labels or guidance. All the labels: that of image 900 may be a mistake too.
+        ValueError: for bad timesteps, guidance or labels: all of these, whichever image needs them.
     """
     pipeline.prepare_class_labels(class_labels or None, len(class_labels) if class_labels else 1, guidance_scale)
     image_size(pipeline.unet)  # raises unless it is known
-    pipeline.set_timesteps(num_inference_steps, timesteps)
-    return pipeline.scheduler.timesteps.tolist()
+    return pipeline.planned_timesteps(num_inference_steps, timesteps)
 
 
 def describe_sampling(
@@ -202,7 +201,7 @@ def describe_sampling(
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     is_calibrated = scheduler.get("variance_type") == "optimal"
     calibration = json.dumps(pipeline.scheduler.config["_calibration"], sort_keys=True) if is_calibrated else None
-    timesteps = trajectory(pipeline, class_labels, **call_options)
+    timesteps = check_options(pipeline, class_labels, **call_options)
     return {
         "weights": hash_weights(pipeline.unet),
         "seed": seed,
