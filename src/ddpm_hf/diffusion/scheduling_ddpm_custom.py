@@ -94,7 +94,8 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps: T ≥ 1.
-        beta_start, beta_end: β_1 and β_T of the schedules `linear`, `scaled_linear` and `sigmoid`, in (0, 1).
+        beta_start: β_1 of the schedules `linear`, `scaled_linear` and `sigmoid`, in (0, 1).
+        beta_end: β_T of the same, at least `beta_start`.
         beta_schedule: `linear` (the paper's), `scaled_linear`, `squaredcos_cap_v2`, `sigmoid` or `laplace`.
         trained_betas: β_1 … β_T themselves; they override the four arguments above, T included.
         variance_type: σ² of the reverse step: `fixed_small` (β̃), `fixed_large` (β), their `_log` twins, `learned`

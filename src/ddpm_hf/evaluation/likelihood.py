@@ -69,7 +69,7 @@ class BitsPerDim:
 class RateDistortion(NamedTuple):
     """Progressive lossy coding (arXiv 2006.11239, Section 4.3, Fig. 5), one point per timestep, descending.
 
-    Args:
+    Attributes:
         timesteps: t, (K,): what the receiver knows is x_t.
         rate: bits/dim that it took to send x_t, (K,), float64.
         distortion: RMSE of x̂_0 on the scale of 0 to 255, (K,), float64.

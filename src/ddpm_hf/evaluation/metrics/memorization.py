@@ -20,7 +20,7 @@ ROUNDING = 1e-12  # of a squared distance, relative to the squared norms: featur
 class Neighbours(NamedTuple):
     """The k nearest points of N queries, nearest first.
 
-    Args:
+    Attributes:
         distances: Euclidean, float64 of shape (N, k).
         indices: which points they are, int64 of shape (N, k).
     """
@@ -32,7 +32,7 @@ class Neighbours(NamedTuple):
 class Memorization(NamedTuple):
     """How many samples lie nearer to the training set than new images do.
 
-    Args:
+    Attributes:
         share: of the samples, nearer to a training image than 95 % of the held-out images are: 0.05 for a model that
             draws new images from the data's distribution, 1 for one that hands out its training images.
         standard_error: of the share, for the numbers of samples and of held-out images.
