@@ -45,9 +45,14 @@ def test_weightings_mean_the_same_whatever_is_predicted(process, weighting, opti
     x_0, noise, error = torch.randn(3, 3, 1, 4, 4).double()
     x_t = process.q_sample(x_0, t, noise)
     wrong_x_0 = x_0 + 0.1 * error
+    wrong_noise = process.predict_eps(wrong_x_0, x_t, t, "sample")
+    predictions = {
+        "sample": wrong_x_0,
+        "epsilon": wrong_noise,
+        "v_prediction": process.velocity(wrong_x_0, wrong_noise, t),
+    }
     expected = of_x_0(process.snr(t)) * (0.1 * error).square().flatten(1).mean(1)
-    for kind in ("sample", "epsilon", "v_prediction"):
-        prediction = process.convert_prediction(wrong_x_0, x_t, t, "sample", kind)
+    for kind, prediction in predictions.items():
         loss = (prediction - target(process, x_0, noise, t, kind)).square().flatten(1).mean(1)
         weight = loss_weight(process, t, kind, weighting, **options)
         torch.testing.assert_close(weight.double() * loss, expected, rtol=1e-5, atol=0)

@@ -394,26 +394,6 @@ class DDPMProcess:
             return _like(x_t, 1 / b, x_t, -a / b, output)
         return _like(x_t, b, x_t, a, output)
 
-    def predict_v(
-        self, output: Tensor, x_t: Tensor, t: Timestep, prediction_type: PredictionType = "epsilon"
-    ) -> Tensor:
-        """v̂ from a prediction of any type. Not finite for `epsilon` where ᾱ_t = 0."""
-        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        if prediction_type == "v_prediction":
-            return output.to(x_t.dtype)
-        a, b = self._signal_noise(t)
-        if prediction_type == "sample":
-            return _like(x_t, a / b, x_t, -1 / b, output)
-        return _like(x_t, -b / a, x_t, 1 / a, output)
-
-    def convert_prediction(
-        self, output: Tensor, x_t: Tensor, t: Timestep, source: PredictionType, target: PredictionType
-    ) -> Tensor:
-        """A prediction of type `source` as one of type `target`, without a detour through a third type."""
-        check_choice("target", target, PREDICTION_TYPES)
-        convert = {"epsilon": self.predict_eps, "sample": self.predict_x0, "v_prediction": self.predict_v}[target]
-        return convert(output, x_t, t, source)
-
     # --- the reverse process p --------------------------------------------------------------------------------------
 
     def p_log_variance(
