@@ -17,7 +17,7 @@ def pipe(outputs=3, variance_type="fixed_small"):
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
-@pytest.mark.parametrize("outputs, variance_type", [(3, "fixed_small"), (6, "learned_range")])
+@pytest.mark.parametrize(("outputs", "variance_type"), [(3, "fixed_small"), (6, "learned_range")])
 def test_the_likelihood_is_that_of_a_cpu(kind, outputs, variance_type):
     expected = bits_per_dim(pipe(outputs, variance_type), IMAGES, show_progress=False)
     with PretendGpu(kind) as gpu:

@@ -57,7 +57,10 @@ def test_apples_gpu_trains_what_a_cpu_trains_and_never_meets_float64(tmp_path, o
     with PretendGpu("mps") as gpu:
         actual = train(tmp_path / "mps", **OBJECTIVES[objective])
     assert not gpu.unsafe
-    assert_equal(actual, expected)
+    if objective == "hybrid":  # the likelihood in float32
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+    else:
+        assert_equal(actual, expected)
 
 
 # --- these tests can fail --------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class DeviceMix(RuntimeError):
 
 
 class PretendGpu:
-    """The context. `kind` is "cuda" or "mps"; `capability` and `memory` (bytes) are what the pretended GPU says it has."""
+    """The context. `kind` is "cuda" or "mps"; `capability` and `memory` (bytes) are what the device says of itself."""
 
     def __init__(self, kind: str = "cuda", capability: tuple[int, int] = (9, 0), memory: int = 80 * 2**30) -> None:
         self.device = torch.device(kind, 0)

@@ -615,6 +615,16 @@ def _exact_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. The CPU waits for the copy, unless it goes to CUDA, through pinned memory.
+
+    Elsewhere, a copy that nobody waits for may read what the CPU has overwritten, or be read before it is there.
+    """
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def _broadcast(coefficient: Tensor, x: Tensor) -> Tensor:
     """A coefficient of shape () or (B,), as one that multiplies x of shape (B, *)."""
     if coefficient.ndim > 1 or (coefficient.ndim == 1 and coefficient.shape[0] not in (1, x.shape[0])):
@@ -623,7 +633,7 @@ def _broadcast(coefficient: Tensor, x: Tensor) -> Tensor:
             f"for all, or {x.shape[0]}."
         )
     # Cast before the move: float64 never reaches a device that has none.
-    coefficient = coefficient.to(dtype=_compute_dtype(x)).to(x.device, non_blocking=True)
+    coefficient = to_device(coefficient.to(dtype=_compute_dtype(x)), x.device)
     return coefficient.reshape(-1, *(1,) * (x.ndim - 1)) if coefficient.ndim else coefficient
 
 

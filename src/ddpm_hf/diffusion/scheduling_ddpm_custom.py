@@ -39,6 +39,7 @@ from .ddpm_process import (
     make_betas,
     rescale_zero_terminal_snr,
     split_model_output,
+    to_device,
 )
 
 TimestepSpacing = Literal["linspace", "leading", "trailing"]
@@ -525,7 +526,7 @@ def draw_noise(
     """ε ~ N(0, I). What generators on the CPU draw follows the work queued on a GPU, which is not waited for."""
     first = generator[0] if isinstance(generator, list) else generator
     if device.type == "cuda" and first is not None and first.device.type == "cpu":
-        return randn_tensor(shape, generator, torch.device("cpu"), dtype).pin_memory().to(device, non_blocking=True)
+        return to_device(randn_tensor(shape, generator, torch.device("cpu"), dtype), device)
     if first is generator and (first is None or first.device == device):  # what `randn_tensor` does, in half the time
         return torch.randn(shape, generator=first, device=device, dtype=dtype)
     return randn_tensor(shape, generator, device, dtype)

@@ -66,7 +66,7 @@ def calibrate(
         output = p.output[:, : p.x_t.shape[1]]
         pred_x_0 = scheduler.predict_x_0(output, p.x_t, p.t)
         pred_eps = scheduler.process.predict_eps(output, p.x_t, p.t, scheduler.config.prediction_type)
-        squares = torch.stack([p.x_0 - pred_x_0, pred_eps]).square().flatten(2).mean(2).double().cpu()
+        squares = torch.stack([p.x_0 - pred_x_0, pred_eps]).square().flatten(2).mean(2).cpu().double()
         sums[0, :, p.column] += squares.sum(1)
         sums[1, :, p.column] += squares.square().sum(1)
 

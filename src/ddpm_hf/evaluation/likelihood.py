@@ -130,7 +130,7 @@ def bits_per_dim(
     visited = chain.timesteps[columns]
     for p in noisy.predictions(visited, same_noise=False, title=title, show_progress=show_progress):
         k = columns[p.rows, p.column]
-        values = torch.stack(chain.measure(p, k)).double().cpu()
+        values = torch.stack(chain.measure(p, k)).cpu().double()
         sums.index_add_(1, k, torch.cat([torch.ones(1, len(k), dtype=torch.float64), values]))
         # Of the K - 1 terms before L_0, an estimate sees m - 1: each stands for as many.
         weight = 1.0 if p.column == m - 1 else (K - 1) / (m - 1)
@@ -222,7 +222,7 @@ class _Chain:
 
     def L_T(self, x_0: Tensor) -> Tensor:
         """The prior's term of a chain that starts where this one does, (B,), float64 on the CPU."""
-        return self.process.L_T(x_0, int(self.timesteps[0])).double().cpu()
+        return self.process.L_T(x_0, int(self.timesteps[0])).cpu().double()
 
     def measure(self, p: Prediction, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The term, the error of x̂_0 and that of ε̂ at timesteps[k], each of shape (B,)."""

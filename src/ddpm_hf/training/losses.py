@@ -59,7 +59,7 @@ def loss_weight(
     }[weighting]()
     # ‖ε - ε̂‖² = SNR ‖x_0 - x̂_0‖² = ᾱ ‖v - v̂‖², and ᾱ = SNR / (SNR + 1)
     of_prediction = {"epsilon": torch.ones_like(snr), "sample": snr, "v_prediction": snr / (snr + 1)}[prediction_type]
-    return (of_noise * of_prediction).float()
+    return (of_noise * of_prediction).float().to(t.device)
 
 
 def vlb(
