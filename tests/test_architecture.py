@@ -62,8 +62,8 @@ FILES = {
     "sharing.push": {"card", "card_merge", "hub"},
     "storage.loading": {"checkpoint"},
     "training.loop": {
-        "interruption", "log", "losses", "network", "output_folder", "plots", "previews", "publishing", "setup",
-        "state", "validation", "validation_set",
+        "interruption", "log", "network", "output_folder", "plan", "plots", "previews", "publishing", "setup", "state",
+        "step", "validation", "validation_set",
     },
     "training.performance": {"network"},
     "training.previews": {"network", "state"},
@@ -72,6 +72,7 @@ FILES = {
         "log", "network", "output_folder", "performance", "plan", "publishing", "state", "validation_set",
     },
     "training.state": {"network", "plan"},
+    "training.step": {"log", "losses", "state"},
     "training.validation": {"log", "network", "plan", "plots", "state", "validation_set"},
 }  # fmt: skip
 COPIED = {

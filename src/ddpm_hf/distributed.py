@@ -27,10 +27,6 @@ class Agreement:
         dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.group)
         return int(shared)
 
-    def same(self, value: int) -> bool:
-        """Whether the value is the same in all processes. All of them must call it."""
-        return self.largest(value) == -self.largest(-value)
-
     @contextmanager
     def together(self) -> Iterator[None]:
         """A foreseen error (ValueError, OSError) of one process within this context is raised in all at its end.

@@ -14,10 +14,10 @@ from ddpm_hf.diffusion.pipeline import DDPMPipelineCustom
 from ddpm_hf.diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ddpm_hf.distributed import Agreement
 from ddpm_hf.storage.checkpoint import save_checkpoint
-from ddpm_hf.training.loop import skip_unless_finite
 from ddpm_hf.training.network import build_ema, build_unet
 from ddpm_hf.training.plan import Plan
 from ddpm_hf.training.state import Run, capture, restore
+from ddpm_hf.training.step import skip_unless_finite
 from support.runs import TINY_OPTIONS
 
 accelerator = Accelerator(cpu=True)

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,11 +26,13 @@ from ddpm_hf.diffusion.ddpm_process import make_betas
 from ddpm_hf.diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ddpm_hf.distributed import Agreement
 from ddpm_hf.storage.checkpoint import checkpoint_steps, latest_checkpoint, load_checkpoint
-from ddpm_hf.training.loop import seed_part, skip_unless_finite, train, training_losses
+from ddpm_hf.training.loop import train
+from ddpm_hf.training.losses import training_losses
 from ddpm_hf.training.network import build_ema, build_unet, ema_weights
 from ddpm_hf.training.output_folder import clear_output_dir, prepare_output_dir
 from ddpm_hf.training.plan import Plan
 from ddpm_hf.training.state import Run, compare, restore
+from ddpm_hf.training.step import seed_part, skip_unless_finite
 from support.runs import TINY_UNET, run, train_command
 
 
@@ -243,10 +246,10 @@ def test_output_folders_with_something_in_the_way_are_refused(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "unet").write_text("a file")
     config = TrainConfig(dataset_name="digits", output_dir=str(tmp_path / "out"))
-    with pytest.raises(ValueError, match="unet' is no folder"):
+    with pytest.raises(ValueError, match="unet' is not a folder"):
         prepare_output_dir(tmp_path / "out", config)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="link' is no folder"):
+    with pytest.raises(ValueError, match="link' is not a folder"):
         prepare_output_dir(tmp_path / "link", config)
 
 
@@ -270,7 +273,11 @@ def test_clearing_removes_what_a_run_leaves_and_nothing_else(finished_run, tmp_p
     output_dir = tmp_path / "run"
     shutil.copytree(finished_run[0], output_dir)
     (output_dir / "notes.txt").write_text("mine")
-    clear_output_dir(output_dir, 0, "logs")
+    config = TrainConfig(dataset_name="digits", output_dir=str(output_dir))
+    files = sorted(output_dir.rglob("*"))
+    clear_output_dir(config, 0)
+    assert files == sorted(output_dir.rglob("*"))
+    clear_output_dir(replace(config, overwrite_output_dir=True), 0)
     left = sorted(p.relative_to(output_dir).as_posix() for p in output_dir.rglob("*") if p.is_file())
     assert left == [".lock", "README.md", "logs/config.json", "notes.txt"]  # a card may hold a person's words
 

@@ -80,7 +80,7 @@ def test_ctrl_c_during_a_preview_saves_and_says_so_and_no_other_run_gets_in_betw
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGINT
-    assert b"Stopped after 1 updates. Go on with --resume_from_checkpoint latest." in output
+    assert b"Stopped after 1 updates. Resume with --resume_from_checkpoint latest." in output
     assert b"Traceback" not in output
     assert checkpoint_steps(tmp_path) == [1]
 

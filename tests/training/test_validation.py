@@ -208,7 +208,7 @@ def a_run(tmp_path, classes=None):
     unet = build_unet(config, classes)
     accelerator = Accelerator(cpu=True)
     plan, ema = Plan(config, 1781, 1), build_ema(config, unet)
-    log = TrainingLog(accelerator, config)
+    log = TrainingLog(accelerator, config, 1)
     log.begin(0, [])
     return Run(config, plan, DDPMSchedulerCustom(), accelerator, Agreement(1), unet, None, ema), log
 
@@ -268,7 +268,7 @@ def test_a_signal_ends_a_validation_which_leaves_no_trace(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, run.unet.parameters(), strict=True))
     assert run.unet.training
     Validation(run, log, validation_set).measure(lambda: None)
-    Validation(run, other := TrainingLog(run.accelerator, run.config), validation_set).measure(lambda: None)
+    Validation(run, other := TrainingLog(run.accelerator, run.config, 1), validation_set).measure(lambda: None)
     assert log.validations() == other.validations() != []
 
 

@@ -18,20 +18,20 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..config.training import TrainConfig
 from ..storage.files import write_text_atomically
 
 LOG_EVERY = 10  # updates
-QUARTERS = 4  # of the timesteps, whose losses are logged apart
+QUARTERS = 4  # of the timesteps, whose losses are logged separately
 
 
 def check_trackers(config: TrainConfig) -> list[str]:
     """The trackers to report to.
 
     Raises:
-        ValueError: where one is asked for whose package is not installed; Accelerate would go on without it.
+        ValueError: where the package of a requested one is not installed; Accelerate would silently do without it.
     """
     wanted = [config.logger] if config.logger else config.report_to
     if wanted is None:
@@ -43,17 +43,19 @@ def check_trackers(config: TrainConfig) -> list[str]:
 
 
 class TrainingLog:
-    """Losses and rates of a run.
+    """Losses and rates of a run of `max_steps` updates.
 
     `train.jsonl` holds what follows from the options alone, so that a run that was killed and resumed leaves the same
-    file as one that was not. Speed goes to the bar and to the trackers.
+    file as one that was not. Speed goes to the progress bar and to the trackers.
     """
 
-    def __init__(self, accelerator: Accelerator, config: TrainConfig) -> None:
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, max_steps: int) -> None:
         self.accelerator = accelerator
         self.config = config
+        self.max_steps = max_steps
         self.file = Path(config.output_dir) / config.logging_dir / "train.jsonl"
         self.entries: list[dict[str, Any]] = []
+        self._bar: tqdm[int] = tqdm([], disable=True)
         self._rows: list[Tensor] = []  # of this process, since the last entry
         self._carried: list[list[float]] = []  # of all processes, from before a resumption
         self._bad_in_a_row = torch.zeros((), device=accelerator.device)
@@ -63,9 +65,12 @@ class TrainingLog:
         self._since = time.perf_counter()
 
     def begin(self, start: int, unlogged: list[list[float]], skipped_images: Sequence[Any] = ()) -> None:
-        """Take up the log at update `start`: what a later part of the run has written is forgotten.
+        """Open the log at update `start`; entries beyond it are dropped.
 
-        Images that can't be read and are skipped, as dataclasses, go to `skipped_images.json`.
+        Args:
+            start: updates done.
+            unlogged: the losses since the last entry, as `unlogged` gave them for the checkpoint.
+            skipped_images: dataclasses, for `skipped_images.json`.
         """
         self._carried = unlogged
         if not self.accelerator.is_main_process:
@@ -93,7 +98,7 @@ class TrainingLog:
         )
 
     def _read(self) -> Iterator[dict[str, Any]]:
-        """The entries of the part of the run before this one, up to a line that a crash cut off."""
+        """The entries of the earlier parts of the run, up to a line that a crash cut off."""
         if not self.file.is_file():
             return
         for line in self.file.read_text("utf-8").splitlines():
@@ -101,6 +106,18 @@ class TrainingLog:
                 yield json.loads(line)
             except ValueError:
                 return
+
+    def bar(self, start: int) -> tqdm[int]:
+        """The updates that are left, as a progress bar."""
+        self._bar = tqdm(
+            range(start, self.max_steps), "Training", self.max_steps, initial=start, unit="step",
+            disable=not self.accelerator.is_main_process,
+        )  # fmt: skip
+        return self._bar
+
+    def close(self) -> None:
+        """Leave the progress bar as it is, and write below it from now on."""
+        self._bar.close()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -110,7 +127,11 @@ class TrainingLog:
         self._since += time.perf_counter() - began
 
     def add_losses(self, losses: Tensor, t: Tensor, waited: float) -> None:
-        """Keep the losses of a micro-step, of shape (B,), without waiting for the device."""
+        """Keep the losses of a micro-step and their t, both (B,), without waiting for the device.
+
+        Args:
+            waited: seconds for which the batch was not ready.
+        """
         losses = losses.detach()
         is_finite = losses.isfinite()
         value_and_count = torch.stack([losses.where(is_finite, 0.0), is_finite.float()])
@@ -121,7 +142,7 @@ class TrainingLog:
         self._waited += waited
 
     def add_gradient(self, is_finite: Tensor) -> None:
-        """Count an update that was skipped because its gradient was not finite."""
+        """Count an update that is skipped because its gradient is not finite, without waiting for the device."""
         bad = 1 - is_finite.float()
         self._bad_in_a_row = (self._bad_in_a_row + bad) * bad
         self._worst_streak = torch.maximum(self._worst_streak, self._bad_in_a_row)
@@ -138,47 +159,50 @@ class TrainingLog:
             return self._carried
         return self._carried + self.accelerator.gather(torch.stack(self._rows)).tolist()
 
-    def write(self, bar: tqdm, step: int, **values: Any) -> None:
-        """Log the mean losses since the last entry, over all processes, and `values`. All processes must call it.
+    def write(self, step: int, **values: Any) -> None:
+        """Every LOG_EVERY updates and after the last: log the mean losses since the last entry, and `values`.
+
+        All processes must call it; the means are over all of them.
+
+        Args:
+            step: updates done.
+            values: by name; what is None or not finite is left out.
 
         Raises:
             FloatingPointError: after too many skipped updates in a row.
         """
+        if step % LOG_EVERY and step != self.max_steps:
+            return
         sums = [math.fsum(column) for column in zip(*self.unlogged(), strict=True)]  # exact, so in any order
         self._rows, self._carried = [], []
         seconds = time.perf_counter() - self._since
         speed = {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
         self._images, self._waited, self._since = 0, 0.0, time.perf_counter()
         if self.accelerator.is_main_process:
-            self._write(bar, step, sums, values, speed)
-        self._check_skipped(step, is_last=step == bar.total)
-
-    def _write(self, bar: tqdm, step: int, sums: list[float], values: dict[str, Any], speed: dict[str, float]) -> None:
-        values = {k: float(v) for k, v in values.items()}
-        entry = {"step": step, **_means(sums), **{k: v for k, v in values.items() if math.isfinite(v)}}
-        if sums[-1]:
-            entry["skipped"] = int(sums[-1])
-        self.entries.append(entry)
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
-        loss = f"{entry['loss']:.4f}" if "loss" in entry else "not finite"
-        wait = f"{speed['data_wait']:.0%}"
-        bar.set_postfix(loss=loss, images_per_s=f"{speed['images_per_second']:.0f}", data_wait=wait, refresh=False)
-        self.accelerator.log({**entry, **speed}, step=step)
+            known = {k: float(v) for k, v in values.items() if v is not None}
+            skipped = {"skipped": int(sums[-1])} if sums[-1] else {}
+            self._append({"step": step, **_means(sums), **known, **skipped}, speed)
+        self._check_skipped(step)
 
     def write_validation(self, step: int, values: dict[str, float]) -> None:
         """Log what was measured after update `step`, in an entry of its own."""
-        if not self.accelerator.is_main_process:
-            return
-        entry = {"step": step, **{k: v for k, v in values.items() if math.isfinite(v)}}
+        if self.accelerator.is_main_process:
+            self._append({"step": step, **values}, {})
+
+    def _append(self, entry: dict[str, Any], speed: dict[str, float]) -> None:
+        entry = {k: v for k, v in entry.items() if math.isfinite(v)}
         self.entries.append(entry)
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
-        self.accelerator.log(entry, step=step)
+        if speed:
+            loss = f"{entry['loss']:.4f}" if "loss" in entry else "not finite"
+            rate, wait = f"{speed['images_per_second']:.0f}", f"{speed['data_wait']:.0%}"
+            self._bar.set_postfix(loss=loss, images_per_s=rate, data_wait=wait, refresh=False)
+        self.accelerator.log({**entry, **speed}, step=entry["step"])
 
-    def _check_skipped(self, step: int, is_last: bool) -> None:
+    def _check_skipped(self, step: int) -> None:
         in_a_row, limit = int(self._worst_streak), self.config.max_skipped_steps
-        if in_a_row >= limit or (is_last and self.has_diverged()):
+        if in_a_row >= limit or (step == self.max_steps and self.has_diverged()):
             raise FloatingPointError(
                 f"{in_a_row} gradients in a row were not finite (--max_skipped_steps is {limit}), so the run ends at "
                 f"update {step}. No checkpoint was written since they began: resume from the last one with a lower "
@@ -202,7 +226,7 @@ class TrainingLog:
         """What was measured in the whole run, resumed parts included; in the main process only."""
         return [e for e in self.entries if any(name.startswith("eval_") for name in e)]
 
-    def curve(self) -> tuple[list[int], list[float]]:
+    def loss_curve(self) -> tuple[list[int], list[float]]:
         """Steps and losses of the whole run, resumed parts included."""
         entries = [e for e in self.entries if "loss" in e]
         return [e["step"] for e in entries], [e["loss"] for e in entries]

@@ -1,19 +1,53 @@
-"""Training losses: L_simple and its weightings, the variational bound, and both together."""
+"""Algorithm 1 of arXiv 2006.11239, `training_losses`, and its parts: L_simple, its weightings, and the bound."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..diffusion.ddpm_process import DDPMProcess, PredictionType, VarianceType, split_model_output
+from ..config.training import TrainConfig
+from ..diffusion.ddpm_process import DDPMProcess, PredictionType, VarianceType
 
 Weighting = Literal["uniform", "snr", "min_snr", "p2"]
 
 
+def training_losses(
+    unet: Callable[..., Any], process: DDPMProcess, x_0: Tensor, labels: Tensor | None, config: TrainConfig
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1: draw t and ε, noise the images, and compare the network's prediction with its target.
+
+    Args:
+        unet: maps (x_t, t) to an output with a `sample`: (B, C, H, W), or (B, 2C, H, W) for a learned variance.
+        x_0: images in [-1, 1], (B, C, H, W).
+        labels: int64 (B,), for a class-conditional network.
+
+    Returns:
+        The loss of each image, float32 of shape (B,), and its t, int64 of shape (B,).
+    """
+    t = torch.randint(process.num_train_timesteps, (len(x_0),), device=x_0.device)
+    noise = torch.randn_like(x_0)
+    x_t = process.q_sample(x_0, t, noise)
+    output = unet(x_t, t, **({} if labels is None else {"class_labels": labels})).sample.float()
+
+    if config.objective == "vlb":
+        return vlb(process, output, x_0, x_t, t, config.prediction_type, config.variance_type), t
+    prediction = output[:, : x_0.shape[1]]
+    weight = loss_weight(
+        process, t, config.prediction_type, config.weighting,
+        snr_gamma=config.snr_gamma or 5.0, p2_gamma=config.p2_gamma, p2_k=config.p2_k,
+    )  # fmt: skip
+    losses = weight * l_simple(prediction, target(process, x_0, noise, t, config.prediction_type))
+    if config.objective == "hybrid":
+        bound = vlb(process, detach_mean(output), x_0, x_t, t, config.prediction_type, config.variance_type)
+        losses = losses + config.vlb_weight * bound
+    return losses, t
+
+
 def target(process: DDPMProcess, x_0: Tensor, noise: Tensor, t: Tensor, prediction_type: PredictionType) -> Tensor:
-    """What the network shall predict: ε, x_0 or v, of the shape of x_0."""
+    """What the network is trained to predict: ε, x_0 or v, of the shape of x_0."""
     if prediction_type == "epsilon":
         return noise
     return x_0 if prediction_type == "sample" else process.velocity(x_0, noise, t)
@@ -84,11 +118,10 @@ def vlb(
     return process.num_train_timesteps * torch.where(t == 0, decoder, kl).float()
 
 
-def detach_mean(model_output: Tensor, x_t: Tensor) -> Tensor:
-    """The output of a learned variance, whose first half, which gives the mean, gets no gradient.
+def detach_mean(model_output: Tensor) -> Tensor:
+    """The output for a learned variance, (B, 2C, *), without gradient through its first half, which gives the mean.
 
     So the bound trains the variance alone, and L_simple the mean (arXiv 2102.09672, Section 3.1).
     """
-    prediction, raw_variance = split_model_output(model_output, x_t, "learned_range")
-    assert raw_variance is not None
+    prediction, raw_variance = model_output.chunk(2, dim=1)
     return torch.cat([prediction.detach(), raw_variance], dim=1)

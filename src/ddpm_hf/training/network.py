@@ -99,7 +99,19 @@ def _arguments(config: TrainConfig) -> dict[str, Any]:
     return arguments
 
 
-# --- the moving average ----------------------------------------------------------------------------------------------
+# --- optimizer and moving average ------------------------------------------------------------------------------------
+
+
+def build_optimizer(config: TrainConfig, unet: torch.nn.Module) -> torch.optim.Optimizer:
+    """The fused AdamW, which skips an update on the device's word (`step.skip_unless_finite`)."""
+    return torch.optim.AdamW(
+        unet.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=True,
+    )
 
 
 def build_ema(config: TrainConfig, unet: torch.nn.Module) -> EMAModel | None:

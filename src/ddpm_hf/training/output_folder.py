@@ -1,8 +1,9 @@
-"""The output folder of a training run: whether it may be used, and how it is cleared and filled."""
+"""The output folder of a training run: whether it may be used, how it is cleared, how a pipeline gets into it."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,16 +13,10 @@ from ..diffusion.pipeline import CODE_FILES, EVALUATION_FILES, DDPMPipelineCusto
 from ..storage.checkpoint import BEST, check_intact, checkpoint_steps, latest_checkpoint, remove_checkpoint
 from ..storage.files import check_writable
 
-# What a run leaves in its folder, beside checkpoints and the logs: all that --overwrite_output_dir may remove.
+# What a run leaves in its folder beside checkpoints: with them, all that --overwrite_output_dir may remove.
 PICTURES = ("samples.png", "real.png", "samples_and_real.png", "loss.png", "validation.png")
-
-
 RUN_FILES = ("model_index.json", *CODE_FILES, *PICTURES, *EVALUATION_FILES, BEST)
-
-
 RUN_FOLDERS = ("unet", "scheduler")
-
-
 LOG_FILES = ("train.jsonl", "tracker_run", "skipped_images.json")
 
 
@@ -32,12 +27,12 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig) -> tuple[Path | No
         The checkpoint to resume from, if any, and why newer ones were skipped.
 
     Raises:
-        ValueError: for a folder that can't be written or holds another run, and for a checkpoint that is not there.
+        ValueError: for a folder that can't be written or holds another run, and for a checkpoint that does not exist.
     """
     check_writable(output_dir)
     for folder in [output_dir, output_dir / config.logging_dir, *(output_dir / name for name in RUN_FOLDERS)]:
         if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-            raise ValueError(f"{str(folder)!r} is no folder, but the run needs one there: move it away.")
+            raise ValueError(f"{str(folder)!r} is not a folder, but the run needs one of this name: move it away.")
     resume = config.resume_from_checkpoint
     if resume is None:
         _refuse_other_run(output_dir, config)
@@ -53,7 +48,7 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig) -> tuple[Path | No
     latest, skipped = latest_checkpoint(output_dir)
     if latest is None and (skipped or (output_dir / "model_index.json").exists()):
         raise ValueError(
-            f"`resume_from_checkpoint` is 'latest', but {str(output_dir)!r} has no whole checkpoint. "
+            f"`resume_from_checkpoint` is 'latest', but {str(output_dir)!r} has no intact checkpoint. "
             + " ".join(skipped)
         )
     return latest, skipped
@@ -63,41 +58,38 @@ def _refuse_other_run(output_dir: Path, config: TrainConfig) -> None:
     traces = (output_dir / "model_index.json", output_dir / config.logging_dir / "train.jsonl")
     if not config.overwrite_output_dir and (checkpoint_steps(output_dir) or any(t.exists() for t in traces)):
         raise ValueError(
-            f"`output_dir` {str(output_dir)!r} holds another run: go on with --resume_from_checkpoint latest, "
+            f"`output_dir` {str(output_dir)!r} holds another run: resume it with --resume_from_checkpoint latest, "
             "replace it with --overwrite_output_dir, or choose another --output_dir."
         )
 
 
-def clear_output_dir(output_dir: Path, start: int, logging_dir: str) -> list[str]:
+def clear_output_dir(config: TrainConfig, start: int, log: Callable[[str], object] = print) -> None:
     """Make way for a run that begins at update `start`.
 
-    From 0 on, what an earlier run has left is removed. Else checkpoints beyond `start`, which are damaged or another
-    future of this run, are set aside as `checkpoint-<step>.abandoned`, so that `latest` is always this run's.
-
-    Returns:
-        A line about each checkpoint that was set aside.
+    From 0 on, what an earlier run has left is removed with `overwrite_output_dir`, and nothing without. Otherwise
+    checkpoints beyond `start`, which are damaged or newer than the one resumed from, are renamed to
+    `checkpoint-<step>.abandoned`, so that `latest` is always of this run.
     """
-    notes = []
+    output_dir = Path(config.output_dir)
     if start:
         for step in [s for s in checkpoint_steps(output_dir) if s > start]:
             aside = output_dir / f"checkpoint-{step}.abandoned"
             shutil.rmtree(aside, ignore_errors=True)
             (output_dir / f"checkpoint-{step}").rename(aside)
-            notes.append(f"Set aside: {aside}, which is damaged or another future of this run. Remove it at will.\n")
-        return notes
-    for step in checkpoint_steps(output_dir):
-        remove_checkpoint(output_dir / f"checkpoint-{step}")
-    logs = output_dir / logging_dir
-    mine = [output_dir / name for name in RUN_FILES] + [logs / name for name in LOG_FILES]
-    for file in [*mine, *logs.glob("test_samples*.png")]:
-        file.unlink(missing_ok=True)
-    for name in RUN_FOLDERS:
-        shutil.rmtree(output_dir / name, ignore_errors=True)
-    return notes
+            log(f"Set aside: {aside}, damaged or newer than the checkpoint you resumed from. Safe to delete.")
+    elif config.overwrite_output_dir:
+        for step in checkpoint_steps(output_dir):
+            remove_checkpoint(output_dir / f"checkpoint-{step}")
+        logs = output_dir / config.logging_dir
+        mine = [output_dir / name for name in RUN_FILES] + [logs / name for name in LOG_FILES]
+        for file in [*mine, *logs.glob("test_samples*.png")]:
+            file.unlink(missing_ok=True)
+        for name in RUN_FOLDERS:
+            shutil.rmtree(output_dir / name, ignore_errors=True)
 
 
 def replace_pipeline(pipeline: DDPMPipelineCustom, output_dir: Path) -> None:
-    """Write a pipeline into the output folder, each file at once: a kill leaves old files or new ones.
+    """Write a pipeline into the output folder, each file atomically.
 
     Raises:
         OSError: where it can't be written.

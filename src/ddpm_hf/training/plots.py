@@ -1,4 +1,4 @@
-"""The pictures of a training run: samples beside real images, the curves of loss and validation."""
+"""The pictures that a training run leaves: samples beside real images, the curves of loss and validation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+
+def save_pictures(
+    output_dir: Path, samples: Image.Image, real: Image.Image, steps: Sequence[int], losses: Sequence[float]
+) -> None:
+    """What a finished run shows of itself: both grids, alone and side by side, and the loss of each logged step."""
+    samples.save(output_dir / "samples.png")
+    real.save(output_dir / "real.png")
+    save_side_by_side(samples, real, output_dir / "samples_and_real.png")
+    save_loss_curve(steps, losses, output_dir / "loss.png")
 
 
 def save_side_by_side(samples: Image.Image, real: Image.Image, file: Path) -> None:

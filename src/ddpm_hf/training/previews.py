@@ -1,4 +1,4 @@
-"""Sample grids during training, made by all processes together."""
+"""Grids of images: samples during training, made by all processes together, and real images to compare them with."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from PIL import Image
 
+from ..config.training import TrainConfig
+from ..data.dataset import Images
 from ..data.pictures import image_grid, to_pil
-from ..diffusion.pipeline import DDPMPipelineCustom
-from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
+from ..data.pixels import normalize, to_uint8
 from ..sampling.generate import sample_in_lockstep
 from .network import ema_weights
 from .state import Run
@@ -22,7 +23,7 @@ def sample_grids(run: Run, check: Callable[[], None]) -> dict[str, Image.Image]:
     All processes must call it; all of them get the grids.
 
     Args:
-        check: is called in every sampling step, by all processes equally often, and may raise.
+        check: is called in every sampling step, equally often by all processes, and may raise.
     """
     with ema_weights(run.ema, run.unet):
         grids = {"test_samples": _sample_grid(run, check)}
@@ -32,10 +33,9 @@ def sample_grids(run: Run, check: Callable[[], None]) -> dict[str, Image.Image]:
 
 
 def _sample_grid(run: Run, check: Callable[[], None]) -> Image.Image:
-    pipeline = DDPMPipelineCustom(run.network, DDPMSchedulerCustom.from_config(run.scheduler.config))
     classes = run.network.config.num_class_embeds
     pixels = sample_in_lockstep(
-        pipeline,
+        run.pipeline(),
         run.config.eval_batch_size,
         run.config.seed,
         BATCH_SIZE,
@@ -45,3 +45,8 @@ def _sample_grid(run: Run, check: Callable[[], None]) -> Image.Image:
         num_inference_steps=run.config.ddpm_num_inference_steps,
     )
     return image_grid(to_pil(pixels))
+
+
+def real_grid(images: Images, config: TrainConfig) -> Image.Image:
+    """As many images of the training set as a grid of samples has."""
+    return image_grid(to_pil(to_uint8(normalize(images.sample(config.eval_batch_size, config.seed)))))

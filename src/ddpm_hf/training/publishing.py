@@ -13,8 +13,6 @@ from ..config.training import TrainConfig
 from ..data.dataset import Images
 from ..data.pixels import normalize, to_uint8
 from ..data.sources import public_name
-from ..diffusion.pipeline import DDPMPipelineCustom
-from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..evaluation.calibration import calibrate
 from ..sharing.background_push import BackgroundPusher
 from ..sharing.card import CardFacts, write_card
@@ -39,17 +37,13 @@ def check_target(config: TrainConfig) -> HubTarget | None:
 
 
 def pushing(target: HubTarget | None) -> AbstractContextManager[BackgroundPusher | None]:
-    """A pusher of checkpoints for the time of the training loop, if there is where to push."""
+    """A pusher of checkpoints for the duration of the training loop, or None without a target."""
     return BackgroundPusher(target) if target is not None else nullcontext()
 
 
-def card_facts(run: Run, source: str) -> CardFacts:
-    """What a run knows of its model, for the card.
-
-    Args:
-        source: the name of the data, as `Images.name` gives it.
-    """
-    name, hub_id = public_name(run.config, source)
+def card_facts(run: Run) -> CardFacts:
+    """What the card of a run's model reports."""
+    name, hub_id = public_name(run.config, run.dataset)
     count = f", {run.plan.num_images:,} images" if run.plan.num_images else ""
     return CardFacts(
         dataset=f"{name}{count}",
@@ -68,7 +62,7 @@ def calibrate_export(run: Run, images: Images) -> None:
     if not count:
         return
     batch = next(images.batches(0, count, count, run.config.seed))
-    pipeline = DDPMPipelineCustom(run.network, DDPMSchedulerCustom.from_config(run.scheduler.config))
+    pipeline = run.pipeline()
     run.network.eval()
     with ema_weights(run.ema, run.unet):
         calibrate(pipeline, to_uint8(normalize(batch.pixels)), class_labels=batch.labels, seed=run.config.seed)
@@ -76,9 +70,9 @@ def calibrate_export(run: Run, images: Images) -> None:
         pipeline.scheduler.save_pretrained(Path(run.config.output_dir) / "scheduler")
 
 
-def publish(run: Run, source: str, target: HubTarget | None) -> None:
-    """Write the card of the finished pipeline, and push it if there is where to. A failed push is said, not raised."""
-    folder, facts = Path(run.config.output_dir), card_facts(run, source)
+def publish(run: Run, target: HubTarget | None) -> None:
+    """Write the card of the finished pipeline, and push both if there is a target. Failures are printed, not raised."""
+    folder, facts = Path(run.config.output_dir), card_facts(run)
     write_card(folder, facts)
     if target is not None:
         try_push(folder, target, facts, log=run.accelerator.print)

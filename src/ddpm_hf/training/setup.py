@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, gather_object
 
 from ..config.training import TrainConfig
 from ..data.pictures import check_plotting
@@ -63,7 +62,8 @@ def prepare(config: TrainConfig) -> Setup:
     precision = settle_precision(config)
     accelerator = make_accelerator(config, precision.value, check_trackers(config))
     agreement = Agreement(accelerator.num_processes)
-    if not agreement.same(_number_of(checkpoint)):
+    manifest = None if checkpoint is None else (checkpoint / MANIFEST).read_text("utf-8")
+    if len(set(gather_object([manifest]))) > 1:
         raise ValueError(
             f"the processes see different checkpoints in {config.output_dir!r}: use a disk that all machines share."
         )
@@ -98,6 +98,7 @@ def prepare(config: TrainConfig) -> Setup:
     notes += performance.notes
     if config.eval_steps is not None:
         notes.append(f"Validation {plan.describe_validation()}.")
+    notes.append(plan.describe(source.name, unet.num_parameters(), accelerator.device))
     check_free_space(output_dir, 2 * CHECKPOINT_BYTES * unet.num_parameters(), "two checkpoints")
     with agreement.together():
         target = check_target(config) if accelerator.is_main_process and not config.dry_run else None
@@ -166,10 +167,3 @@ def use_all_cores(accelerator: Accelerator) -> None:
     if accelerator.device.type == "cpu" and (launched or "OMP_NUM_THREADS" not in os.environ):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // accelerator.num_processes))
-
-
-def _number_of(checkpoint: Path | None) -> int:
-    """A number that tells checkpoints apart."""
-    if checkpoint is None:
-        return 0
-    return int.from_bytes(hashlib.sha256((checkpoint / MANIFEST).read_bytes()).digest()[:7], "big")

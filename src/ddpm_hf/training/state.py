@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..config.training import TrainConfig
+from ..diffusion.pipeline import DDPMPipelineCustom
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import Agreement
 from ..storage.checkpoint import TrainingState, load_checkpoint
@@ -56,6 +57,7 @@ class Run:
     optimizer: Any
     ema: EMAModel | None
     label_names: list[str] | None = None
+    dataset: str = ""  # its name, as `Images.name` gives it
     step: int = 0  # updates done
     saved_step: int = 0  # those of the last checkpoint
     images_seen: int = 0
@@ -66,6 +68,26 @@ class Run:
     def network(self) -> UNet2DModel:
         """The network itself, without the wraps of distribution and compilation."""
         return self.accelerator.unwrap_model(self.unet, keep_torch_compile=False)
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of labels; None for unconditional training."""
+        return None if self.label_names is None else len(self.label_names)
+
+    @property
+    def ema_decay(self) -> float | None:
+        """The decay of the latest EMA update, if the run keeps an EMA."""
+        return None if self.ema is None else self.ema.cur_decay_value
+
+    def pipeline(self) -> DDPMPipelineCustom:
+        """A pipeline around the network, with a scheduler of its own."""
+        return DDPMPipelineCustom(self.network, DDPMSchedulerCustom.from_config(self.scheduler.config))
+
+    def advance(self, seconds: float) -> None:
+        """Count an update."""
+        self.step += 1
+        self.images_seen += self.plan.global_batch
+        self.seconds += seconds
 
 
 def full_weights(run: Run) -> dict[str, Tensor]:

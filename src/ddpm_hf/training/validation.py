@@ -1,4 +1,4 @@
-"""How good the model is while it is trained, by all processes together; and which checkpoint is the best."""
+"""How good the model is during training, measured by all processes together, and which checkpoint is the best."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from typing import Any
 from torch.nn import Module
 from tqdm.auto import tqdm
 
-from ..diffusion.pipeline import DDPMPipelineCustom
-from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..evaluation.likelihood import bits_per_dim
 from ..evaluation.metrics.distances import frechet_distance, moments
 from ..evaluation.metrics.patch_features import PatchFeatures
 from ..sampling.generate import sample_in_lockstep
-from ..storage.checkpoint import BEST, best_step, checkpoint_steps
+from ..storage.checkpoint import BEST, checkpoint_steps
 from ..storage.files import write_text_atomically
 from .log import TrainingLog
 from .network import ema_weights
@@ -35,23 +33,26 @@ class Validation:
     """Measures a run on held-out images.
 
     Noise, timesteps and seeds are the same each time, so that two values of a run differ by the weights alone, and
-    much less by chance than their standard errors say.
+    much less by chance than their standard errors suggest.
     """
 
     def __init__(self, run: Run, log: TrainingLog, validation_set: ValidationSet) -> None:
         self.run, self.log, self.validation_set = run, log, validation_set
         self.features = PatchFeatures(validation_set.pixels)
         self.real = moments(self.features(validation_set.pixels))
+        self.best: dict[str, Any] | None = None  # the entry of the log, in the main process
         self.of_seen = frechet_distance(moments(self.features(validation_set.seen)), self.real)
 
     def measure(self, check: Callable[[], None]) -> bool:
-        """Measure the weights that would be exported and log it, unless that is done. All processes must call it.
+        """Measure the weights that would be exported and log it, unless it has been measured already.
+
+        All processes must call it.
 
         Args:
-            check: is called before every network call, by all processes equally often, and may raise.
+            check: is called before every network call, equally often by all processes, and may raise.
 
         Returns:
-            Whether they are the best so far. All processes get the same answer.
+            Whether they are the best so far, the same in all processes.
         """
         run, log = self.run, self.log
         if not run.agreement.largest(int(any(entry["step"] == run.step for entry in log.validations()))):
@@ -60,13 +61,13 @@ class Validation:
             log.write_validation(run.step, values)
             if run.accelerator.is_main_process:
                 tqdm.write(f"Update {run.step:,}: {_in_words(values)}, in {time.perf_counter() - began:.1f} s.")
-        best = self._best()
-        return bool(run.agreement.largest(int(best is not None and best["step"] == run.step)))
+        self.best = self._find_best()
+        return bool(run.agreement.largest(int(self.best is not None and self.best["step"] == run.step)))
 
     def _measure(self, check: Callable[[], None]) -> dict[str, float]:
         """bits/dim with its standard error, and the Fréchet distances of samples and of training images."""
         run, images, labels = self.run, self.validation_set.pixels, self.validation_set.labels
-        pipeline = DDPMPipelineCustom(run.network, DDPMSchedulerCustom.from_config(run.scheduler.config))
+        pipeline = run.pipeline()
         batches = math.ceil(math.ceil(len(images) / run.plan.num_processes) / BATCH_SIZE)
         calls, T = min(EVAL_CALLS, run.config.ddpm_num_steps), run.config.ddpm_num_steps
         with (
@@ -107,11 +108,13 @@ class Validation:
             "eval_frechet_of_training_images": self.of_seen,
         }
 
-    def _best(self) -> dict[str, Any] | None:
-        """The best entry of the log whose checkpoint is there, or can be made now. Of the main process."""
+    def _find_best(self) -> dict[str, Any] | None:
+        """In the main process: the best entry of the log whose checkpoint exists, or can be saved now."""
+        if not self.run.accelerator.is_main_process:
+            return None
         metric, folder = f"eval_{self.run.config.metric_for_best_model}", Path(self.run.config.output_dir)
-        there = {*checkpoint_steps(folder), self.run.step}
-        entries = [e for e in self.log.validations() if metric in e and e["step"] in there]
+        steps = {*checkpoint_steps(folder), self.run.step}
+        entries = [e for e in self.log.validations() if metric in e and e["step"] in steps]
         return min(entries, key=lambda entry: entry[metric], default=None)
 
     def record_best(self) -> None:
@@ -120,21 +123,20 @@ class Validation:
         All processes must call it, and all raise an OSError if that can't be written.
         """
         folder, metric = Path(self.run.config.output_dir), self.run.config.metric_for_best_model
-        best = self._best()
+        self.best = best = self._find_best()
         with self.run.agreement.together():
-            if best is None or not self.run.accelerator.is_main_process:
-                return
-            record = {"checkpoint": f"checkpoint-{best['step']}", "metric_for_best_model": metric, **best}
-            write_text_atomically(folder / BEST, json.dumps(record, indent=2) + "\n")
-            save_validation_curves(self.log.validations(), best["step"], folder / "validation.png")
+            if best is not None:
+                record = {"checkpoint": f"checkpoint-{best['step']}", "metric_for_best_model": metric, **best}
+                write_text_atomically(folder / BEST, json.dumps(record, indent=2) + "\n")
+                save_validation_curves(self.log.validations(), best["step"], folder / "validation.png")
 
-
-def describe_best(output_dir: Path) -> str:
-    """The best checkpoint of a run and what was measured, in a line."""
-    if best_step(output_dir) is None:
-        return "none: no finite value was measured"
-    record = json.loads((output_dir / BEST).read_text("utf-8"))
-    return f"{output_dir / record['checkpoint']} by {record['metric_for_best_model']}: {_in_words(record)}"
+    def describe_best(self) -> str:
+        """In the main process: the best checkpoint and what was measured, in a line."""
+        if self.best is None:
+            return "none: no finite value was measured"
+        config = self.run.config
+        checkpoint = Path(config.output_dir) / f"checkpoint-{self.best['step']}"
+        return f"{checkpoint} by {config.metric_for_best_model}: {_in_words(self.best)}"
 
 
 def _in_words(values: dict[str, Any]) -> str:
@@ -147,7 +149,7 @@ def _in_words(values: dict[str, Any]) -> str:
 
 @contextmanager
 def _before_each_call(network: Module, *actions: Callable[[], object]) -> Iterator[None]:
-    """Within this context, do these things before every call of the network."""
+    """Within this context, call the actions before every call of the network."""
 
     def act(module: Module, inputs: object) -> None:
         for action in actions:

@@ -95,15 +95,20 @@ def check_still_held_out(before: Mapping[str, Any], config: TrainConfig) -> None
 
 def make_validation_set(
     config: TrainConfig, images: Images, split: Source | Stream | None
-) -> tuple[Images, ValidationSet]:
+) -> tuple[Images, ValidationSet | None]:
     """Divide the images of a run into those to train on and those to measure on, by its seed.
 
     Args:
         split: what `open_eval_split` has opened.
 
+    Returns:
+        The images to train on, and the validation set: None without `eval_steps`.
+
     Raises:
         ValueError: for too few images, or those that can't be read.
     """
+    if config.eval_steps is None:
+        return images, None
     n, rng = config.eval_images, np.random.default_rng([config.seed, 0, VALIDATION_SEED])
     if split is not None:
         pixels, labels = _read_split(config, split, images.label_names, rng)
