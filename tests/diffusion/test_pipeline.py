@@ -381,6 +381,11 @@ folder = {str(tmp_path / "model")!r}
 pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
 assert type(pipe).__name__ == "DDPMPipelineCustom"
 assert type(pipe.scheduler).__name__ == "DDPMSchedulerCustom"
+try:
+    pipe.enable_fast_sampling()
+except ImportError as error:
+    print(error)
+pipe.use_fast_network(torch.bfloat16)
 print(pipe(1, [torch.Generator().manual_seed(0)], 3, "np").images.shape)
 """
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
@@ -388,6 +393,7 @@ print(pipe(1, [torch.Generator().manual_seed(0)], 3, "np").images.shape)
         [sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=tmp_path, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert "pip install ddpm-hf, or choose yourself, as in pipe.use_fast_network(torch.bfloat16)" in done.stdout
     assert "(1, 8, 8, 3)" in done.stdout
 
 

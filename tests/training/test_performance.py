@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddpm_hf.config.parsing import parse_train_config
 from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.diffusion import ddpm_process
+from ddpm_hf.sampling import fast
 from ddpm_hf.storage.checkpoint import load_checkpoint
 from ddpm_hf.training import performance
 from ddpm_hf.training.loop import train
@@ -51,7 +52,7 @@ def largest_difference(one, other):
 @pytest.mark.parametrize("native", [True, False])
 def test_half_precision_is_taken_where_it_is_native_and_never_fp16(native, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
-    monkeypatch.setattr(performance, "cpu_has_bfloat16", lambda: native)
+    monkeypatch.setattr(fast, "cpu_has_bfloat16", lambda: native)
     wanted = "bf16" if native else "no"
     assert choose_precision(GPU, SMALL).value == wanted
     assert choose_precision(CPU, LARGE).value == wanted

@@ -243,6 +243,9 @@ class DDPMPipelineCustom(DiffusionPipeline):
         rounding alone. What is saved stays the network itself. Attention processors and hooks that are set later have
         no effect; a compiled network must be used by the thread that made it.
 
+        The package ddpm-hf makes the choice, by what it knows of this machine and measures. A pipeline of remote code
+        without it takes `use_fast_network`.
+
         Args:
             num_images: N, of the whole job, in batches of one size.
             num_inference_steps: K; by default T.
@@ -254,21 +257,30 @@ class DDPMPipelineCustom(DiffusionPipeline):
 
         Raises:
             ValueError: for a bad argument, or where the network is offloaded or cast layer by layer.
+            ImportError: where ddpm-hf is not installed.
         """
-        batch_size = num_images if batch_size is None else batch_size
-        steps = self.scheduler.config.num_train_timesteps if num_inference_steps is None else num_inference_steps
-        for name, value in (("num_images", num_images), ("batch_size", batch_size), ("num_inference_steps", steps)):
-            check_integer(name, value, 1)
-        if hasattr(self.unet, "_hf_hook") or hasattr(self.unet, "_diffusers_hook"):
-            raise ValueError(
-                "fast sampling needs the network in one place and precision: leave out the offloading, or this call."
-            )
-        image_size(self.unet)  # raises unless it is known
-        is_guided = self.unet.config.num_class_embeds is not None and guidance_scale != 1
+        try:
+            fast = import_module("ddpm_hf.sampling.fast")  # looked up as in `_update_card`
+        except ImportError as error:
+            raise ImportError(
+                "`enable_fast_sampling` needs the package ddpm-hf, which chooses by what it knows of this machine: "
+                "pip install ddpm-hf, or choose yourself, as in pipe.use_fast_network(torch.bfloat16)."
+            ) from error
         self.disable_fast_sampling()  # the twin of before makes room
-        twin = FastNetwork(self.unet, batch_size * (2 if is_guided else 1), steps * (num_images // batch_size))
-        self._fast_network = twin if twin.is_faster else None
-        return twin.description
+        steps = self.scheduler.config.num_train_timesteps if num_inference_steps is None else num_inference_steps
+        self._fast_network, description = fast.fast_network(self.unet, num_images, steps, batch_size, guidance_scale)
+        return description
+
+    def use_fast_network(self, dtype: torch.dtype, compiled_batch_size: int | None = None) -> None:
+        """Sample with a twin of the network of your choice: see `enable_fast_sampling`, which chooses one.
+
+        Args:
+            dtype: what the twin computes in, e.g. `torch.bfloat16`.
+            compiled_batch_size: compile it for network calls with B images (2 B with guidance), in the first of them.
+        """
+        self._fast_network = FastNetwork(self.unet, dtype)
+        if compiled_batch_size is not None:
+            self._fast_network.compile(compiled_batch_size)
 
     def disable_fast_sampling(self) -> None:
         """Sample with the network itself again."""

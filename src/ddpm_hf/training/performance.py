@@ -12,10 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 
 from ..config.training import TrainConfig
-from ..diffusion.ddpm_fast_network import cpu_has_bfloat16
+from ..sampling.fast import is_bfloat16_faster
 from .network import build_unet
 
-BF16_PARAMETERS = 2_000_000  # on a CPU: in smaller networks, converting costs what multiplying saves
 CHANNELS_LAST_PARAMETERS = 10_000_000  # on a CPU: in smaller networks, normalisation loses what convolution gains
 COMPILED_UPDATES = 5_000  # on a GPU: compilation takes a minute or two
 
@@ -75,15 +74,10 @@ def choose_performance(
 
 def choose_precision(device: torch.device, num_parameters: int) -> Choice:
     """What `--mixed_precision auto` means: bf16 where it is faster, and never fp16."""
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Choice("bf16", "which this GPU computes in")
-        return Choice("no", "because this GPU lacks bf16, and fp16 may overflow")
-    if device.type != "cpu" or not cpu_has_bfloat16():
-        return Choice("no", f"because this {device.type} has no bf16 instructions")
-    if num_parameters < BF16_PARAMETERS:
-        return Choice("no", f"because below {BF16_PARAMETERS:,} parameters bf16 gains little on a CPU")
-    return Choice("bf16", "which this CPU has instructions for")
+    is_faster, reason = is_bfloat16_faster(device, num_parameters)
+    if device.type == "cuda" and not is_faster:
+        reason += ", and float16 may overflow"
+    return Choice("bf16" if is_faster else "no", f"because {reason}")
 
 
 def choose_channels_last(precision: str, device: torch.device, num_parameters: int) -> Choice:

@@ -1,0 +1,127 @@
+"""How a network samples fastest on this machine: in which precision, and whether compiled.
+
+The limits for CPUs are measured (training/benchmarks/README.md); what is said of GPUs is from their documentation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from diffusers import UNet2DModel
+
+from ..diffusion.ddpm_fast_network import FastNetwork
+from ..diffusion.ddpm_process import check_integer
+from ..diffusion.pipeline import image_size
+
+# Below, a CPU spends more on converting activations than it gains in multiplications.
+BFLOAT16_PARAMETERS = 2_000_000
+# What compiling takes, and the least part of a network call that it saves, by device.
+COMPILATION_SECONDS = {"cpu": 90, "cuda": 60}
+COMPILED_SAVING = 0.25
+# On a CPU, only what a small network does beside its multiplications is worth compiling.
+COMPILED_PARAMETERS = {"cpu": 5_000_000, "cuda": float("inf")}
+LEAST_COMPILED_GAIN = 1.05  # else the network stays uncompiled
+# Measuring what compilation would save takes three calls, too many of a job of fewer calls than these.
+MEASURED_CALLS = 100
+
+
+def fast_network(
+    unet: UNet2DModel, num_images: int, num_inference_steps: int, batch_size: int | None, guidance_scale: float
+) -> tuple[FastNetwork | None, str]:
+    """The fastest twin of a network for a job of this size: see `DDPMPipelineCustom.enable_fast_sampling`.
+
+    Returns:
+        The twin, or None where nothing is faster than the network itself; and what was chosen and why, in a line.
+
+    Raises:
+        ValueError: for a bad argument, or where the network is offloaded or cast layer by layer.
+    """
+    batch_size = num_images if batch_size is None else batch_size
+    sizes = {"num_images": num_images, "batch_size": batch_size, "num_inference_steps": num_inference_steps}
+    for name, value in sizes.items():
+        check_integer(name, value, 1)
+    image_size(unet)  # raises unless it is known
+    dtype, precision = sampling_dtype(unet)
+    twin = FastNetwork(unet, dtype)
+    is_guided = unet.config.num_class_embeds is not None and guidance_scale != 1
+    num_calls = num_inference_steps * (num_images // batch_size)
+    is_compiled, compilation = _compile_where_it_pays(twin, unet, batch_size * (2 if is_guided else 1), num_calls)
+    is_faster = is_compiled or dtype != torch.float32
+    return twin if is_faster else None, f"{precision}; {compilation}"
+
+
+def sampling_dtype(unet: UNet2DModel) -> tuple[torch.dtype, str]:
+    """The dtype that a network samples fastest in, and why. A GPU without bfloat16 takes float16."""
+    if unet.dtype != torch.float32:
+        return unet.dtype, f"{_name(unet.dtype)}, as it was loaded"
+    is_faster, reason = is_bfloat16_faster(unet.device, unet.num_parameters())
+    if not is_faster and unet.device.type != "cuda":
+        return torch.float32, f"float32, because {reason}"
+    dtype = torch.bfloat16 if is_faster else torch.float16
+    return dtype, f"{_name(dtype)}, channels last, because {reason}"
+
+
+def is_bfloat16_faster(device: torch.device, num_parameters: int) -> tuple[bool, str]:
+    """Whether a device computes a network faster in bfloat16 than in float32, and why."""
+    if device.type == "cuda":
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return is_native, f"this GPU {'computes in' if is_native else 'lacks'} bfloat16"
+    if device.type != "cpu" or not cpu_has_bfloat16():
+        return False, f"this {device.type} has no bfloat16 instructions"
+    if num_parameters < BFLOAT16_PARAMETERS:
+        return False, f"below {BFLOAT16_PARAMETERS:,} parameters bfloat16 gains little on a CPU"
+    return True, "this CPU has bfloat16 instructions"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16: else it computes in float32 and converts."""
+    checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16"))
+    return any(check is not None and check() for check in checks)
+
+
+def _compile_where_it_pays(twin: FastNetwork, unet: UNet2DModel, batch_size: int, num_calls: int) -> tuple[bool, str]:
+    """Compile the twin if that saves more time than it takes, by trial; whether it is compiled, and why."""
+    kind, parameters = unet.device.type, unet.num_parameters()
+    if kind not in COMPILATION_SECONDS or parameters > COMPILED_PARAMETERS[kind]:
+        return False, "not compiled (no gain for such a network on this device)"
+    if num_calls < MEASURED_CALLS:
+        return False, f"not compiled ({num_calls} network calls are too few)"
+    seconds, cost = seconds_per_call(twin, unet, batch_size), COMPILATION_SECONDS[kind]
+    saved = num_calls * seconds * COMPILED_SAVING
+    if saved < 2 * cost:
+        return False, f"not compiled (about {cost} s, to save {saved:.0f} s of {num_calls} network calls)"
+    try:
+        twin.compile(batch_size)
+        gain = seconds / seconds_per_call(twin, unet, batch_size)
+        outcome = f"tried: {gain:.2f} times as fast"
+    except Exception as error:  # whatever compilers raise
+        reason, *_ = str(error).strip().splitlines() or ["without a message"]
+        gain, outcome = 0.0, f"{type(error).__name__}: {reason}"
+    if gain > LEAST_COMPILED_GAIN:
+        return True, f"compiled for batches of {batch_size} ({gain:.2f} times as fast)"
+    twin.undo_compile()
+    return False, f"not compiled ({outcome})"
+
+
+def seconds_per_call(twin: FastNetwork, unet: UNet2DModel, batch_size: int) -> float:
+    """Of the faster of two calls of a network's twin, after one that allocates or compiles."""
+    config, device = unet.config, unet.device
+    x = torch.zeros(batch_size, config.in_channels, *image_size(unet), device=device)
+    t = torch.zeros((), dtype=torch.long, device=device)
+    labels = torch.zeros(batch_size, dtype=torch.long, device=device) if config.num_class_embeds else None
+    twin(x, t, labels)
+    return min(_seconds(lambda: twin(x, t, labels), device) for _ in range(2))
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
