@@ -120,8 +120,9 @@ def test_custom_timesteps_and_eta(make_pipeline):
     # With eta = 0 all randomness is in x_T.
     x_T = torch.randn(1, 3, 8, 8, generator=generators(0)[0])
     x = x_T
+    pipe.scheduler.set_timesteps(timesteps=[999, 500, 20])
     for t in (999, 500, 20):
-        x = pipe.scheduler.step(pipe.unet(x, t).sample, t, x, eta=0.0).prev_sample
+        x = pipe.scheduler.step(pipe.unet(x, t).sample, t, x, ddim_eta=0.0).prev_sample
     np.testing.assert_allclose(out.images[0], (x / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).detach(), atol=1e-5)
 
 
@@ -168,13 +169,13 @@ def test_any_stock_scheduler_swaps_in(make_pipeline, scheduler, learned):
     "scheduler",
     [DDPMSchedulerCustom, DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, EulerDiscreteScheduler],
 )
-def test_planned_timesteps_are_those_of_the_call_and_change_nothing(make_pipeline, scheduler):
+def test_neither_a_call_nor_a_look_at_its_trajectory_changes_the_scheduler(make_pipeline, scheduler):
     pipe = make_pipeline(scheduler())
     pipe.scheduler.set_timesteps(7)
     before = pickle.dumps(vars(pipe.scheduler))
-    planned = pipe.planned_timesteps(5)
-    assert pickle.dumps(vars(pipe.scheduler)) == before
+    planned = pipe.scheduler_on_trajectory(5).timesteps
     assert pipe(num_inference_steps=5, trajectory_every=1).trajectory_timesteps == [int(t) for t in planned]
+    assert pickle.dumps(vars(pipe.scheduler)) == before
 
 
 def test_stock_ddim_gives_the_images_of_our_eta_0(make_pipeline):
@@ -409,3 +410,52 @@ def test_stock_repositories_load(make_unet, tmp_path):
 def test_a_scheduler_that_the_caller_passes_stays(make_pipeline, tmp_path):
     make_pipeline().save_pretrained(tmp_path)
     assert type(DDPMPipelineCustom.from_pretrained(tmp_path, scheduler=DDIMScheduler()).scheduler) is DDIMScheduler
+
+
+def test_threads_that_share_a_pipeline_get_the_images_that_they_get_alone(make_unet):
+    """Each call follows a trajectory of its own, whatever others do with the same scheduler meanwhile."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    pipe = DDPMPipelineCustom(make_unet(), DDPMSchedulerCustom())
+    pipe.set_progress_bar_config(disable=True)
+    before = pipe.scheduler.timesteps.clone()
+
+    def call(i):
+        options = {"num_inference_steps": 5 + 3 * (i % 5), "eta": (i % 3) / 2, "output_type": "pt"}
+        return pipe(1, torch.Generator().manual_seed(i), **options).images
+
+    alone = [call(i) for i in range(20)]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(call, range(20)))
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    assert torch.equal(pipe.scheduler.timesteps, before)
+
+
+@pytest.mark.parametrize("scheduler_type", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, PNDMScheduler])
+def test_a_swapped_scheduler_keeps_nothing_of_a_call(make_unet, scheduler_type):
+    pipe = DDPMPipelineCustom(make_unet(), DDPMSchedulerCustom())
+    pipe.scheduler = scheduler_type.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+
+    def call(steps):
+        return pipe(1, torch.Generator().manual_seed(0), steps, "pt").images
+
+    first = call(6)
+    call(9)
+    torch.testing.assert_close(call(6), first)
+
+
+def test_a_callback_can_interrupt(make_unet):
+    pipe = DDPMPipelineCustom(make_unet(), DDPMSchedulerCustom())
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+
+    def stop(pipeline, i, t, tensors):
+        seen.append(i)
+        pipeline._interrupt = i == 2
+        return tensors
+
+    assert pipe(num_inference_steps=10, callback_on_step_end=stop, output_type="pt").images.isfinite().all()
+    assert seen == [0, 1, 2]
+    assert len(pipe(num_inference_steps=4, output_type="pt").images) == 1  # the next call is not interrupted

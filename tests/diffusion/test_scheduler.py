@@ -97,10 +97,10 @@ def test_eta_runs_from_ddim_to_ddpm(eta):
     ours.set_timesteps(50)
     ddim.set_timesteps(50)
     torch.testing.assert_close(
-        run_chain(ours, eta=eta), run_chain(ddim, eta=eta, use_clipped_model_output=True), rtol=0, atol=5e-4
+        run_chain(ours, ddim_eta=eta), run_chain(ddim, eta=eta, use_clipped_model_output=True), rtol=0, atol=5e-4
     )
     if eta == 1:
-        torch.testing.assert_close(run_chain(ours), run_chain(ours, eta=1.0), rtol=0, atol=0)
+        torch.testing.assert_close(run_chain(ours), run_chain(ours, ddim_eta=1.0), rtol=0, atol=0)
 
 
 def test_forward_process_equals_the_stock_scheduler():
@@ -140,7 +140,7 @@ def test_point_mass_is_reached_exactly(spacing, steps, eta):
         a, b = scheduler.process.alpha_bar(t).sqrt(), scheduler.process.one_minus_alpha_bar(t).sqrt()
         return (x - 0.37 * a) / b
 
-    end = run_chain(scheduler, predict, shape=(4, 1, 2, 2), dtype=torch.float64, eta=eta)
+    end = run_chain(scheduler, predict, shape=(4, 1, 2, 2), dtype=torch.float64, ddim_eta=eta)
     torch.testing.assert_close(end, torch.full_like(end, 0.37), rtol=1e-9, atol=1e-9)
 
 
@@ -409,11 +409,11 @@ def test_every_way_to_pass_the_timestep_gives_the_same_step(variance_type, eta):
     x, noise = torch.randn(2, 7, 3, 4, 4)
     output = torch.randn(7, 6 if variance_type == "learned_range" else 3, 4, 4)
     t = scheduler.timesteps
-    together = scheduler.step(output, t, x, variance_noise=noise, eta=eta)
+    together = scheduler.step(output, t, x, variance_noise=noise, ddim_eta=eta)
     for i in range(7):
         for alone in (int(t[i]), t[i], t[i : i + 1]):
             one = slice(i, i + 1)
-            step = scheduler.step(output[one], alone, x[one], variance_noise=noise[one], eta=eta)
+            step = scheduler.step(output[one], alone, x[one], variance_noise=noise[one], ddim_eta=eta)
             torch.testing.assert_close(step.prev_sample, together.prev_sample[one], rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(step.pred_original_sample, together.pred_original_sample[one])
 
@@ -484,7 +484,7 @@ def test_gradients_pass_through_a_step_also_after_sampling(variance_type, timest
 def test_eta_is_as_precise_as_the_rest():
     scheduler = DDPMSchedulerCustom()
     zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-    std = scheduler.step(zero, 500, zero, variance_noise=one, eta=0.3).prev_sample
+    std = scheduler.step(zero, 500, zero, variance_noise=one, ddim_eta=0.3).prev_sample
     expected = 0.3 * scheduler.process.posterior_coefficients(500)[2].sqrt()
     torch.testing.assert_close(std.squeeze(), expected, rtol=1e-13, atol=0)
 
@@ -631,7 +631,7 @@ def test_bad_steps_are_refused():
     with pytest.raises(TypeError, match="integers"):
         scheduler.step(x, torch.tensor(0.5), x)
     with pytest.raises(ValueError, match="eta"):
-        scheduler.step(x, 5, x, eta=1.5)
+        scheduler.step(x, 5, x, ddim_eta=1.5)
     with pytest.raises(ValueError, match="need"):
         scheduler.step(torch.cat([x, x], 1), 5, x)
 

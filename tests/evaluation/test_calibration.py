@@ -40,8 +40,8 @@ def chain_variance(scheduler, c, eta=1.0):
     alpha_bar, variance, history = scheduler.alphas_cumprod, 1.0, []
     for t in scheduler.timesteps.tolist():
         slope = (1 - alpha_bar[t]).sqrt() / (c * alpha_bar[t] + 1 - alpha_bar[t])
-        a = scheduler.step(slope * one, t, one, variance_noise=zero, eta=eta).prev_sample.item()
-        sigma = scheduler.step(zero, t, zero, variance_noise=one, eta=eta).prev_sample.item()
+        a = scheduler.step(slope * one, t, one, variance_noise=zero, ddim_eta=eta).prev_sample.item()
+        sigma = scheduler.step(zero, t, zero, variance_noise=one, ddim_eta=eta).prev_sample.item()
         variance = a**2 * variance + sigma**2
         history.append(variance)
     return history
@@ -94,11 +94,11 @@ def test_optimal_noise_is_drawn_for_ddim_and_never_at_the_last_step():
     scheduler.set_timesteps(timesteps=[900, 300])
     x = torch.zeros(2, 1, 4, 4)
     for timestep in (900, torch.tensor([900, 900])):  # floats, and tensors as in a compiled step
-        noisy = scheduler.step(x, timestep, x, torch.Generator().manual_seed(0), eta=0.0).prev_sample
+        noisy = scheduler.step(x, timestep, x, torch.Generator().manual_seed(0), ddim_eta=0.0).prev_sample
         expected = scheduler.process.optimal_variance(scheduler.calibration.x_0_error[900], 900, 300, eta=0.0).sqrt()
         drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(noisy, expected.float() * drawn)
-        assert not scheduler.step(x, timestep * 0 + 300, x, eta=0.0).prev_sample.any()
+        assert not scheduler.step(x, timestep * 0 + 300, x, ddim_eta=0.0).prev_sample.any()
     assert float(scheduler._get_variance(300)) == pytest.approx(float(scheduler.calibration.x_0_error[300]))
 
 
@@ -385,7 +385,7 @@ def test_second_order_steps_with_optimal_noise_compile_to_one_graph(eta):
     x, noise, before = torch.randn(3, 2, 1, 4, 4)
 
     def step(x, t):
-        return scheduler.step(0.3 * x, t, x, eta=eta, variance_noise=noise, previous_x_0=before).prev_sample
+        return scheduler.step(0.3 * x, t, x, ddim_eta=eta, variance_noise=noise, previous_x_0=before).prev_sample
 
     torch._dynamo.reset()  # or it would take eta for a variable
     t = torch.tensor([500, 300])
@@ -416,7 +416,7 @@ def test_second_order_steps_are_those_of_dpm_solver(eta, algorithm, timesteps):
     for i, t in enumerate(timesteps):
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
         timestep = t if i % 2 else torch.tensor([t, t])  # floats, and tensors as in a compiled step
-        out = ours.step(torch.tanh(0.7 * x), timestep, x, eta=eta, variance_noise=noise, previous_x_0=previous)
+        out = ours.step(torch.tanh(0.7 * x), timestep, x, ddim_eta=eta, variance_noise=noise, previous_x_0=previous)
         x, previous = out.prev_sample, out.pred_original_sample
         y = stock.step(torch.tanh(0.7 * y), t, y, variance_noise=noise).prev_sample
     torch.testing.assert_close(x, y, rtol=1e-3, atol=2e-3)  # stock's tables are float32
@@ -454,7 +454,7 @@ def test_a_long_step_extrapolates_by_the_last_change_at_most():
     scheduler.set_timesteps(timesteps=[999, 60, 50, 0])  # the last step is 20 times the one before, in log-SNR
     x, before = torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.5)
     noise = torch.zeros_like(x)
-    step = {"eta": 0.0, "variance_noise": noise}
+    step = {"ddim_eta": 0.0, "variance_noise": noise}
     first = scheduler.step(0.1 * x, 50, x, **step)
     second = scheduler.step(0.1 * x, 50, x, previous_x_0=before, **step)
     c_0 = scheduler.process.posterior_coefficients(50, 0, 0.0)[0].float()

@@ -103,6 +103,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: DDPMSchedulerCustom) -> None:
         super().__init__()
         self._fast_network: FastNetwork | None = None
+        self._interrupt = False
         if type(scheduler) is DDPMScheduler:
             scheduler = DDPMSchedulerCustom.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -191,27 +192,30 @@ class DDPMPipelineCustom(DiffusionPipeline):
         )  # fmt: skip
         labels = self.prepare_class_labels(class_labels, batch_size, guidance_scale)
         network = self._current_network()
+        self._interrupt = False
 
-        # 2. Choose the trajectory
-        self.scheduler.set_timesteps(**self._timesteps_kwargs(num_inference_steps, timesteps))
+        # 2. Choose the trajectory: that of this call alone, since other threads may sample with this pipeline, too
+        scheduler = self.scheduler_on_trajectory(num_inference_steps, timesteps)
         step_kwargs = self._step_kwargs(generator, eta)
 
         # 3. x_T ~ N(0, I), in float32 whatever the network's precision
         device = self._execution_device
         shape = (batch_size, self.unet.config.in_channels, *image_size(self.unet))
-        x_t = draw_noise(shape, generator, device, torch.float32) * self.scheduler.init_noise_sigma
+        x_t = draw_noise(shape, generator, device, torch.float32) * scheduler.init_noise_sigma
 
         # 4. Denoise step by step
         record, pred_x_0 = _Trajectory(trajectory_every), None
         # The scheduler reads timesteps, the network computes with them: each where it does not wait for the other.
-        network_timesteps, network_dtype = self.scheduler.timesteps.to(device), network.dtype
+        network_timesteps, network_dtype = scheduler.timesteps.to(device), network.dtype
         with self.progress_bar(total=len(network_timesteps)) as progress_bar:
-            for i, t in enumerate(self.scheduler.timesteps):
-                x = self.scheduler.scale_model_input(x_t, t).to(network_dtype)
+            for i, t in enumerate(scheduler.timesteps):
+                if self.interrupt:
+                    break
+                x = scheduler.scale_model_input(x_t, t).to(network_dtype)
                 model_output = self._predict(network, x, network_timesteps[i], labels, guidance_scale)
                 if solver_order == 2:
                     step_kwargs["previous_x_0"] = pred_x_0
-                output = self.scheduler.step(model_output, t, x_t, **step_kwargs)
+                output = scheduler.step(model_output, t, x_t, **step_kwargs)
                 x_t, pred_x_0 = output.prev_sample, output.get("pred_original_sample")
 
                 if callback_on_step_end is not None:
@@ -226,6 +230,11 @@ class DDPMPipelineCustom(DiffusionPipeline):
         self.maybe_free_model_hooks()
         result = DDPMPipelineCustomOutput(images, *record.tensors())
         return result if return_dict else result.to_tuple()
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set `_interrupt`, which ends a call after that step, as in diffusers' pipelines."""
+        return self._interrupt
 
     # --- the network ------------------------------------------------------------------------------------------------
 
@@ -415,17 +424,17 @@ class DDPMPipelineCustom(DiffusionPipeline):
             raise ValueError(f"`class_labels` has {wrong}, but every label must lie between 0 and {num_classes - 1}.")
         return labels.to(self._execution_device, torch.long)
 
-    def planned_timesteps(
+    def scheduler_on_trajectory(
         self, num_inference_steps: int | None = None, timesteps: Sequence[int] | Tensor | str | None = None
-    ) -> list[int]:
-        """The timesteps that a call with these arguments would follow. Changes nothing.
+    ) -> Any:
+        """A copy of the scheduler, on the trajectory of a call with these arguments. Changes nothing.
 
         Raises:
             ValueError: as the call would.
         """
-        scheduler = copy.copy(self.scheduler)
+        scheduler = copy.copy(self.scheduler)  # shares what is fixed; `set_timesteps` makes the rest anew
         scheduler.set_timesteps(**self._timesteps_kwargs(num_inference_steps, timesteps))
-        return scheduler.timesteps.tolist()
+        return scheduler
 
     def _timesteps_kwargs(
         self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | str | None
@@ -454,9 +463,10 @@ class DDPMPipelineCustom(DiffusionPipeline):
     ) -> dict[str, Any]:
         """What this scheduler's `step` accepts of the generator and eta."""
         accepted = inspect.signature(self.scheduler.step).parameters
-        if eta is not None and "eta" not in accepted:
+        eta_name = "ddim_eta" if "ddim_eta" in accepted else "eta"
+        if eta is not None and eta_name not in accepted:
             raise ValueError(f"`eta` is {eta}, but {type(self.scheduler).__name__} has no eta: leave it out.")
-        wanted = {"generator": generator} if eta is None else {"generator": generator, "eta": eta}
+        wanted = {"generator": generator} if eta is None else {"generator": generator, eta_name: eta}
         return {name: value for name, value in wanted.items() if name in accepted}
 
     # --- images -----------------------------------------------------------------------------------------------------

@@ -304,7 +304,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
         *,
-        eta: float = 1.0,
+        ddim_eta: float = 1.0,
         variance_noise: Tensor | None = None,
         previous_x_0: Tensor | None = None,
     ) -> DDPMSchedulerCustomOutput | tuple[Tensor, Tensor]:
@@ -319,14 +319,16 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
             timestep: t, an int or an integer tensor of shape () or (B,). Values on a GPU are not inspected.
             sample: x_t, (B, C, *). Any floating dtype; arithmetic is float32 at least.
             generator: one for the batch or a list with one per image.
-            eta: 1 is ancestral sampling, 0 is DDIM; between them σ² is eta² times the variance (arXiv 2010.02502,
-                Eq. 16). The `optimal` variance is that of each eta, and not 0 for eta = 0.
+            ddim_eta: 1 is ancestral sampling, 0 is DDIM; between them σ² is eta² times the variance (arXiv 2010.02502,
+                Eq. 16). The `optimal` variance is that of each eta, and not 0 for eta = 0. Not called `eta`, since
+                diffusers' pipelines pass an eta of 0 to every scheduler that takes one.
             variance_noise: ε of the shape of x_t, to be used instead of drawing it.
             previous_x_0: the `pred_original_sample` of the step before on the trajectory, of the shape of x_t.
 
         Returns:
             x_s and x̂_0, in the dtype of x_t. The last step of the trajectory adds no noise.
         """
+        eta = ddim_eta
         check_eta(eta)
         for name, given in (("variance_noise", variance_noise), ("previous_x_0", previous_x_0)):
             if given is not None and given.shape != sample.shape:

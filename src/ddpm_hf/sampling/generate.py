@@ -185,7 +185,7 @@ def check_options(
     """
     pipeline.prepare_class_labels(class_labels or None, len(class_labels) if class_labels else 1, guidance_scale)
     image_size(pipeline.unet)  # raises unless it is known
-    return pipeline.planned_timesteps(num_inference_steps, timesteps)
+    return pipeline.scheduler_on_trajectory(num_inference_steps, timesteps).timesteps.tolist()
 
 
 def describe_sampling(
