@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.storage.checkpoint import checkpoint_steps
-from ddpm_hf.training import loop
+from ddpm_hf.training import loop, step
 from support.pretend_gpu import PretendGpu
 from support.runs import TINY_OPTIONS
 
@@ -67,12 +67,12 @@ def test_apples_gpu_trains_what_a_cpu_trains_and_never_meets_float64(tmp_path, o
 
 
 def test_a_planted_wait_in_an_update_is_found(tmp_path, monkeypatch):
-    augment = loop.augment
+    augment = step.augment
 
     def waiting(batch, *arguments):
         x_0, labels = augment(batch, *arguments)
         return x_0 * float(x_0.abs().max() > 0), labels
 
-    monkeypatch.setattr(loop, "augment", waiting)
+    monkeypatch.setattr(step, "augment", waiting)
     with pytest.raises(AssertionError, match="_local_scalar_dense"):
         test_a_gpu_trains_what_a_cpu_trains_and_no_update_waits(tmp_path, "simple")

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config.training import TrainConfig
 from ..data.dataset import Batch
 from ..data.pixels import normalize, random_flip
+from ..diffusion.ddpm_process import to_device
 from .log import TrainingLog
 from .losses import training_losses
 from .state import Run
@@ -87,11 +88,6 @@ def augment(
     labels = to_device(batch.labels, device)
     is_dropped = torch.rand(len(labels), device=device) < config.label_dropout
     return x_0, labels.masked_fill(is_dropped, num_classes)
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """The values on a device. The CPU does not wait for the copy to a GPU, which needs pinned memory."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def skip_unless_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor, accelerator: Accelerator) -> Tensor:
