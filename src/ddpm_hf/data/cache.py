@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..config.training import TrainConfig
 from ..storage.files import free_bytes, write_atomically
-from .decoding import RowDecoder, decode_batches
+from .decoding import decode_batches, decode_rows
 from .sources import Source
 from .transform import Transform, Unreadable
 
@@ -113,9 +114,8 @@ class ImageCache:
             file.truncate(self._expected_bytes(survey))
             file.seek(0, os.SEEK_END)
             recorded = survey.tried
-            for decoded in decode_batches(
-                RowDecoder(self.source, self.transform), self._requests(recorded), _workers(total - recorded)
-            ):
+            decoder = partial(decode_rows, self.source, self.transform)
+            for decoded in decode_batches(decoder, self._requests(recorded), _workers(total - recorded)):
                 if decoded.unreadable and not skip_unreadable:
                     raise decoded.unreadable[0].error(name)
                 if self.keep_pixels:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import count, islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .cache import ImageCache, cache_root, fits_disk
-from .decoding import RowDecoder, StreamDecoder, decode_batches
+from .decoding import decode_batches, decode_rows, decode_stream_rows
 from .sources import Source, Stream, StreamRow, open_source, open_stream
 from .transform import Transform, Unreadable
 
@@ -128,7 +129,7 @@ class DecodedImages(IndexedImages):
         self, source: Source, transform: Transform, readable: np.ndarray, skipped: Iterable[Unreadable], workers: int
     ) -> None:
         super().__init__(source.name, source.label_names, skipped)
-        self.decoder, self.readable, self.workers = RowDecoder(source, transform), readable, workers
+        self.decoder, self.readable, self.workers = partial(decode_rows, source, transform), readable, workers
         self.length = len(readable)
 
     def read(self, requests: Iterable[np.ndarray]) -> Iterator[Batch]:
@@ -163,7 +164,7 @@ class StreamedImages(Images):
         """
         rows = self.stream.rows(first, seed)
         requests = _windows(rows, size + (SPARE_ROWS if self.skip_unreadable else 0), stride)
-        for decoded in decode_batches(StreamDecoder(self.transform, size), requests, self.workers):
+        for decoded in decode_batches(partial(decode_stream_rows, self.transform, size), requests, self.workers):
             if decoded.unreadable:
                 self._note(decoded.unreadable, left=len(decoded.pixels))
             places = torch.arange(size) % len(decoded.pixels)
@@ -199,7 +200,7 @@ def load_images(config: TrainConfig, source: Source | Stream | None = None, show
     if isinstance(source, Stream):
         return StreamedImages(source, transform, skip, workers)
     if source.fingerprint is None:
-        decoded = RowDecoder(source, transform).__getitems__(list(range(len(source))))
+        decoded = decode_rows(source, transform, range(len(source)))
         return StoredImages(decoded.pixels, source.name, decoded.labels, source.label_names)
     cache = ImageCache(cache_root(config), source, transform)
     keep = config.cache_limit_gb != 0 and (cache.load() is not None or fits_disk(cache, config.cache_limit_gb))

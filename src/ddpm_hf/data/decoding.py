@@ -1,22 +1,28 @@
-"""Many images: rows of a source → stacked arrays, in worker processes where that pays."""
+"""Many images: rows of a source → stacked arrays, by worker processes where that pays."""
 
 from __future__ import annotations
 
-import atexit
+import os
 import signal
-import weakref
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from itertools import islice
+from multiprocessing import parent_process
 from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from .sources import Source, StreamRow
 from .transform import Transform, Unreadable, decode
+
+AHEAD = 2  # requests per worker that are decoded before they are needed
 
 
 class Decoded(NamedTuple):
@@ -27,73 +33,79 @@ class Decoded(NamedTuple):
     unreadable: list[Unreadable]
 
 
-@dataclass(frozen=True)
-class RowDecoder(Dataset):
-    """Decodes lists of indices of a source."""
-
-    source: Source
-    transform: Transform
-
-    def __getitems__(self, indices: list[int]) -> Decoded:
-        """The images of these indices that can be read. DataLoader calls it."""
-        results = [decode(*row, self.transform) for row in zip(indices, self.source.read(indices), strict=True)]
-        labels = None if self.source.labels is None else self.source.labels[indices]
-        return _stack(results, labels, self.transform)
+Decoder = Callable[[Any], Decoded]
 
 
-@dataclass(frozen=True)
-class StreamDecoder(Dataset):
-    """Decodes lists of rows of a stream: of each list the first `size` that can be read."""
-
-    transform: Transform
-    size: int
-
-    def __getitems__(self, rows: list[StreamRow]) -> Decoded:
-        """The first `size` readable images of these rows. DataLoader calls it."""
-        results: list[np.ndarray | Unreadable] = []
-        for row in rows:
-            result = decode(_content_number(row.raw), row.raw, self.transform)
-            results.append(replace(result, index=row.position) if isinstance(result, Unreadable) else result)
-            if sum(isinstance(r, np.ndarray) for r in results) == self.size:
-                break
-        has_labels = rows[0].label is not None
-        labels = np.array([row.label for row in rows[: len(results)]], np.int64) if has_labels else None
-        return _stack(results, labels, self.transform)
+def decode_rows(source: Source, transform: Transform, indices: Sequence[int]) -> Decoded:
+    """The readable images among these indices of a source."""
+    results = [decode(*row, transform) for row in zip(indices, source.read(indices), strict=True)]
+    return _stack(results, None if source.labels is None else source.labels[indices], transform)
 
 
-def decode_batches(
-    decoder: RowDecoder | StreamDecoder, requests: Iterable[Sequence[Any]], workers: int
-) -> Iterator[Decoded]:
-    """The answers to `requests`, in their order, by so many worker processes (0: by this one)."""
-    answers = _answers(decoder, requests, workers)
-    if workers:  # a traceback may hold them until the process ends, which would wait for its workers for ever
-        atexit.register(_close, weakref.ref(answers))
-    return answers
+def decode_stream_rows(transform: Transform, size: int, rows: Sequence[StreamRow]) -> Decoded:
+    """The first `size` readable images among these rows of a stream."""
+    results: list[np.ndarray | Unreadable] = []
+    for row in rows:
+        result = decode(_content_number(row.raw), row.raw, transform)
+        results.append(replace(result, index=row.position) if isinstance(result, Unreadable) else result)
+        if sum(isinstance(r, np.ndarray) for r in results) == size:
+            break
+    has_labels = rows[0].label is not None
+    labels = np.array([row.label for row in rows[: len(results)]], np.int64) if has_labels else None
+    return _stack(results, labels, transform)
 
 
-def _answers(
-    decoder: RowDecoder | StreamDecoder, requests: Iterable[Sequence[Any]], workers: int
-) -> Generator[Decoded, None, None]:
-    loader = DataLoader(
-        decoder,
-        batch_sampler=requests,  # type: ignore[arg-type]  # any iterable of lists will do
-        num_workers=workers,
-        collate_fn=_unchanged,  # the images of a request come stacked
-        worker_init_fn=_leave_signals_to_the_parent,
-        generator=torch.Generator(),  # from the global one, DataLoader would draw numbers that belong to the run
-    )
-    answers = iter(loader)
+def decode_batches(decoder: Decoder, requests: Iterable[Any], workers: int) -> Iterator[Decoded]:
+    """`decoder` of each request, in order, by `workers` processes (0: by this one).
+
+    Raises:
+        RuntimeError: where a worker process was killed.
+    """
+    if not workers:
+        yield from map(decoder, requests)
+        return
+    # DataLoader would do, but has no public way to end its workers, and they have to outlive signals (see below).
+    executor = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(decoder,))
+    coming, pending = iter(requests), deque[Future[Decoded]]()
     try:
-        yield from answers
+        while True:
+            for request in islice(coming, AHEAD * workers - len(pending)):
+                pending.append(executor.submit(_decode_in_worker, request))
+            if not pending:
+                return
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a process that decodes images was killed (out of memory?): lower --dataloader_num_workers."
+        ) from error
     finally:
-        if workers:
-            answers._shutdown_workers()  # type: ignore[attr-defined]  # DataLoader has no public way
+        executor.shutdown(cancel_futures=True)
 
 
-def _close(answers: weakref.ref[Generator[Decoded, None, None]]) -> None:
-    generator = answers()
-    if generator is not None:
-        generator.close()
+def _start_worker(decoder: Decoder) -> None:
+    """Ignore signals meant for the run, which decides when to stop, and end with it, even where it is killed.
+
+    Ctrl-C reaches every process of a terminal, SIGTERM those of a job.
+    """
+    global _decoder
+    _decoder = decoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _decode_in_worker(request: Any) -> Decoded:
+    return _decoder(request)
+
+
+_decoder: Decoder  # of a worker process, which gets it once, when it starts
 
 
 def _stack(results: list[np.ndarray | Unreadable], labels: np.ndarray | None, transform: Transform) -> Decoded:
@@ -113,13 +125,3 @@ def _content_number(raw: Any) -> int:
     if raw is None:
         return 0
     return crc32(raw["bytes"] if raw["bytes"] is not None else str(raw["path"]).encode())
-
-
-def _unchanged(decoded: Any) -> Any:
-    return decoded
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal, SIGTERM those of a job: the training process decides when to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

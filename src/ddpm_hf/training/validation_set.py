@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import Batch, Images, IndexedImages, transform_of
-from ..data.decoding import Decoded, RowDecoder, StreamDecoder
+from ..data.decoding import decode_rows, decode_stream_rows
 from ..data.pixels import normalize, to_uint8
 from ..data.sources import Source, Stream, open_source, open_stream
 
@@ -126,9 +126,9 @@ def _read_split(
 ) -> tuple[Tensor, Tensor | None]:
     n, transform = config.eval_images, transform_of(config)
     if isinstance(split, Stream):
-        decoded: Decoded = StreamDecoder(transform, n).__getitems__(split.first_rows(n, config.seed))
+        decoded = decode_stream_rows(transform, n, split.first_rows(n, config.seed))
     else:
-        decoded = RowDecoder(split, transform).__getitems__(np.sort(rng.permutation(len(split))[:n]).tolist())
+        decoded = decode_rows(split, transform, np.sort(rng.permutation(len(split))[:n]).tolist())
     if decoded.unreadable and config.on_bad_image == "raise":
         raise decoded.unreadable[0].error(f"{split.name}, split {config.eval_split}")
     if len(decoded.pixels) + len(decoded.unreadable) < n or not len(decoded.pixels):
