@@ -191,7 +191,7 @@ def test_damaged_images_are_named_with_the_reason(tmp_path, monkeypatch):
     whole = encoded(Image.effect_noise((64, 64), 50), "JPEG")
     rows = {
         "truncated": {**whole, "bytes": whole["bytes"][:500]},
-        "no image in a format": {**whole, "bytes": b"just text"},
+        "not an image in a format": {**whole, "bytes": b"just text"},
         "that Pillow reads": {**whole, "bytes": b""},
         "holds no image": None,
         "No such file": {"bytes": None, "path": str(tmp_path / "none.png")},

@@ -1,7 +1,7 @@
-"""The decoded images of a source in one memory-mapped file, made once for every process and every later run.
+"""The decoded images of a source in one memory-mapped file, built once for all processes and later runs.
 
-A cache is a folder. `pixels.bin` grows at its end; `progress.json` tells how much of it is safely on the disk, so that
-an interrupted build goes on from there; `cache.json` is written last, and without it there is no cache.
+A cache is a folder. `pixels.bin` is appended to; `progress.json` records how much of it has reached the disk, where an
+interrupted build resumes; `cache.json` is written last, and a cache without it is incomplete.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .decoding import decode_batches, decode_rows
 from .sources import Source
 from .transform import Transform, Unreadable
 
-RECORD_EVERY = 32 * 2**20  # decoded bytes: what an interrupted build may lose
-REQUEST = 2 * 2**20  # decoded bytes that a worker hands over at once
-MANY_IMAGES = 1000  # from here on, worker processes are worth their start
+RECORD_EVERY = 32 * 2**20  # decoded bytes: the most that an interrupted build loses
+REQUEST = 2 * 2**20  # decoded bytes that a worker returns at once
+MANY_IMAGES = 1000  # from this number on, starting worker processes pays
 
 
 @dataclass
 class Survey:
-    """What reading a source has shown: how many images were tried, and which can't be read."""
+    """What is known of the images of a source: how many were tried, and which of them can't be read."""
 
     tried: int = 0
     unreadable: list[Unreadable] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Survey:
 
 
 class ImageCache:
-    """The decoded images of a source in a folder of `root`; without `keep_pixels`, the survey alone."""
+    """The decoded images of a source, in a folder below `root`; without `keep_pixels`, only the survey of them."""
 
     def __init__(self, root: Path, source: Source, transform: Transform, keep_pixels: bool = True) -> None:
         key = json.dumps([source.fingerprint, asdict(transform), keep_pixels])
@@ -56,25 +56,25 @@ class ImageCache:
 
     @property
     def present_bytes(self) -> int:
-        """What `pixels.bin` holds, whole or not."""
+        """The size of `pixels.bin`, complete or not."""
         return self.pixels_file.stat().st_size if self.pixels_file.is_file() else 0
 
     def load(self) -> Survey | None:
-        """The survey, if the cache is whole."""
+        """The survey, if the cache is complete."""
         return self._survey("cache.json")
 
     def pixels(self, survey: Survey) -> np.ndarray:
-        """The readable images, (n, C, H, W), mapped into memory. What is written to them does not reach the file."""
+        """The readable images, (n, C, H, W), mapped into memory copy-on-write: the file never changes."""
         return np.memmap(
             self.pixels_file, self.transform.dtype, mode="c", shape=(len(survey.readable), *self.transform.shape)
         )
 
     def build(self, skip_unreadable: bool, show_progress: bool = True) -> Survey:
-        """Load the cache or make it. Of several processes that want the same one, one works and the others wait.
+        """Load the cache, or build it. Of several processes that want the same one, one builds it and the others wait.
 
         Raises:
-            ValueError: for an image that can't be read, unless they are skipped; if none can be read.
-            OSError: if the folder can't be written, or the disk is full.
+            ValueError: for an image that can't be read, unless they are skipped; if no image can be read.
+            OSError: if the folder can't be written to, or the disk is full.
         """
         survey = self.load()
         if survey is None:
@@ -84,8 +84,8 @@ class ImageCache:
                     survey = self.load() or self._build(skip_unreadable, show_progress)
             except OSError as error:
                 raise OSError(
-                    f"decoded images can't be kept in {self.folder} ({error}): free or choose another place with "
-                    "--cache_dir, or decode on the fly with --cache_limit_gb 0."
+                    f"the decoded images can't be written to {self.folder} ({error}): free some space, choose another "
+                    "folder with --cache_dir, or decode on the fly with --cache_limit_gb 0."
                 ) from error
         if survey.unreadable and not skip_unreadable:
             raise survey.unreadable[0].error(self.source.name)
@@ -93,7 +93,7 @@ class ImageCache:
 
     @contextmanager
     def _locked(self, show_progress: bool) -> Iterator[None]:
-        """Be the only one that works in the folder; wait for who else does, and show how far it is."""
+        """Lock the folder; while another process holds the lock, wait and show its progress."""
         lock = FileLock(self.folder / "lock")
         with self._bar(0, show_progress, leave=False, delay=1) as bar:
             while not lock.is_locked:
@@ -144,14 +144,14 @@ class ImageCache:
         return (range(i, min(i + size, total)) for i in range(first, total, size))
 
     def _record(self, survey: Survey, pixels: BinaryIO, name: str) -> None:
-        """Say that the pixels of these images are on the disk, once they are."""
+        """Record that the pixels of these images are on the disk. Both are synced, to survive a loss of power."""
         pixels.flush()
         os.fsync(pixels.fileno())
         record = json.dumps(asdict(survey), indent=1).encode()
         write_atomically(self.folder / name, lambda stream: stream.write(record), sync=True)
 
     def _survey(self, name: str) -> Survey | None:
-        """What a record says, unless it is missing, or the pixels that it speaks of are."""
+        """The survey in a record, unless the record or pixels that it counts are missing."""
         try:
             record = json.loads((self.folder / name).read_text("utf-8"))
         except (FileNotFoundError, ValueError):
@@ -169,14 +169,14 @@ def _workers(images: int) -> int:
 
 
 def cache_root(config: TrainConfig) -> Path:
-    """Where caches of decoded images live: in the cache folder of `datasets`."""
+    """The folder of all caches of decoded images, in the cache folder of `datasets`."""
     import datasets
 
     return Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "decoded_images"
 
 
 def fits_disk(cache: ImageCache, limit_gb: float | None) -> bool:
-    """Whether all decoded images may be kept: half of the free disk space at most, if no limit is given."""
+    """Whether all decoded images may be stored; without a limit, they may take half of the free disk space."""
     free = free_bytes(cache.folder) + cache.present_bytes
     limit = free / 2 if limit_gb is None else min(free, limit_gb * 1e9)
     return len(cache.source) * cache.image_bytes <= limit

@@ -1,11 +1,19 @@
-"""Training images: any source → uint8 batches in an order that is a function of progress → [-1, 1]."""
+"""Training images: batches in an order that is a function of progress. This is where x_0 comes from:
+
+sources     rows of anything that `datasets` opens: encoded bytes, or paths of files
+decoding    rows → stacked arrays, in worker processes, each image by
+transform   one image → uint8 or uint16 of shape (C, H, W)
+cache       all decoded images of a source in one memory-mapped file
+dataset     this file: `load_images` puts the above together, and `Images.batches` yields (B, C, H, W)
+pixels      integers → [-1, 1], by whoever uses a batch, on its device
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from itertools import count, islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .cache import ImageCache, cache_root, fits_disk
+from .cache import ImageCache, Survey, cache_root, fits_disk
 from .decoding import decode_batches, decode_rows, decode_stream_rows
 from .sources import Source, Stream, StreamRow, open_source, open_stream
 from .transform import Transform, Unreadable
@@ -22,7 +30,7 @@ from .transform import Transform, Unreadable
 if TYPE_CHECKING:
     from ..config.training import TrainConfig
 
-SPARE_ROWS = 8  # of a stream, beyond a batch, to take the place of images that can't be read
+SPARE_ROWS = 8  # rows of a stream read beyond each batch, to replace images that can't be read
 
 
 class Batch(NamedTuple):
@@ -33,13 +41,13 @@ class Batch(NamedTuple):
 
 
 class Images(ABC):
-    """A training set: an endless, shuffled stream of images, from any place of which one can go on.
+    """A training set: an endless, shuffled sequence of images that can be read from any position.
 
     Attributes:
-        name: that of the source, for messages.
-        label_names: what the labels 0 … n - 1 are called; None for unconditional training.
-        skipped: what `--on_bad_image skip` has left out. A stream finds it out by and by.
-        has_length: whether `len()` gives the number of images; that of a stream is not known.
+        name: the name of the source, for messages.
+        label_names: the names of the labels 0 … n - 1; None for unconditional training.
+        skipped: the images left out by `--on_bad_image skip`. For a stream, the list grows as images are read.
+        has_length: whether `len()` gives the number of images; False for a stream.
     """
 
     has_length = True
@@ -53,24 +61,24 @@ class Images(ABC):
         return None if self.label_names is None else len(self.label_names)
 
     def __len__(self) -> int:
-        raise TypeError(f"how many images {self.name} holds is not known before its end.")
+        raise TypeError(f"{self.name} is a stream, of unknown length.")
 
     @abstractmethod
     def batches(self, first: int, size: int, stride: int, seed: int) -> Iterator[Batch]:
-        """Endless: batch k holds images number first + k·stride … first + k·stride + size - 1 of the stream.
+        """Endless batches: batch k holds images first + k·stride … first + k·stride + size - 1 of the sequence.
 
-        The stream is a function of `seed` alone: epoch after epoch, each image once per epoch, each epoch in its own
-        order. So a run that goes on in the middle of an epoch sees what it would have seen. Rank r of P processes with
-        batches of B starts at r·B and strides P·B.
+        The sequence is a function of `seed` alone: each epoch holds each image once, in an order of its own. So a run
+        that resumes within an epoch sees the images that it would have seen. Rank r of P processes with batches of B
+        starts at r·B with stride P·B.
         """
 
     @abstractmethod
     def sample(self, count: int, seed: int) -> Tensor:
-        """The first `count` images of the stream, or all of them if there are fewer: (n, C, H, W) as in `Batch`."""
+        """The first `count` images of the sequence, or all of them if there are fewer: (n, C, H, W) as in `Batch`."""
 
 
 class IndexedImages(Images):
-    """Images that can be read in any order. `read` maps arrays of indices below `length` to batches."""
+    """Images that can be read in any order, by their indices below `length`."""
 
     length: int
 
@@ -90,15 +98,14 @@ class IndexedImages(Images):
         return next(self.read([self.indices(0, min(count, len(self)), seed)])).pixels
 
     def indices(self, first: int, size: int, seed: int) -> np.ndarray:
-        """What images number first … first + size - 1 of the stream are, int64."""
+        """The indices of images first … first + size - 1 of the sequence, int64."""
         epochs, places = np.divmod(np.arange(first, first + size), len(self))
-        return np.concatenate([self._order(seed, int(e))[places[epochs == e]] for e in np.unique(epochs)])
+        return np.concatenate([_epoch_order(len(self), seed, int(e))[places[epochs == e]] for e in np.unique(epochs)])
 
-    def _order(self, seed: int, epoch: int) -> np.ndarray:
-        """The order of one epoch; the latest is kept."""
-        if getattr(self, "_latest", (None,))[0] != (seed, epoch):
-            self._latest = (seed, epoch), np.random.default_rng([seed, epoch]).permutation(len(self))
-        return self._latest[1]
+
+@lru_cache(maxsize=2)  # a batch may span the end of an epoch
+def _epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(length)
 
 
 class StoredImages(IndexedImages):
@@ -119,18 +126,16 @@ class StoredImages(IndexedImages):
         """See `IndexedImages.read`."""
         for indices in map(torch.from_numpy, requests):
             labels = None if self.labels is None else self.labels[indices]
-            yield Batch(self.pixels.index_select(0, indices), labels)  # ten times as fast as an index
+            yield Batch(self.pixels.index_select(0, indices), labels)  # ten times faster than pixels[indices]
 
 
 class DecodedImages(IndexedImages):
-    """Images that are decoded each time they are needed, by worker processes: `readable` are their indices."""
+    """Images that are decoded each time they are needed, by worker processes: those that `survey` found readable."""
 
-    def __init__(
-        self, source: Source, transform: Transform, readable: np.ndarray, skipped: Iterable[Unreadable], workers: int
-    ) -> None:
-        super().__init__(source.name, source.label_names, skipped)
-        self.decoder, self.readable, self.workers = partial(decode_rows, source, transform), readable, workers
-        self.length = len(readable)
+    def __init__(self, source: Source, transform: Transform, survey: Survey, workers: int) -> None:
+        super().__init__(source.name, source.label_names, survey.unreadable)
+        self.decoder, self.readable, self.workers = partial(decode_rows, source, transform), survey.readable, workers
+        self.length = len(self.readable)
 
     def read(self, requests: Iterable[np.ndarray]) -> Iterator[Batch]:
         """See `IndexedImages.read`.
@@ -145,7 +150,7 @@ class DecodedImages(IndexedImages):
 
 
 class StreamedImages(Images):
-    """Images that are read one after the other, and never all there."""
+    """Images that are read one after the other and never held all at once."""
 
     has_length = False
 
@@ -155,12 +160,12 @@ class StreamedImages(Images):
         self.skip_unreadable = skip_unreadable
 
     def batches(self, first: int, size: int, stride: int, seed: int) -> Iterator[Batch]:
-        """See `Images.batches`. Every process reads the whole stream, and decodes its own part of it.
+        """See `Images.batches`. Every process reads the whole stream and decodes its own part of it.
 
-        The place of an image that can't be read is taken by the next one that can.
+        An image that can't be read is replaced by the next one that can.
 
         Raises:
-            ValueError: for an image that can't be read, unless they are skipped; if all of a batch can't be read.
+            ValueError: for an image that can't be read, unless they are skipped; if no image of a batch can be read.
         """
         rows = self.stream.rows(first, seed)
         requests = _windows(rows, size + (SPARE_ROWS if self.skip_unreadable else 0), stride)
@@ -184,10 +189,10 @@ class StreamedImages(Images):
 def load_images(config: TrainConfig, source: Source | Stream | None = None, show_progress: bool = True) -> Images:
     """The training set of a configuration: mapped from a cache of decoded images, decoded on the fly, or streamed.
 
-    All processes of a run may call it at the same time: one of each machine builds the cache, the others wait for it.
+    All processes of a run may call it at the same time: one process of each machine builds the cache, the others wait.
 
     Args:
-        source: what `open_source` or `open_stream` has opened for this configuration already.
+        source: the result of `open_source` or `open_stream` for this configuration, if there is one already.
 
     Raises:
         ValueError: for a source that does not exist, lacks the column, or holds no images; for damaged images.
@@ -203,26 +208,26 @@ def load_images(config: TrainConfig, source: Source | Stream | None = None, show
         decoded = decode_rows(source, transform, range(len(source)))
         return StoredImages(decoded.pixels, source.name, decoded.labels, source.label_names)
     cache = ImageCache(cache_root(config), source, transform)
-    keep = config.cache_limit_gb != 0 and (cache.load() is not None or fits_disk(cache, config.cache_limit_gb))
-    if not keep and not skip:
-        return DecodedImages(source, transform, np.arange(len(source)), [], workers)
-    if not keep:  # which images to skip must be known before the order of the others is
+    is_kept = config.cache_limit_gb != 0 and (cache.load() is not None or fits_disk(cache, config.cache_limit_gb))
+    if not is_kept:
         cache = ImageCache(cache_root(config), source, transform, keep_pixels=False)
-    survey = cache.build(skip, show_progress)
+    # Without a cache, only skipping needs a survey: the order of the images depends on how many can be read.
+    survey = cache.build(skip, show_progress) if is_kept or skip else Survey(len(source))
     if survey.unreadable and show_progress:
         tqdm.write(
-            f"{len(survey.unreadable)} of {len(source)} images of {source.name} can't be read and are left out, "
-            f"first {survey.unreadable[0].path or survey.unreadable[0].index}: see {cache.folder / 'cache.json'}"
+            f"Skipping {len(survey.unreadable)} of {len(source)} images of {source.name}, which can't be read: "
+            f"{survey.unreadable[0].path or survey.unreadable[0].index} is the first, all are in "
+            f"{cache.folder / 'cache.json'}."
         )
-    if not keep:
-        return DecodedImages(source, transform, survey.readable, survey.unreadable, workers)
+    if not is_kept:
+        return DecodedImages(source, transform, survey, workers)
     labels = None if source.labels is None else torch.from_numpy(source.labels[survey.readable])
     pixels = torch.from_numpy(cache.pixels(survey))
     return StoredImages(pixels, source.name, labels, source.label_names, survey.unreadable)
 
 
 def transform_of(config: TrainConfig) -> Transform:
-    """What a configuration does to every image."""
+    """The transform of a configuration."""
     return Transform(
         config.resolution,
         str(config.image_mode),
@@ -233,7 +238,7 @@ def transform_of(config: TrainConfig) -> Transform:
 
 
 def _windows(rows: Iterator[StreamRow], size: int, stride: int) -> Iterator[list[StreamRow]]:
-    """Lists of `size` rows that start `stride` rows apart."""
+    """Lists of `size` consecutive rows, starting `stride` rows apart."""
     window: deque[StreamRow] = deque()
     while True:
         window.extend(islice(rows, size - len(window)))

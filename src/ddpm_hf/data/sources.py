@@ -1,4 +1,4 @@
-"""Where images come from: every source that `datasets` opens, as rows that are not decoded yet."""
+"""Where images come from: everything that `datasets` opens, as rows that are not decoded yet."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 
 @dataclass(frozen=True)
 class Source:
-    """A list of images.
+    """Images that can be read in any order.
 
-    `read` maps indices to rows, which `images.decode` takes. `labels` are 0 … n - 1, int64 of shape (N,).
-    `fingerprint` changes with the content; None says that decoding everything anew is quick.
+    Args:
+        name: for messages.
+        fingerprint: changes with the content; None if decoding everything is too quick to be cached.
+        length: N, the number of images.
+        read: maps indices to rows, as `transform.decode` takes them.
+        labels: 0 … n - 1, int64 of shape (N,).
+        label_names: the names of these n labels.
     """
 
     name: str
@@ -40,7 +45,7 @@ class Source:
 
 
 class StreamRow(NamedTuple):
-    """A row of a stream: its position there, what `images.decode` takes, and its label if the run has labels."""
+    """A row of a stream: its position there, what `transform.decode` takes, and its label if the run has labels."""
 
     position: int
     raw: Any
@@ -61,8 +66,8 @@ class Stream:
     def rows(self, first: int, seed: int) -> Iterator[StreamRow]:
         """The endless stream from row `first` on, a function of the seed.
 
-        To get there, rows are read but not decoded: those of this epoch, and one whole epoch if it is not the first,
-        since only reading tells how long an epoch is.
+        Earlier rows of the same epoch are read but not decoded. So is all of the first epoch if `first` lies in a later
+        one, because only reading shows how long an epoch is.
         """
         epoch, to_skip, position = 0, first, first
         while True:
@@ -97,14 +102,14 @@ class Stream:
 
 
 def open_source(config: TrainConfig, split: str = "train") -> Source:
-    """The training set of a configuration, or another split of its dataset, nothing of it decoded.
+    """The training set of a configuration, or another split of its dataset. Nothing is decoded yet.
 
     Raises:
         ValueError: for a source that does not exist or can't be reached, for columns that it lacks, for no images.
     """
     if config.dataset_name == "digits":
         if split != "train":
-            raise ValueError(f"the digits are one set, without a split {split!r}: leave it out.")
+            raise ValueError(f"the digits have no split {split!r}: leave it out.")
         return _digits(config)
     name = _name(config)
     dataset = _load(config, split)
@@ -124,10 +129,10 @@ def open_source(config: TrainConfig, split: str = "train") -> Source:
 
 
 def open_stream(config: TrainConfig, split: str = "train") -> Stream:
-    """The training set of a configuration, or another split, to be read one row after the other, again and again.
+    """The training set of a configuration, or another split of its dataset, as a stream of rows.
 
     Raises:
-        ValueError: as for `open_source`, and for labels whose number can't be known.
+        ValueError: as for `open_source`, and for labels of unknown number.
     """
     import datasets
 
@@ -137,8 +142,8 @@ def open_stream(config: TrainConfig, split: str = "train") -> Stream:
         feature = _feature(dataset, config.label_column)
         if not isinstance(feature, datasets.ClassLabel):
             raise ValueError(
-                f"`label_column` is {config.label_column!r}, which is {feature}: how many labels there are is unknown "
-                "before the end of the stream. Store it as ClassLabel, or leave out --streaming."
+                f"`label_column` is {config.label_column!r}, which is {feature}: the number of labels in a stream is "
+                "unknown. Store the column as ClassLabel, or leave out --streaming."
             )
         label_names = list(feature.names)
     column, name = _image_column(dataset, config), _name(config)
@@ -150,10 +155,10 @@ def open_stream(config: TrainConfig, split: str = "train") -> Stream:
 
 
 def public_name(config: TrainConfig, source: str) -> tuple[str, str | None]:
-    """What to call the data where others read it, and its id if it is a dataset of the Hub.
+    """A name of the data for the public, and its id if it is a dataset on the Hub.
 
     Args:
-        source: its name here, as `Source.name` gives it. Of paths only the last part is told.
+        source: the name of its `Source`. Of a path, only the last part is published.
     """
     name = config.dataset_name
     if name is None or name == "digits" or Path(name).exists() or Path(name).suffix != "" or "*" in name:
@@ -167,7 +172,7 @@ def _name(config: TrainConfig) -> str:
 
 @contextmanager
 def _clear_errors(name: str) -> Iterator[None]:
-    """Whatever the Hub's client, the network or a file format raises → one line that names the source."""
+    """Turn whatever the Hub's client, the network or a file format raises into one line that names the source."""
     import datasets
 
     try:
@@ -179,7 +184,7 @@ def _clear_errors(name: str) -> Iterator[None]:
 
 
 def _load(config: TrainConfig, split: str) -> Any:
-    """A `Dataset`, or an `IterableDataset` where streaming is asked for."""
+    """A `Dataset`, or an `IterableDataset` for streaming."""
     import datasets
 
     folder = config.train_data_dir
@@ -188,7 +193,7 @@ def _load(config: TrainConfig, split: str) -> Any:
     options: dict[str, Any] = {"cache_dir": config.cache_dir, "split": split, "streaming": config.streaming}
     with _clear_errors(_name(config)):
         if folder is not None:
-            # All files are the training set, also those that `datasets` would take for a test set by their names.
+            # All files are the training set, even those that `datasets` would assign to a test set by their names.
             files = {"train": str(Path(folder) / "**")}
             drop_labels = True if config.label_column is None else None
             return datasets.load_dataset("imagefolder", data_files=files, drop_labels=drop_labels, **options)
@@ -210,7 +215,7 @@ def _feature(dataset: Any, column: str) -> Any:
 
 
 def _image_column(dataset: Any, config: TrainConfig) -> str:
-    """The column that is named, or else the only one that holds images."""
+    """The column of `image_column`, or else the only one that holds images."""
     import datasets
 
     found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
@@ -224,7 +229,7 @@ def _image_column(dataset: Any, config: TrainConfig) -> str:
 
 
 def _undecoded(dataset: Any, column: str) -> Any:
-    """The dataset with bytes and paths in place of images, so that a damaged one can be named and left out."""
+    """The dataset with bytes and paths in place of images, so that a damaged image can be named and skipped."""
     import datasets
 
     feature = dataset.features[column]
@@ -235,14 +240,14 @@ def _undecoded(dataset: Any, column: str) -> Any:
 
 
 def _labels(dataset: Any, column: str) -> tuple[np.ndarray, list[str]]:
-    """Labels 0 … n - 1 and what they are called: a ClassLabel's own, else the values in their order."""
+    """Labels 0 … n - 1 and their names: those of a ClassLabel, or else the sorted values."""
     import datasets
 
     feature = _feature(dataset, column)
     values = dataset[column][:]
     missing = [i for i, value in enumerate(values) if value is None]
     if isinstance(feature, datasets.ClassLabel):
-        missing += [i for i, value in enumerate(values) if value == -1]  # how `datasets` says: not labelled
+        missing += [i for i, value in enumerate(values) if value == -1]  # not labeled, in `datasets`
     if missing:
         raise ValueError(
             f"`label_column` is {column!r}, but {len(missing)} rows have no label, first row {missing[0]}."
@@ -260,7 +265,7 @@ def _read_column(rows: Any, column: str, indices: Sequence[int]) -> list[Any]:
 
 
 def _files_fingerprint(paths: Iterator[str]) -> str:
-    """Changes with the names, sizes and times of the files."""
+    """A hash of the names, sizes and times of files."""
     digest = hashlib.sha256()
     for path in map(Path, paths):
         stat = path.stat() if path.exists() else None
@@ -269,13 +274,13 @@ def _files_fingerprint(paths: Iterator[str]) -> str:
 
 
 def _digits(config: TrainConfig) -> Source:
-    """scikit-learn's 1,797 scans of 8×8 pixels with 17 levels, as 8-bit grayscale images."""
+    """scikit-learn's 1,797 scans of 8×8 pixels and 17 levels, as 8-bit grayscale images."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ValueError("the digits come with scikit-learn: pip install 'ddpm-hf[train]'.") from error
+        raise ValueError("the digits need scikit-learn: pip install 'ddpm-hf[train]'.") from error
     if config.label_column not in (None, "label"):
-        raise ValueError(f"`label_column` is {config.label_column!r}, but the digits have `label` only.")
+        raise ValueError(f"`label_column` is {config.label_column!r}, but the digits only have `label`.")
     digits = load_digits()
     scans = [Image.fromarray((scan * (255 / 16)).round().astype(np.uint8)) for scan in digits.images]
     labels = digits.target.astype(np.int64) if config.label_column else None

@@ -18,10 +18,15 @@ BYTE_MAX, WORD_MAX = 255, 65535
 
 @dataclass(frozen=True)
 class Transform:
-    """What is done to every image: the fields, `version` among them, are part of a cache's key.
+    """What is done to every image. All fields are part of a cache's key.
 
-    `mode` is one of `config.IMAGE_MODES`, `resize` one of `RESAMPLING`. The crop is central where `crop_seed` is None,
-    else a random one that depends on the seed and the image's index alone. With `keep_16_bits`, arrays are uint16.
+    Args:
+        resolution: the height and width of the result.
+        mode: one of `IMAGE_MODES`.
+        resize: one of `RESAMPLING`.
+        crop_seed: None crops the center; a number, a random square that depends on it and the image's index alone.
+        keep_16_bits: return uint16 instead of uint8.
+        version: to be raised whenever the same file would give other pixels.
     """
 
     resolution: int
@@ -29,7 +34,7 @@ class Transform:
     resize: str = "bicubic"
     crop_seed: int | None = None
     keep_16_bits: bool = False
-    version: int = 1  # raise it whenever the same file would give other pixels
+    version: int = 1
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -44,28 +49,28 @@ class Transform:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """An image that can't be decoded: its index in the source, its path there if it has one, and why."""
+    """An image that can't be decoded: its index in the source, its path there if it has one, and the reason."""
 
     index: int
     path: str | None
     reason: str
 
     def error(self, source: str) -> ValueError:
-        """What to raise, and what the user can do."""
+        """The exception to raise, which names the remedies."""
         place = f"{source}, {self.path}," if self.path else source
         return ValueError(
-            f"image {self.index} (from 0) of {place} can't be read ({self.reason}): repair or remove it, or leave out "
+            f"image {self.index} (from 0) of {place} can't be read ({self.reason}): repair or remove it, or skip "
             "such images with --on_bad_image skip."
         )
 
 
 def decode(index: int, raw: Any, transform: Transform) -> np.ndarray | Unreadable:
-    """The array of one row of a source, or why there is none.
+    """The array of one row of a source, or the reason why it can't be read.
 
     Args:
-        index: its place in the source, which also seeds its random crop.
+        index: its position in the source, which also seeds its random crop.
         raw: `{"bytes": …, "path": …}` as `datasets.Image(decode=False)` gives it, or a Pillow image.
-        transform: what to make of it.
+        transform: what to do to it.
 
     Returns:
         `transform.dtype` of `transform.shape`.
@@ -75,8 +80,8 @@ def decode(index: int, raw: Any, transform: Transform) -> np.ndarray | Unreadabl
         with _open(raw) as image:
             return prepare_image(image, transform, index)
     except UnidentifiedImageError:
-        reason = "no image in a format that Pillow reads"
-    except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
+        reason = "not an image in a format that Pillow reads"
+    except Exception as error:  # on damaged files, Pillow's plugins raise nearly anything
         reason = str(error) or type(error).__name__
     return Unreadable(index, path, reason)
 
@@ -86,7 +91,7 @@ def image_format(raw: Any) -> tuple[int, int, str] | None:
     try:
         with _open(raw) as image:
             return image.width, image.height, image.mode
-    except Exception:  # as in `decode`, which says why
+    except Exception:  # as in `decode`, which gives the reason
         return None
 
 
@@ -101,13 +106,13 @@ def _open(raw: Any) -> Image.Image:
         return Image.open(raw["path"])
     import datasets
 
-    return datasets.Image().decode_example(raw)  # a file of the Hub, or within an archive
+    return datasets.Image().decode_example(raw)  # a file on the Hub, or in an archive
 
 
 def prepare_image(image: Image.Image, transform: Transform, index: int = 0) -> np.ndarray:
     """Turn upright, convert, crop to a square and resize.
 
-    Transparent parts become white where the mode has no alpha channel: what lies under them is arbitrary, and graphics
+    Transparent parts become white where the mode has no alpha channel: their hidden colors are arbitrary, and graphics
     with transparency are mostly made for light pages.
 
     Returns:
@@ -145,7 +150,7 @@ def _crop_box(size: tuple[int, int], transform: Transform, index: int) -> tuple[
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     """Any mode of 8 bits per channel → L, LA, RGB or RGBA."""
-    if image.mode == "LAB":  # which Pillow converts by colour profiles only
+    if image.mode == "LAB":  # which Pillow converts only by color profiles
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB") or image
     if image.has_transparency_data:
@@ -156,24 +161,24 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _unit_plane(image: Image.Image) -> Image.Image:
-    """A plane of 16 or 32 bits per pixel → mode F in [0, 1]; Pillow's own conversions cut off instead of scaling."""
+    """A plane of 16 or 32 bits per pixel → mode F in [0, 1]; Pillow's own conversions clip instead of scaling."""
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())  # NaN fails both comparisons below
     if image.mode == "F":
         limit = 1
-    elif image.mode == "I" and high <= BYTE_MAX:  # 32 bits hold whatever somebody stored in them
+    elif image.mode == "I" and high <= BYTE_MAX:  # 32 bits may hold values of either range
         limit = BYTE_MAX
     else:
         limit = WORD_MAX
     if not (low >= 0 and high <= limit):
         raise ValueError(
-            f"its values of mode {image.mode} lie in [{low:g}, {high:g}], but must lie in [0, {limit}]: rescale them"
+            f"its values (mode {image.mode}) lie in [{low:g}, {high:g}], but must lie in [0, {limit}]: rescale them"
         )
     return Image.fromarray((values / np.float32(limit)).astype(np.float32))
 
 
 def _from_unit_plane(plane: np.ndarray, transform: Transform) -> np.ndarray:
-    """[0, 1] of shape (H, W), beyond by what the resizing overshoots → every colour channel, and full opacity."""
+    """(H, W) in [0, 1], give or take the overshoot of resizing → every color channel, and full opacity."""
     levels = np.iinfo(transform.dtype).max
     array = np.empty(transform.shape, transform.dtype)
     array[:] = (plane.astype(np.float64) * levels).round().clip(0, levels)
