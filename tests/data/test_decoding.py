@@ -87,8 +87,6 @@ from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.data.dataset import load_images
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
     options = {{"cache_dir": {str(tmp_path / "cache")!r}, "cache_limit_gb": 0, "dataloader_num_workers": 2}}
     images = load_images(TrainConfig(train_data_dir={str(folder)!r}, resolution=8, **options))
     twin = os.fork()
@@ -98,6 +96,7 @@ if __name__ == "__main__":
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(twin, 0)
     for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # which the workers, started before, have not inherited
         os.killpg(0, number)
         for _ in range(10):
             next(batches)
