@@ -43,3 +43,18 @@ def test_timesteps_on_a_gpu_and_images_on_the_cpu_wait_for_their_coefficients():
         actual = process.q_sample(x_0, torch.tensor([0, 1], device="cuda"), x_0)
     assert torch.equal(actual, expected)
     assert not gpu.unsafe
+
+
+@pytest.mark.parametrize("measure", [bits_per_dim, calibrate])
+def test_more_network_calls_are_no_more_waits(measure):
+    """Values are read once for many network calls, which take all that they need through pinned memory."""
+    waits = {}
+    for steps in (5, 10):
+        scheduler = DDPMSchedulerCustom(steps, beta_schedule="squaredcos_cap_v2")
+        with PretendGpu() as gpu:
+            on_gpu = DDPMPipelineCustom(tiny_unet(), scheduler).to("cuda")
+            gpu.waits.clear()
+            measure(on_gpu, IMAGES, show_progress=False)
+        waits[steps] = gpu.waits
+    assert waits[5] == waits[10]
+    assert waits[5].total() < 10

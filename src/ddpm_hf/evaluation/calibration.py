@@ -21,7 +21,7 @@ from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import sum_over_processes
 from ..storage.checkpoint import MANIFEST
 from ..storage.files import check_writable, write_text_atomically
-from .predictions import NoisyImages
+from .predictions import NoisyImages, Prediction, on_cpu
 
 MIN_IMAGES = 16  # below it the standard error itself is a guess
 
@@ -62,13 +62,10 @@ def calibrate(
     T, n = len(scheduler), len(noisy.indices)
     # Σ and Σ² over the images of ‖x_0 - x̂_0‖²/d and ‖ε̂‖²/d, for every t
     sums = torch.zeros(2, 2, T, dtype=torch.float64)
-    for p in noisy.predictions(torch.arange(T), same_noise=True, title="Calibrating", show_progress=show_progress):
-        output = p.output[:, : p.x_t.shape[1]]
-        pred_x_0 = scheduler.predict_x_0(output, p.x_t, p.t)
-        pred_eps = scheduler.process.predict_eps(output, p.x_t, p.t, scheduler.config.prediction_type)
-        squares = torch.stack([p.x_0 - pred_x_0, pred_eps]).square().flatten(2).mean(2).cpu().double()
-        sums[0, :, p.column] += squares.sum(1)
-        sums[1, :, p.column] += squares.square().sum(1)
+    predictions = noisy.predictions(torch.arange(T), same_noise=True, title="Calibrating", show_progress=show_progress)
+    for t, squares in on_cpu((p.column, _mean_squares(scheduler, p)) for p in predictions):
+        sums[0, :, t] += squares.sum(1)
+        sums[1, :, t] += squares.square().sum(1)
 
     sums = sum_over_processes(sums)
     mean = sums[0] / n
@@ -80,6 +77,14 @@ def calibrate(
     calibration = Calibration(mean[0], standard_error[0], mean[1], standard_error[1], n, measured_with)
     scheduler.set_calibration(calibration)
     return calibration
+
+
+def _mean_squares(scheduler: DDPMSchedulerCustom, p: Prediction) -> Tensor:
+    """‖x_0 - x̂_0‖²/d and ‖ε̂‖²/d of each image, (2, B)."""
+    output = p.output[:, : p.x_t.shape[1]]
+    pred_x_0 = scheduler.predict_x_0(output, p.x_t, p.t)
+    pred_eps = scheduler.process.predict_eps(output, p.x_t, p.t, scheduler.config.prediction_type)
+    return torch.stack([p.x_0 - pred_x_0, pred_eps]).square().flatten(2).mean(2)
 
 
 def expected_rate(scheduler: DDPMSchedulerCustom, timesteps: Sequence[int], variance_type: str = "optimal") -> float:

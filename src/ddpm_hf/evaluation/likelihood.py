@@ -28,7 +28,7 @@ from ..diffusion.ddpm_process import (
 from ..diffusion.pipeline import DDPMPipelineCustom
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import sum_over_processes
-from .predictions import NoisyImages, Prediction
+from .predictions import NoisyImages, Prediction, on_cpu
 
 
 @dataclass(frozen=True)
@@ -128,19 +128,20 @@ def bits_per_dim(
     sums = torch.zeros(4, K, dtype=torch.float64)
     totals = torch.zeros(n, dtype=torch.float64)
     visited = chain.timesteps[columns]
-    for p in noisy.predictions(visited, same_noise=False, title=title, show_progress=show_progress):
-        k = columns[p.rows, p.column]
-        values = torch.stack(chain.measure(p, k)).cpu().double()
+    predictions = noisy.predictions(visited, same_noise=False, title=title, show_progress=show_progress)
+    measured = (((p.rows, p.column), chain.measure(p, columns[p.rows, p.column])) for p in predictions)
+    for (rows, column), values in on_cpu(measured):
+        k = columns[rows, column]
         sums.index_add_(1, k, torch.cat([torch.ones(1, len(k), dtype=torch.float64), values]))
         # Of the K - 1 terms before L_0, an estimate sees m - 1: each stands for as many.
-        weight = 1.0 if p.column == m - 1 else (K - 1) / (m - 1)
-        totals[p.rows] += weight * values[0]
-        if p.column == 0:
-            totals[p.rows] += chain.L_T(p.x_0)
+        weight = 1.0 if column == m - 1 else (K - 1) / (m - 1)
+        totals[rows] += weight * values[0]
 
     sums, totals = sum_over_processes(sums), sum_over_processes(totals)
     terms, x_0_mse, eps_mse = sums[1:] / sums[0]
-    L_T = chain.L_T(normalize(noisy.images[noisy.indices])).mean()
+    priors = chain.L_T(normalize(noisy.images[noisy.indices]))
+    totals += priors
+    L_T = priors.mean()
     return BitsPerDim(
         float(totals.mean()), float(totals.std() / math.sqrt(n)), float(L_T), terms, x_0_mse, eps_mse,
         chain.timesteps.tolist(), chain.variance_type, n, m,
@@ -224,8 +225,8 @@ class _Chain:
         """The prior's term of a chain that starts where this one does, (B,), float64 on the CPU."""
         return self.process.L_T(x_0, int(self.timesteps[0])).cpu().double()
 
-    def measure(self, p: Prediction, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The term, the error of x̂_0 and that of ε̂ at timesteps[k], each of shape (B,)."""
+    def measure(self, p: Prediction, k: Tensor) -> Tensor:
+        """The term, the error of x̂_0 and that of ε̂ at timesteps[k], (3, B)."""
         prediction = p.output[:, : p.x_t.shape[1]]
         reverse = self.p_mean_variance(p, prediction)
         is_last = bool((k == len(self.timesteps) - 1).all())
@@ -234,7 +235,7 @@ class _Chain:
         else:
             term = self.process.L_t_minus_1(p.x_0, p.x_t, p.t, reverse, self.scheduler.previous_timestep(p.t))
         eps_error = self.process.predict_eps(prediction, p.x_t, p.t, self.scheduler.config.prediction_type) - p.noise
-        return term, _mean_square(p.x_0 - reverse.pred_x_0), _mean_square(eps_error)
+        return torch.stack([term, _mean_square(p.x_0 - reverse.pred_x_0), _mean_square(eps_error)])
 
     def p_mean_variance(self, p: Prediction, prediction: Tensor) -> PMeanVariance:
         """p_θ(x_s | x_t) with the variance that was asked for."""

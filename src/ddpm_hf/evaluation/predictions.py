@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -12,10 +12,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.pixels import normalize
-from ..diffusion.ddpm_process import check_integer
+from ..diffusion.ddpm_process import check_integer, to_device
 from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..diffusion.scheduling_ddpm_custom import ZERO_SNR_ERROR, DDPMSchedulerCustom
 from ..distributed import lockstep_batches
+
+READ_EVERY = 16  # network calls: so far at most is the CPU ahead of a GPU
+Key = TypeVar("Key")
 
 
 class Prediction(NamedTuple):
@@ -129,9 +132,10 @@ class NoisyImages:
                 for column, t in enumerate(timesteps[batch].unbind(1)):
                     if column == 0 or not same_noise:
                         noise = torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in generators])
-                        noise = noise.to(x_0.device)
+                        noise = to_device(noise, x_0.device)
                     x_t = process.q_sample(x_0, t, noise)
-                    output = unet(x_t.to(unet.dtype), t.to(x_t.device), class_labels=labels, return_dict=False)[0]
+                    at = to_device(t, x_t.device)
+                    output = unet(x_t.to(unet.dtype), at, class_labels=labels, return_dict=False)[0]
                     if mine:
                         rows, *images = (part[:mine] for part in (batch, t, x_0, noise, x_t, output.float()))
                         yield Prediction(rows, column, *images)
@@ -141,8 +145,26 @@ class NoisyImages:
     def _load(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """x_0 and labels of some images."""
         indices = self.indices[rows]
-        x_0 = normalize(self.images[indices.to(self.images.device)].to(self.pipe.unet.device))
+        x_0 = normalize(to_device(self.images[indices.to(self.images.device)], self.pipe.unet.device))
         return x_0, None if self._labels is None else self._labels[indices.to(self._labels.device)]
+
+
+def on_cpu(measured: Iterable[tuple[Key, Tensor]]) -> Iterator[tuple[Key, Tensor]]:
+    """Each key with its values, (…, B), as float64 on the CPU, which waits for a GPU once in READ_EVERY calls."""
+    waiting: list[tuple[Key, Tensor]] = []
+
+    def read() -> Iterator[tuple[Key, Tensor]]:
+        keys, values = zip(*waiting, strict=True)
+        table = torch.cat(values, dim=-1).cpu().double()
+        waiting.clear()
+        yield from zip(keys, table.split([v.shape[-1] for v in values], dim=-1), strict=True)
+
+    for pair in measured:
+        waiting.append(pair)
+        if len(waiting) == READ_EVERY:
+            yield from read()
+    if waiting:
+        yield from read()
 
 
 def draw_indices(length: int, count: int, seed: int) -> Tensor:
