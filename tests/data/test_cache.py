@@ -6,9 +6,11 @@ import json
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from ddpm_hf.config.training import TrainConfig
@@ -44,6 +46,11 @@ def source(log=None, bad=()):
 
 def contents(cache):
     return cache.pixels(cache.load())[:, 0, 0, 0].tolist()
+
+
+def pixel_file(cache):
+    (file,) = cache.folder.glob("pixels*")
+    return file
 
 
 @pytest.fixture(autouse=True)
@@ -120,10 +127,62 @@ def test_of_two_processes_one_builds(tmp_path):
     assert contents(ImageCache(tmp_path / "cache", source(), TRANSFORM)) == list(range(N))
 
 
+@pytest.mark.parametrize("first_dies", [False, True])
+def test_two_machines_whose_locks_do_not_reach_each_other_build_one_cache(tmp_path, monkeypatch, first_dies):
+    """The first has recorded eight images, and written two more, when the second begins; then it finishes or dies."""
+    transform = Transform(64, "L")
+    monkeypatch.setattr(image_cache, "REQUEST", 2 * 64 * 64)
+    monkeypatch.setattr(image_cache, "RECORD_EVERY", 8 * 64 * 64)
+
+    class LockOfAMachine(FileLock):
+        def __init__(self, path):
+            super().__init__(f"{path}-{os.getpid()}")
+
+    monkeypatch.setattr(image_cache, "FileLock", LockOfAMachine)
+    begun, finish, finished = fork.Event(), fork.Event(), fork.Event()
+    log = tmp_path / "log"
+
+    def slow(indices):
+        if N - 1 in indices:
+            begun.set()
+            finish.wait()
+            if first_dies:
+                os._exit(1)
+        return source().read(indices)
+
+    def first():
+        cache = ImageCache(tmp_path, replace(source(), read=slow), transform)
+        survey = cache.build(skip_unreadable=True, show_progress=False)
+        assert cache.pixels(survey)[:, 0, 0, 0].tolist() == list(range(N))
+        finished.set()
+
+    def second():
+        def read(indices):
+            finish.set()
+            assert first_dies or finished.wait(60)
+            return source(log).read(indices)
+
+        cache = ImageCache(tmp_path, replace(source(), read=read), transform)
+        survey = cache.build(skip_unreadable=True, show_progress=False)
+        assert cache.pixels(survey)[:, 0, 0, 0].tolist() == list(range(N))
+
+    processes = [fork.Process(target=first), fork.Process(target=second)]
+    processes[0].start()
+    begun.wait()
+    processes[1].start()
+    for process in processes:
+        process.join()
+    assert [p.exitcode for p in processes] == [int(first_dies), 0]
+    assert log.read_text().split() == [str(i) for i in range(8, N)]  # the others were copied
+    cache = ImageCache(tmp_path, source(), transform)
+    assert contents(cache) == list(range(N))
+    assert len(list(cache.folder.glob("p*"))) == 1  # nothing is left of the builds
+
+
 def test_a_cache_that_was_cut_off_is_made_anew(tmp_path):
     cache = ImageCache(tmp_path, source(), TRANSFORM)
     cache.build(skip_unreadable=False, show_progress=False)
-    for damage in (lambda: os.truncate(cache.pixels_file, 100), lambda: (cache.folder / "cache.json").write_text("{")):
+    for damage in (lambda: os.truncate(pixel_file(cache), 100), lambda: (cache.folder / "cache.json").write_text("{")):
         damage()
         assert cache.load() is None
         cache.build(skip_unreadable=False, show_progress=False)
@@ -224,7 +283,7 @@ def test_without_a_limit_half_of_the_free_disk_may_be_used(folder, tmp_path, mon
     for free, kind in ((2 * needed - present, StoredImages), (2 * needed - present - 2, DecodedImages)):
         cache = ImageCache(tmp_path / str(free) / "decoded_images", source(), TRANSFORM)
         cache.folder.mkdir(parents=True)
-        cache.pixels_file.write_bytes(bytes(present))
+        (cache.folder / "pixels.bin").write_bytes(bytes(present))
         usage = type("Usage", (), {"free": free})
         monkeypatch.setattr("ddpm_hf.storage.files.shutil.disk_usage", lambda path, usage=usage: usage)
         monkeypatch.setattr("ddpm_hf.data.dataset.open_source", lambda config: source())
@@ -240,4 +299,6 @@ def test_the_list_of_damaged_images_is_kept_with_the_cache(folder):
     (record,) = records(folder)
     (bad,) = json.loads(record.read_text())["unreadable"]
     assert (bad["index"], bad["path"]) == (5, str(folder / "05.png"))
-    assert np.fromfile(record.parent / "pixels.bin", np.uint8)[::64].tolist() == [i for i in range(N) if i != 5]
+    assert np.fromfile(record.parent / json.loads(record.read_text())["pixels"], np.uint8)[::64].tolist() == [
+        i for i in range(N) if i != 5
+    ]

@@ -1,7 +1,9 @@
 """The decoded images of a source in one memory-mapped file, built once for all processes and later runs.
 
-A cache is a folder. `pixels.bin` is appended to; `progress.json` records how much of it has reached the disk, where an
-interrupted build resumes; `cache.json` is written last, and a cache without it is incomplete.
+A cache is a folder. Each build writes a pixel file of its own, `pixels-<token>.bin`; `progress-<token>.json` records
+how much of it has reached the disk, which the next build copies if this one is interrupted. `cache.json` is written
+last and names its pixel file; a cache without it is incomplete. So machines that share the disk, but not their locks,
+can build at the same time: the first to finish makes the cache.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -33,10 +36,11 @@ MANY_IMAGES = 1000  # from this number on, starting worker processes pays
 
 @dataclass
 class Survey:
-    """What is known of the images of a source: how many were tried, and which of them can't be read."""
+    """What is known of the images of a source: how many were tried, which can't be read, where the pixels are."""
 
     tried: int = 0
     unreadable: list[Unreadable] = field(default_factory=list)
+    pixels: str = "pixels.bin"  # the name of their file; version 0.1 did not record it
 
     @property
     def readable(self) -> np.ndarray:
@@ -52,21 +56,23 @@ class ImageCache:
         self.folder = root / hashlib.sha256(key.encode()).hexdigest()[:24]
         self.source, self.transform, self.keep_pixels = source, transform, keep_pixels
         self.image_bytes = int(np.prod(transform.shape)) * transform.dtype.itemsize
-        self.pixels_file = self.folder / "pixels.bin"
 
     @property
     def present_bytes(self) -> int:
-        """The size of `pixels.bin`, complete or not."""
-        return self.pixels_file.stat().st_size if self.pixels_file.is_file() else 0
+        """The size of the pixel file, complete or not; of several builds, the most advanced one's."""
+        return max((_size(file) for file in self.folder.glob("pixels*")), default=0)
 
     def load(self) -> Survey | None:
         """The survey, if the cache is complete."""
-        return self._survey("cache.json")
+        return self._survey(self.folder / "cache.json")
 
     def pixels(self, survey: Survey) -> np.ndarray:
         """The readable images, (n, C, H, W), mapped into memory copy-on-write: the file never changes."""
         return np.memmap(
-            self.pixels_file, self.transform.dtype, mode="c", shape=(len(survey.readable), *self.transform.shape)
+            self.folder / survey.pixels,
+            self.transform.dtype,
+            mode="c",
+            shape=(len(survey.readable), *self.transform.shape),
         )
 
     def build(self, skip_unreadable: bool, show_progress: bool = True) -> Survey:
@@ -83,10 +89,12 @@ class ImageCache:
                 with self._locked(show_progress):
                     survey = self.load() or self._build(skip_unreadable, show_progress)
             except OSError as error:
-                raise OSError(
-                    f"the decoded images can't be written to {self.folder} ({error}): free some space, choose another "
-                    "folder with --cache_dir, or decode on the fly with --cache_limit_gb 0."
-                ) from error
+                survey = self.load()  # another machine has finished, and removed what this one had begun
+                if survey is None:
+                    raise OSError(
+                        f"the decoded images can't be written to {self.folder} ({error}): free some space, choose "
+                        "another folder with --cache_dir, or decode on the fly with --cache_limit_gb 0."
+                    ) from error
         if survey.unreadable and not skip_unreadable:
             raise survey.unreadable[0].error(self.source.name)
         return survey
@@ -108,12 +116,16 @@ class ImageCache:
 
     def _build(self, skip_unreadable: bool, show_progress: bool) -> Survey:
         total, name = len(self.source), self.source.name
-        survey = self._survey("progress.json") or Survey()
-        self.pixels_file.touch()
-        with self.pixels_file.open("r+b") as file, self._bar(survey.tried, show_progress) as bar:
-            file.truncate(self._expected_bytes(survey))
-            file.seek(0, os.SEEK_END)
+        builds = [self._survey(file) for file in self.folder.glob("progress*.json")]
+        begun = max((survey for survey in builds if survey), key=lambda survey: survey.tried, default=Survey())
+        token = uuid.uuid4().hex
+        survey = Survey(pixels=f"pixels-{token}.bin")
+        progress = self.folder / f"progress-{token}.json"
+        with (self.folder / survey.pixels).open("wb") as file, self._bar(0, show_progress) as bar:
+            self._copy(begun, file)
+            survey.tried, survey.unreadable = begun.tried, begun.unreadable
             recorded = survey.tried
+            bar.update(recorded)
             decoder = partial(decode_rows, self.source, self.transform)
             for decoded in decode_batches(decoder, self._requests(recorded), _workers(total - recorded)):
                 if decoded.unreadable and not skip_unreadable:
@@ -124,15 +136,42 @@ class ImageCache:
                 survey.tried += len(decoded.pixels) + len(decoded.unreadable)
                 bar.update(survey.tried - bar.n)
                 if (survey.tried - recorded) * self.image_bytes >= RECORD_EVERY:
-                    self._record(survey, file, "progress.json")
+                    self._record(survey, file, progress)
                     recorded = survey.tried
             if len(survey.unreadable) == total:
                 raise ValueError(
                     f"none of the {total} images can be read. The first: {survey.unreadable[0].error(name)}"
                 )
-            self._record(survey, file, "cache.json")
-        (self.folder / "progress.json").unlink(missing_ok=True)
-        return survey
+            self._record(survey, file, progress)
+        finished = self._finish(progress)
+        for leftover in [*self.folder.glob("progress*.json"), *self.folder.glob("pixels*.bin")]:
+            if leftover.name != finished.pixels:
+                leftover.unlink(missing_ok=True)
+        return finished
+
+    def _finish(self, progress: Path) -> Survey:
+        """Make this build the cache, unless another machine has finished first: processes may have mapped its file."""
+        final = self.folder / "cache.json"
+        if self.load() is None:
+            final.unlink(missing_ok=True)  # damaged
+        try:
+            os.link(progress, final)
+        except FileExistsError:
+            pass
+        except OSError:  # no hard links on this disk
+            progress.replace(final)
+        finished = self.load()
+        if finished is None:
+            raise OSError(f"{final} or its pixels were removed by another process")
+        return finished
+
+    def _copy(self, begun: Survey, file: BinaryIO) -> None:
+        """Begin a pixel file with what another build has on the disk; that build may still be at work elsewhere."""
+        left = self._expected_bytes(begun)
+        if left:
+            with (self.folder / begun.pixels).open("rb") as source:
+                while left:
+                    left -= file.write(source.read(min(left, REQUEST)))
 
     def _bar(self, done: int, show_progress: bool, **options: Any) -> tqdm:
         total, label = len(self.source), f"Decoding {self.source.name}"
@@ -143,24 +182,31 @@ class ImageCache:
         total = len(self.source)
         return (range(i, min(i + size, total)) for i in range(first, total, size))
 
-    def _record(self, survey: Survey, pixels: BinaryIO, name: str) -> None:
+    def _record(self, survey: Survey, pixels: BinaryIO, file: Path) -> None:
         """Record that the pixels of these images are on the disk. Both are synced, to survive a loss of power."""
         pixels.flush()
         os.fsync(pixels.fileno())
         record = json.dumps(asdict(survey), indent=1).encode()
-        write_atomically(self.folder / name, lambda stream: stream.write(record), sync=True)
+        write_atomically(file, lambda stream: stream.write(record), sync=True)
 
-    def _survey(self, name: str) -> Survey | None:
+    def _survey(self, file: Path) -> Survey | None:
         """The survey in a record, unless the record or pixels that it counts are missing."""
         try:
-            record = json.loads((self.folder / name).read_text("utf-8"))
+            record = json.loads(file.read_text("utf-8"))
         except (FileNotFoundError, ValueError):
             return None
-        survey = Survey(record["tried"], [Unreadable(**bad) for bad in record["unreadable"]])
-        return survey if self.present_bytes >= self._expected_bytes(survey) else None
+        survey = Survey(**{**record, "unreadable": [Unreadable(**bad) for bad in record["unreadable"]]})
+        return survey if _size(self.folder / survey.pixels) >= self._expected_bytes(survey) else None
 
     def _expected_bytes(self, survey: Survey) -> int:
         return len(survey.readable) * self.image_bytes if self.keep_pixels else 0
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _workers(images: int) -> int:
