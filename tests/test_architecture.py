@@ -28,14 +28,17 @@ FOLDERS = {
         "config", "data", "diffusion", "distributed", "evaluation", "evaluation.metrics", "sampling", "sharing",
         "storage",
     },
-    "commands": {"config", "data", "diffusion", "evaluation", "sampling", "sharing", "sharing.conversion", "storage"},
+    "commands": {
+        "config", "data", "diffusion", "evaluation", "sampling", "sharing", "sharing.conversion", "storage", "training",
+    },
     "cli": {"commands", "config"},
 }  # fmt: skip
 
 # Within a folder. A file that is not named here imports none of its neighbours.
 FILES = {
     "config.commands": {"options"},
-    "config.parsing": {"training"},
+    "config.launch": {"options"},
+    "config.parsing": {"launch", "training"},
     "config.training": {"options"},
     "data.cache": {"decoding", "sources", "transform"},
     "data.dataset": {"cache", "decoding", "sources", "transform"},
@@ -104,7 +107,8 @@ def imports(module):
     for node in ast.walk(parse(module)):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = module.split(".")[: -node.level]
-            ours.add(".".join([*base, node.module]))
+            names = [node.module] if node.module else [a.name for a in node.names if a.name != "__version__"]
+            ours.update(".".join([*base, name]) for name in names)
         elif isinstance(node, ast.ImportFrom):
             packages.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):

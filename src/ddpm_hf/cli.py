@@ -1,4 +1,4 @@
-"""The `ddpm-hf` command."""
+"""The `ddpm-hf` command: its sub-commands, and what each of them takes. `commands` has what they do."""
 
 from __future__ import annotations
 
@@ -7,82 +7,98 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .commands import calibrate, convert, evaluate, push, sample
+from . import __version__
+from .commands import calibrate, convert, evaluate, push, sample, train
 from .config.commands import CalibrateConfig, ConvertConfig, EvaluateConfig, PushConfig, SampleConfig
-from .config.parsing import HelpFormatter, HfArgumentParser, exit_with_error
+from .config.parsing import HelpFormatter, HfArgumentParser, one_line_errors
 
 DESCRIPTION = """\
 DDPM (Ho et al. 2020) for the Hugging Face ecosystem.
 
-Train a model with `accelerate launch training/train.py`, then look at what it makes:
+Train a model, on scikit-learn's digits or on images of your own:
 
-  ddpm-hf sample ddpm-digits                                64 images of a model trained here
+  ddpm-hf train
+  ddpm-hf train --train_data_dir my-images --resolution 64 --use_ema --output_dir my-ddpm
+  ddpm-hf train --config cifar10 --num_processes 8 --train_batch_size 16
+
+Sample from it:
+
+  ddpm-hf sample ddpm-digits                                64 images
   ddpm-hf sample ddpm-digits/checkpoint-500                 … of a training checkpoint
-  ddpm-hf sample google/ddpm-cifar10-32 --num_images 16     … of a model of the Hub, stock ones included
-
-Good images in few steps, and what the best ones for the likelihood need:
-
+  ddpm-hf sample google/ddpm-cifar10-32 --num_images 16     … of any DDPM on the Hub
   ddpm-hf sample ddpm-digits --steps 25 --eta 0 --solver_order 2
-  ddpm-hf calibrate ddpm-digits --dataset digits            then also --spacing optimal, --variance_type optimal
 
-Measure it: bits/dim, distances to real images, what is copied from them:
+Measure it: bits/dim, distances to real images, copies of training images:
 
   ddpm-hf evaluate ddpm-digits --dataset digits
 
-Share it, or turn somebody's model into one that loads three ways:
+Calibrate it for the best likelihood in few steps, then sample with --spacing optimal --variance_type optimal:
+
+  ddpm-hf calibrate ddpm-digits --dataset digits
+
+Share it, or convert another model:
 
   ddpm-hf push ddpm-digits me/ddpm-digits --private
   ddpm-hf convert google/ddpm-cifar10-32 my-cifar10
+
+Several processes: ddpm-hf train --num_processes N; for sample, evaluate and calibrate,
+accelerate launch -m ddpm_hf sample …
 """
+MODEL = "a folder, a training checkpoint, or a model on the Hub"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; foreseen errors end with one line and status 1."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    with one_line_errors():
+        if arguments[:1] == ["train"]:  # it reads a YAML file between the defaults and the flags
+            train(arguments[1:])
+            return
+        options = vars(_parser().parse_args(arguments))
+        run, config_type, positionals = (options.pop(name) for name in ("run", "config_type", "positionals"))
+        options.pop("command")
+        run(*(options.pop(name) for name in positionals), config_type(**options))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ddpm-hf", description=DESCRIPTION, formatter_class=HelpFormatter)
+    parser.add_argument("--version", action="version", version=f"ddpm-hf {__version__}")
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", title="commands", required=True, parser_class=HfArgumentParser
     )
+    commands.add_parser("train", dataclass_types=[], help="train a model", add_help=False)
     _add_command(
         commands, "sample", SampleConfig, sample, "make images: numbered PNGs or one .npz, and a grid",
-        "Make images: numbered PNGs or one .npz, and a grid. A run that was killed goes on where it was, and one with "
-        "more images adds to them. By many processes: accelerate launch training/sample.py MODEL …",
-        model="a folder, a training checkpoint, or a model of the Hub",
+        "Make images: numbered PNGs or one .npz, and a grid. An interrupted run resumes, and a larger --num_images "
+        "adds to the folder. By several processes: accelerate launch -m ddpm_hf sample MODEL …",
+        model=MODEL,
     )  # fmt: skip
     _add_command(
-        commands, "calibrate", CalibrateConfig, calibrate, "measure a model, for the optimal variance and timesteps",
+        commands, "calibrate", CalibrateConfig, calibrate, "measure a model for the optimal variance and timesteps",
         "Measure the error of a model at every timestep, which gives the optimal variance and the best timesteps, and "
-        "keep it in the model's scheduler.",
-        model="a folder, a training checkpoint, or a model of the Hub",
+        "save it in the model's scheduler. By several processes: accelerate launch -m ddpm_hf calibrate MODEL …",
+        model=MODEL,
     )  # fmt: skip
     _add_command(
         commands, "evaluate", EvaluateConfig, evaluate, "measure a model: bits/dim, FID, KID, precision, copies",
         "Measure a model: the likelihood of images, the quality of samples, and whether they are copies of training "
-        "images. Writes metrics.json, pictures and the model's card. A run that was killed is gone on with.",
-        model="a folder, a training checkpoint, or a model of the Hub",
+        "images. Writes metrics.json, pictures and the model's card. An interrupted run resumes. By several processes: "
+        "accelerate launch -m ddpm_hf evaluate MODEL …",
+        model=MODEL,
     )  # fmt: skip
     _add_command(
         commands, "push", PushConfig, push, "share a model on the Hub",
-        "Export a model with its card and push it in one commit: the model alone, no training state, no logs.",
+        "Export a model with its card and push it in one commit, without training state and logs.",
         model="a folder: a saved pipeline, a training run or a checkpoint", repo_id="its name on the Hub: owner/name",
     )  # fmt: skip
     _add_command(
-        commands, "convert", ConvertConfig, convert, "make a model that loads three ways of another one",
-        "Convert a model, and verify that the result's outputs are equal.",
+        commands, "convert", ConvertConfig, convert, "convert another model, so that it loads three ways",
+        "Convert a model, and verify that its outputs stay equal.",
         source="a DDPM of diffusers (folder or Hub), a training checkpoint, or a weight file of DDPM (Ho et al., "
         "PyTorch ports) or improved-diffusion",
         destination="a new folder",
     )  # fmt: skip
-
-    options = vars(parser.parse_args(sys.argv[1:] if argv is None else list(argv)))
-    run, config_type, positionals = (options.pop(name) for name in ("run", "config_type", "positionals"))
-    options.pop("command")
-    try:
-        run(*(options.pop(name) for name in positionals), config_type(**options))
-    except (ValueError, OSError) as error:
-        exit_with_error(error)
-    except KeyboardInterrupt:
-        print("\nInterrupted. What was saved before is unharmed.", file=sys.stderr)
-        sys.exit(130)
+    return parser
 
 
 def _add_command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,26 @@ from .config.commands import (
     SampleConfig,
     SamplingOptions,
 )
+from .config.parsing import parse_train_command
+from .training.__main__ import main as train_here
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
     from .diffusion.pipeline import DDPMPipelineCustom
+
+
+def train(argv: Sequence[str]) -> None:
+    """Train in this process, or in those that Accelerate's launcher starts for the flags."""
+    options, others = parse_train_command(argv)  # takes no torch: --help and mistakes answer at once
+    from .training.launch import is_launched, launch, needs_launcher
+
+    if is_launched() and options.given():
+        raise ValueError(f"{options.given()[0]} is for the launcher that has started this process: leave it out here.")
+    if needs_launcher(options) and not is_launched():
+        launch(options, others)
+    else:
+        train_here(others)
 
 
 def sample(model: str, config: SampleConfig) -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .launch import LaunchOptions
 from .training import GROUPS, TrainConfig
 
 if TYPE_CHECKING:
@@ -20,6 +22,13 @@ if TYPE_CHECKING:
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "digits"
+TRAIN_DESCRIPTION = """\
+Train a DDPM. Without options: scikit-learn's digits, in about five minutes on two CPU cores.
+
+  ddpm-hf train --train_data_dir my-images --resolution 64 --use_ema --output_dir my-ddpm
+  ddpm-hf train --config cifar10 --num_processes 8 --train_batch_size 16
+  ddpm-hf train --config cifar10 --dry_run              show what a command would do
+"""
 
 
 def _hf_argument_parser() -> Any:
@@ -35,25 +44,29 @@ if not TYPE_CHECKING:
     HfArgumentParser = _hf_argument_parser()
 
 
-def parse_train_config(argv: Sequence[str]) -> TrainConfig:
+def parse_train_config(argv: Sequence[str], epilog: str | None = None) -> TrainConfig:
     """Flags over YAML over defaults. Without a source of images, the preset `digits` is the YAML file.
+
+    Args:
+        argv: what follows `ddpm-hf train`.
+        epilog: shown at the end of --help.
 
     Raises:
         SystemExit: with argparse's message, for unknown flags or values of the wrong type.
         ValueError: naming the option, for values that make no sense.
     """
+    phrases = "".join(f"\n  {name:26}{_first_comment(PRESETS / f'{name}.yaml')}" for name in presets())
     parser = HfArgumentParser(
         GROUPS,
-        prog="train.py",
+        prog="ddpm-hf train",
         usage="%(prog)s [--config PRESET] [--OPTION VALUE …]",
-        description="Train a DDPM. Without any option: scikit-learn's digits, in about five minutes on two CPU cores.",
+        description=f"{TRAIN_DESCRIPTION}\npresets:{phrases}",
+        epilog=epilog,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config",
-        metavar="PRESET",
-        help=f"Options from a preset ({', '.join(presets())}) or a YAML file; flags override it.",
+        "--config", metavar="PRESET", help="Options from a preset or a YAML file; flags override them.", default=None
     )
     given = parser.parse_args(list(argv))
     has_source = given.dataset_name is not None or given.train_data_dir is not None
@@ -65,6 +78,26 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     options = vars(parser.parse_args(list(argv)))
     options.pop("config")
     return TrainConfig(**options)
+
+
+def parse_train_command(argv: Sequence[str]) -> tuple[LaunchOptions, list[str]]:
+    """What Accelerate's launcher is told, and the flags that every process gets, which are checked here first.
+
+    Raises:
+        SystemExit, ValueError: as `parse_train_config`.
+    """
+    parser = HfArgumentParser(
+        LaunchOptions,
+        prog="ddpm-hf train",
+        usage=argparse.SUPPRESS,
+        formatter_class=HelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    given, others = parser.parse_known_args(list(argv))
+    launch_options = LaunchOptions(**vars(given))
+    parse_train_config(others, epilog=parser.format_help())
+    return launch_options, others
 
 
 def presets() -> list[str]:
@@ -82,6 +115,11 @@ def preset_file(name: str) -> Path:
     if not file.is_file():
         raise ValueError(f"`config` is {name!r}, but must be one of {', '.join(presets())}, or a YAML file.")
     return file
+
+
+def _first_comment(file: Path) -> str:
+    with file.open(encoding="utf-8") as lines:
+        return next(lines).removeprefix("#").strip()
 
 
 def _read_yaml(file: Path, known: set[str]) -> dict[str, Any]:
@@ -115,6 +153,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def exit_with_error(error: Exception) -> None:
-    """End a command with the message of a foreseen error, without a traceback."""
-    sys.exit(f"error: {error}")
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Within this context, foreseen errors end the process with one line and status 1, and Ctrl-C with status 130."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nInterrupted. What was saved before is unharmed.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,23 @@
+"""One process of a training run: `accelerate launch -m ddpm_hf.training …`. `ddpm-hf train` starts all of them."""
+
+import sys
+from collections.abc import Sequence
+
+from ..config.parsing import one_line_errors, parse_train_config
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read the options, then train. Foreseen errors end with one line; a signal with the status that shells expect."""
+    with one_line_errors():
+        config = parse_train_config(argv)
+        from .interruption import Interrupted  # after the options: --help and mistakes answer at once
+        from .loop import train
+
+        try:
+            train(config)
+        except Interrupted as interrupted:
+            sys.exit(128 + interrupted.signum)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
