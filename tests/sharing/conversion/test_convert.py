@@ -65,7 +65,7 @@ def two_levels_of_attention():
 
 REFUSALS = {
     "unknown architecture": (lambda: {"layers.0.weight": torch.ones(2)}, {}, "unknown architecture.*'layers.0.weight'"),
-    "missing tensor": (lambda: without(foreign_weights.ho(), "norm_out.bias"), {}, "no norm_out.bias"),
+    "missing tensor": (lambda: without(foreign_weights.ho(), "norm_out.bias"), {}, "lacks norm_out.bias"),
     "more tensors": (lambda: foreign_weights.ho() | {"logvar": torch.ones(2)}, {}, "no place for \\(logvar"),
     "no convolution to halve images": (
         lambda: without(foreign_weights.ho(), "down.0.downsample.conv.weight"), {}, "halves images without a conv",

@@ -1,8 +1,8 @@
 """The network of improved-diffusion (Nichol, Dhariwal 2021, arXiv 2102.09672).
 
-Its weights do not say how many attention heads there are. Each head's queries, keys and values lie together in one
-matrix. `UNet2DModel` has heads of one size, so a network whose levels with attention differ in channels can't be
-converted. Neither can one that was trained with T ≠ 1000: its code rescales t, which `UNet2DModel` can't.
+Its weights do not show the number of attention heads; the queries, keys and values of a head are in one matrix.
+`UNet2DModel` has heads of one size, so a network whose levels with attention differ in channels can't be converted.
+Nor can one that was trained with T ≠ 1000, because its code rescales t and `UNet2DModel` does not.
 """
 
 from __future__ import annotations
@@ -14,18 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from .original_network import (
-    Forward,
-    OriginalNetwork,
-    Renaming,
-    Weights,
-    conv,
-    frequencies,
-    group_norm,
-    in_precision,
-    linear,
-    uniform,
-)
+from .original_network import Layers, OriginalNetwork, Renaming, Weights, attend, frequencies, uniform, upsample
 
 EPS = 1e-5
 RESNET = {
@@ -35,7 +24,7 @@ RESNET = {
 
 
 def is_improved_diffusion(weights: Weights) -> bool:
-    """Whether the names are those of this code base."""
+    """Whether the weights have the names of this code base."""
     return "time_embed.0.weight" in weights and "input_blocks.0.0.weight" in weights
 
 
@@ -74,10 +63,16 @@ def improved_diffusion_network(weights: Weights, num_heads: int) -> OriginalNetw
         "norm_eps": EPS,
     }
     if weights["input_blocks.0.0.weight"].shape[0] != channels[0]:
-        raise ValueError("the first level has other channels than the first convolution: not converted.")
+        raise ValueError(
+            "the first level has a different number of channels than the first convolution: not converted."
+        )
     if "label_emb.weight" in weights:
         config["num_class_embeds"] = weights["label_emb.weight"].shape[0]
-    return OriginalNetwork(config, _rename(weights, levels, num_heads), _forward_of(weights, num_heads))
+    return OriginalNetwork(
+        config,
+        _rename(weights, levels, num_heads),
+        lambda x, t, labels: _forward(weights, x, t, labels, num_heads),
+    )
 
 
 def _head_size(weights: Weights, num_heads: int) -> int:
@@ -102,14 +97,14 @@ def _rename(weights: Weights, levels: list[range], num_heads: int) -> Weights:
             qkv = names.take(f"{old}.qkv.{part}").flatten(1) if part == "weight" else names.take(f"{old}.qkv.{part}")
             q, k, v = qkv.unflatten(0, (num_heads, 3, -1)).unbind(1)
             for name, tensor in (("to_q", q), ("to_k", k), ("to_v", v)):
-                names.taken[f"{new}.{name}.{part}"] = tensor.flatten(0, 1)
+                names.renamed[f"{new}.{name}.{part}"] = tensor.flatten(0, 1)
         names.layer(f"{old}.proj_out", f"{new}.to_out.0")
-        names.taken[f"{new}.to_out.0.weight"] = names.taken[f"{new}.to_out.0.weight"][:, :, 0]
+        names.renamed[f"{new}.to_out.0.weight"] = names.renamed[f"{new}.to_out.0.weight"][:, :, 0]
 
     names.layer("time_embed.0", "time_embedding.linear_1")
     names.layer("time_embed.2", "time_embedding.linear_2")
     if "label_emb.weight" in names.left:
-        names.taken["class_embedding.weight"] = names.take("label_emb.weight")
+        names.renamed["class_embedding.weight"] = names.take("label_emb.weight")
     names.layer("input_blocks.0.0", "conv_in")
     for n, level in enumerate(levels):
         for j, i in enumerate(level):
@@ -134,57 +129,50 @@ def _rename(weights: Weights, levels: list[range], num_heads: int) -> Weights:
     return names.finish()
 
 
-def _forward_of(weights: Weights, num_heads: int) -> Forward:
-    return lambda x, t, labels: _forward(in_precision(weights, x.dtype), x, t, labels, num_heads)
-
-
-def _forward(w: Weights, x: Tensor, t: Tensor, labels: Tensor | None, num_heads: int) -> Tensor:
-    channels = w["time_embed.0.weight"].shape[1]
+def _forward(weights: Weights, x: Tensor, t: Tensor, labels: Tensor | None, num_heads: int) -> Tensor:
+    w = Layers(weights, x.dtype, EPS)
+    channels = weights["time_embed.0.weight"].shape[1]
     angles = frequencies(t, channels, last=channels // 2)
     emb = torch.cat([angles.cos(), angles.sin()], dim=1).to(x.dtype)
-    emb = linear(w, "time_embed.2", F.silu(linear(w, "time_embed.0", emb)))
+    emb = w.linear("time_embed.2", F.silu(w.linear("time_embed.0", emb)))
     if labels is not None:
-        emb = emb + w["label_emb.weight"][labels]
+        emb = emb + w.weights["label_emb.weight"][labels]
 
     def block(name: str, h: Tensor) -> Tensor:
         """The layers of a block, in order, whatever they are."""
         for part in (f"{name}.{k}" for k in range(3)):
-            if f"{part}.in_layers.0.weight" in w:
+            if f"{part}.in_layers.0" in w:
                 h = _resnet(w, part, h, emb)
-            elif f"{part}.qkv.weight" in w:
+            elif f"{part}.qkv" in w:
                 h = _attention(w, part, h, num_heads)
-            elif f"{part}.op.weight" in w:
-                h = conv(w, f"{part}.op", h, stride=2)
-            elif f"{part}.conv.weight" in w:
-                h = conv(w, f"{part}.conv", F.interpolate(h, scale_factor=2.0, mode="nearest"))
+            elif f"{part}.op" in w:
+                h = w.conv(f"{part}.op", h, stride=2)
+            elif f"{part}.conv" in w:
+                h = w.conv(f"{part}.conv", upsample(h))
         return h
 
-    h = conv(w, "input_blocks.0.0", x)
-    skips = [h]
-    for i in range(1, len({name.split(".")[1] for name in w if name.startswith("input_blocks.")})):
-        h = block(f"input_blocks.{i}", h)
-        skips.append(h)
-    h = block("middle_block", h)
+    skips = [w.conv("input_blocks.0.0", x)]
+    for i in range(1, len({name.split(".")[1] for name in weights if name.startswith("input_blocks.")})):
+        skips.append(block(f"input_blocks.{i}", skips[-1]))
+    h = block("middle_block", skips[-1])
     for i in range(len(skips)):
         h = block(f"output_blocks.{i}", torch.cat([h, skips.pop()], dim=1))
-    return conv(w, "out.2", F.silu(group_norm(w, "out.0", h, EPS)))
+    return w.conv("out.2", F.silu(w.group_norm("out.0", h)))
 
 
-def _resnet(w: Weights, name: str, x: Tensor, emb: Tensor) -> Tensor:
-    h = conv(w, f"{name}.in_layers.2", F.silu(group_norm(w, f"{name}.in_layers.0", x, EPS)))
-    shift = linear(w, f"{name}.emb_layers.1", F.silu(emb))[:, :, None, None]
+def _resnet(w: Layers, name: str, x: Tensor, emb: Tensor) -> Tensor:
+    h = w.conv(f"{name}.in_layers.2", F.silu(w.group_norm(f"{name}.in_layers.0", x)))
+    shift = w.linear(f"{name}.emb_layers.1", F.silu(emb))[:, :, None, None]
     if shift.shape[1] == h.shape[1]:
-        h = group_norm(w, f"{name}.out_layers.0", h + shift, EPS)
+        h = w.group_norm(f"{name}.out_layers.0", h + shift)
     else:
         scale, shift = shift.chunk(2, dim=1)
-        h = group_norm(w, f"{name}.out_layers.0", h, EPS) * (1 + scale) + shift
-    h = conv(w, f"{name}.out_layers.3", F.silu(h))
-    return h + (conv(w, f"{name}.skip_connection", x) if f"{name}.skip_connection.weight" in w else x)
+        h = w.group_norm(f"{name}.out_layers.0", h) * (1 + scale) + shift
+    h = w.conv(f"{name}.out_layers.3", F.silu(h))
+    return h + (w.conv(f"{name}.skip_connection", x) if f"{name}.skip_connection" in w else x)
 
 
-def _attention(w: Weights, name: str, x: Tensor, num_heads: int) -> Tensor:
-    qkv = conv(w, f"{name}.qkv", group_norm(w, f"{name}.norm", x, EPS)).flatten(2)
-    q, k, v = qkv.unflatten(1, (num_heads, 3, -1)).unbind(2)  # each (B, heads, channels per head, pixels)
-    weight = (torch.einsum("bnci,bncj->bnij", q, k) / q.shape[2] ** 0.5).softmax(dim=-1)
-    h = torch.einsum("bnij,bncj->bnci", weight, v).reshape(x.shape)
-    return x + conv(w, f"{name}.proj_out", h)
+def _attention(w: Layers, name: str, x: Tensor, num_heads: int) -> Tensor:
+    qkv = w.conv(f"{name}.qkv", w.group_norm(f"{name}.norm", x))
+    q, k, v = qkv.flatten(2).unflatten(1, (num_heads, 3, -1)).unbind(2)  # (B, heads, channels of a head, pixels)
+    return x + w.conv(f"{name}.proj_out", attend(q, k, v).reshape(x.shape))

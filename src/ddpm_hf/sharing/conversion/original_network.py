@@ -1,6 +1,4 @@
-"""What a weight file of another code base is to this one: a `UNet2DModel` configuration, its weights by diffusers'
-names, and the network's forward pass as its own code computes it, to compare with.
-"""
+"""A network of another code base: the `UNet2DModel` that equals it, and its own forward pass to compare with."""
 
 from __future__ import annotations
 
@@ -23,9 +21,9 @@ class OriginalNetwork:
 
     Args:
         config: arguments of `UNet2DModel`, without `sample_size`.
-        weights: by the names that `UNet2DModel` gives them.
-        forward: (x, t, labels or None) → the output, for x of shape (B, C, H, W) and t of shape (B,), as the code base
-            itself computes it, in the precision of `x`.
+        weights: by their names in `UNet2DModel`.
+        forward: (x, t, labels or None) → the output, for x of shape (B, C, H, W) and t of shape (B,), computed as the
+            code base does, in the precision of `x`.
     """
 
     config: dict[str, Any]
@@ -34,16 +32,16 @@ class OriginalNetwork:
 
 
 class Renaming:
-    """Takes weights from a file by their old names and keeps them by new ones; every one must be taken once."""
+    """Moves weights from their original names to new ones; every one must be moved once."""
 
-    def __init__(self, source: Weights) -> None:
-        self.left = dict(source)
-        self.taken: Weights = {}
+    def __init__(self, original: Weights) -> None:
+        self.left = dict(original)
+        self.renamed: Weights = {}
 
     def layer(self, old: str, new: str) -> None:
         """A layer's weight and bias."""
         for part in ("weight", "bias"):
-            self.taken[f"{new}.{part}"] = self.take(f"{old}.{part}")
+            self.renamed[f"{new}.{part}"] = self.take(f"{old}.{part}")
 
     def resnet(self, old: str, new: str, layers: dict[str, str], shortcut: str) -> None:
         """The layers of a residual block, and its shortcut if it has one."""
@@ -59,55 +57,70 @@ class Renaming:
             ValueError: where the file does not have it.
         """
         if old not in self.left:
-            raise ValueError(f"the weight file has no {old}, which its architecture needs: it is not complete.")
+            raise ValueError(f"the weight file lacks {old}, which its architecture needs: it is incomplete.")
         return self.left.pop(old)
 
     def finish(self) -> Weights:
         """All weights by their new names.
 
         Raises:
-            ValueError: where the file has more than `UNet2DModel` has a place for.
+            ValueError: where the file has more than `UNet2DModel` takes.
         """
         if self.left:
             raise ValueError(
                 f"the weight file has {len(self.left)} tensors that UNet2DModel has no place for "
                 f"({next(iter(self.left))} …): this architecture can't be converted exactly."
             )
-        return self.taken
+        return self.renamed
 
 
-def group_norm(weights: Weights, name: str, x: Tensor, eps: float) -> Tensor:
-    """GroupNorm of 32 groups, as both code bases have it."""
-    return F.group_norm(x, 32, weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+class Layers:
+    """The layers of an original network, in the precision `dtype`, by the names of their weights."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype, eps: float) -> None:
+        self.weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        self.eps = eps
+
+    def __contains__(self, name: str) -> bool:
+        return f"{name}.weight" in self.weights
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        """Weight and bias."""
+        return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+
+    def group_norm(self, name: str, x: Tensor) -> Tensor:
+        """GroupNorm of 32 groups, which both code bases use."""
+        return F.group_norm(x, 32, *self[name], self.eps)
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """A linear layer."""
+        return F.linear(x, *self[name])
+
+    def conv(self, name: str, x: Tensor, **options: Any) -> Tensor:
+        """A convolution that keeps the size, unless `options` of `conv2d` differ. Kernels of one dimension are 1×1."""
+        kernel, bias = self[name]
+        kernel = kernel[..., None] if kernel.ndim == 3 else kernel
+        return F.conv2d(x, kernel, bias, **{"padding": kernel.shape[-1] // 2, **options})
 
 
-def conv(weights: Weights, name: str, x: Tensor, **options: Any) -> Tensor:
-    """A convolution that keeps the size, unless `options` say otherwise."""
-    kernel = weights[f"{name}.weight"]
-    options = {"padding": kernel.shape[-1] // 2, **options}
-    return F.conv2d(
-        x, kernel.reshape(*kernel.shape[:2], *(kernel.shape[2:] * 2)[:2]), weights[f"{name}.bias"], **options
-    )
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over pixels: each (…, channels of a head, pixels), and so is the result."""
+    return F.scaled_dot_product_attention(q.mT, k.mT, v.mT).mT
 
 
-def in_precision(weights: Weights, dtype: torch.dtype) -> Weights:
-    """The weights in another precision."""
-    return {name: tensor.to(dtype) for name, tensor in weights.items()}
-
-
-def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
-    """A linear layer."""
-    return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+def upsample(x: Tensor) -> Tensor:
+    """Twice the size, by repetition."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def frequencies(t: Tensor, channels: int, last: int) -> Tensor:
-    """T times 10000^(-i / last), for i = 0 … channels/2 - 1: (B,) → (B, channels // 2), in float32."""
+    """The angles t · 10000^(-i / last), for i = 0 … channels/2 - 1: (B,) → (B, channels // 2), in float32."""
     i = torch.arange(channels // 2, dtype=torch.float32)
     return t.float()[:, None] * torch.exp(-math.log(10000) * i / last)
 
 
 def uniform(values: set[Any], what: str) -> Any:
-    """The one value of a set.
+    """The only value of a set.
 
     Raises:
         ValueError: where there are several, which `UNet2DModel` can't express.

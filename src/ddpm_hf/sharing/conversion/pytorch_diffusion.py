@@ -1,7 +1,7 @@
 """The network of Ho et al. (2020) as its PyTorch ports name it (pytorch_diffusion, ermongroup/ddim).
 
-Its attention has one head, its normalisation ε = 1e-6, its time embedding puts all sines before all cosines with
-frequencies down to 1/10000, and it pads right and below before it halves images. `UNet2DModel` has all of this.
+Attention has one head, normalization ε = 1e-6, the time embedding puts all sines before all cosines, with frequencies
+down to 1/10000, and images are padded right and below before they are halved. `UNet2DModel` can do all of this.
 """
 
 from __future__ import annotations
@@ -12,25 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from .original_network import (
-    Forward,
-    OriginalNetwork,
-    Renaming,
-    Weights,
-    conv,
-    frequencies,
-    group_norm,
-    in_precision,
-    linear,
-    uniform,
-)
+from .original_network import Layers, OriginalNetwork, Renaming, Weights, attend, frequencies, uniform, upsample
 
 EPS = 1e-6
 RESNET = {"norm1": "norm1", "conv1": "conv1", "temb_proj": "time_emb_proj", "norm2": "norm2", "conv2": "conv2"}
 
 
 def is_pytorch_diffusion(weights: Weights) -> bool:
-    """Whether the names are those of this code base."""
+    """Whether the weights have the names of this code base."""
     return "temb.dense.0.weight" in weights and "mid.block_1.conv1.weight" in weights
 
 
@@ -60,8 +49,10 @@ def pytorch_diffusion_network(weights: Weights) -> OriginalNetwork:
         "norm_eps": EPS,
     }
     if weights["conv_in.weight"].shape[0] != config["block_out_channels"][0]:
-        raise ValueError("the first level has other channels than the first convolution: not converted.")
-    return OriginalNetwork(config, _rename(weights, levels, blocks), _forward_of(weights))
+        raise ValueError(
+            "the first level has a different number of channels than the first convolution: not converted."
+        )
+    return OriginalNetwork(config, _rename(weights, levels, blocks), lambda x, t, labels: _forward(weights, x, t))
 
 
 def _count(weights: Weights, prefix: str) -> int:
@@ -80,7 +71,7 @@ def _rename(weights: Weights, levels: int, blocks: int) -> Weights:
         names.layer(f"{old}.norm", f"{new}.group_norm")
         for a, b in {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}.items():
             names.layer(f"{old}.{a}", f"{new}.{b}")
-            names.taken[f"{new}.{b}.weight"] = names.taken[f"{new}.{b}.weight"][:, :, 0, 0]
+            names.renamed[f"{new}.{b}.weight"] = names.renamed[f"{new}.{b}.weight"][:, :, 0, 0]
 
     names.layer("temb.dense.0", "time_embedding.linear_1")
     names.layer("temb.dense.1", "time_embedding.linear_2")
@@ -106,50 +97,45 @@ def _rename(weights: Weights, levels: int, blocks: int) -> Weights:
     return names.finish()
 
 
-def _forward_of(weights: Weights) -> Forward:
-    return lambda x, t, labels: _forward(in_precision(weights, x.dtype), x, t)
-
-
-def _forward(w: Weights, x: Tensor, t: Tensor) -> Tensor:
-    channels = w["conv_in.weight"].shape[0]
+def _forward(weights: Weights, x: Tensor, t: Tensor) -> Tensor:
+    w = Layers(weights, x.dtype, EPS)
+    channels = weights["conv_in.weight"].shape[0]
     angles = frequencies(t, channels, last=channels // 2 - 1)
     emb = torch.cat([angles.sin(), angles.cos()], dim=1).to(x.dtype)
-    emb = linear(w, "temb.dense.1", F.silu(linear(w, "temb.dense.0", emb)))
+    emb = w.linear("temb.dense.1", F.silu(w.linear("temb.dense.0", emb)))
 
-    levels = range(1 + max(int(name.split(".")[1]) for name in w if name.startswith("down.")))
-    skips = [conv(w, "conv_in", x)]
+    levels = range(1 + max(int(name.split(".")[1]) for name in weights if name.startswith("down.")))
+    skips = [w.conv("conv_in", x)]
     for i in levels:
-        for j in range(_count(w, f"down.{i}.block")):
+        for j in range(_count(weights, f"down.{i}.block")):
             skips.append(_attention(w, f"down.{i}.attn.{j}", _resnet(w, f"down.{i}.block.{j}", skips[-1], emb)))
         if i != levels[-1]:
             padded = F.pad(skips[-1], (0, 1, 0, 1))
-            skips.append(conv(w, f"down.{i}.downsample.conv", padded, stride=2, padding=0))
+            skips.append(w.conv(f"down.{i}.downsample.conv", padded, stride=2, padding=0))
 
     h = _resnet(w, "mid.block_1", skips[-1], emb)
     h = _resnet(w, "mid.block_2", _attention(w, "mid.attn_1", h), emb)
 
     for i in reversed(levels):
-        for j in range(_count(w, f"up.{i}.block")):
+        for j in range(_count(weights, f"up.{i}.block")):
             h = _resnet(w, f"up.{i}.block.{j}", torch.cat([h, skips.pop()], dim=1), emb)
             h = _attention(w, f"up.{i}.attn.{j}", h)
         if i > 0:
-            h = conv(w, f"up.{i}.upsample.conv", F.interpolate(h, scale_factor=2.0, mode="nearest"))
-    return conv(w, "conv_out", F.silu(group_norm(w, "norm_out", h, EPS)))
+            h = w.conv(f"up.{i}.upsample.conv", upsample(h))
+    return w.conv("conv_out", F.silu(w.group_norm("norm_out", h)))
 
 
-def _resnet(w: Weights, name: str, x: Tensor, emb: Tensor) -> Tensor:
-    h = conv(w, f"{name}.conv1", F.silu(group_norm(w, f"{name}.norm1", x, EPS)))
-    h = h + linear(w, f"{name}.temb_proj", F.silu(emb))[:, :, None, None]
-    h = conv(w, f"{name}.conv2", F.silu(group_norm(w, f"{name}.norm2", h, EPS)))
-    return h + (conv(w, f"{name}.nin_shortcut", x) if f"{name}.nin_shortcut.weight" in w else x)
+def _resnet(w: Layers, name: str, x: Tensor, emb: Tensor) -> Tensor:
+    h = w.conv(f"{name}.conv1", F.silu(w.group_norm(f"{name}.norm1", x)))
+    h = h + w.linear(f"{name}.temb_proj", F.silu(emb))[:, :, None, None]
+    h = w.conv(f"{name}.conv2", F.silu(w.group_norm(f"{name}.norm2", h)))
+    return h + (w.conv(f"{name}.nin_shortcut", x) if f"{name}.nin_shortcut" in w else x)
 
 
-def _attention(w: Weights, name: str, x: Tensor) -> Tensor:
+def _attention(w: Layers, name: str, x: Tensor) -> Tensor:
     """Self-attention over the pixels with one head; nothing where this level has none."""
-    if f"{name}.norm.weight" not in w:
+    if f"{name}.norm" not in w:
         return x
-    h = group_norm(w, f"{name}.norm", x, EPS)
-    q, k, v = (conv(w, f"{name}.{part}", h).flatten(2) for part in "qkv")
-    weight = (torch.einsum("bci,bcj->bij", q, k) / q.shape[1] ** 0.5).softmax(dim=-1)
-    h = torch.einsum("bij,bcj->bci", weight, v).reshape(x.shape)
-    return x + conv(w, f"{name}.proj_out", h)
+    h = w.group_norm(f"{name}.norm", x)
+    h = attend(*(w.conv(f"{name}.{part}", h).flatten(2) for part in "qkv")).reshape(x.shape)
+    return x + w.conv(f"{name}.proj_out", h)
