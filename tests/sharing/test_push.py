@@ -10,7 +10,7 @@ import traceback
 
 import pytest
 import torch
-from huggingface_hub import EvalResult, constants, hf_api
+from huggingface_hub import EvalResult, constants
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
@@ -20,7 +20,7 @@ from ddpm_hf.sharing.card import CardFacts, write_card
 from ddpm_hf.sharing.hub import HubTarget, PushError, Retry, check_push_access
 from ddpm_hf.sharing.push import push_folder, resume_command, try_push
 from ddpm_hf.storage.weights import hash_weights
-from support.hub_server import serve_hub
+from support.hub_server import point_client_at, serve_hub
 
 TOKEN = "hf_ThisIsTheSecretOfTheTests"
 BPD = EvalResult("unconditional-image-generation", "digits", "digits", "bpd", 2.5)
@@ -36,15 +36,7 @@ MODEL_FILES = {
 def hub(monkeypatch, tmp_path):
     with serve_hub() as server:
         server.add_token(TOKEN, "me", orgs={"lab": "write", "library": "read"})
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        point_client_at(server, monkeypatch, tmp_path)
         yield server
 
 

@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from huggingface_hub import constants, hf_api
+
 from support.card_rules import card_errors
 
 ROLES = ("read", "write", "admin")
@@ -377,3 +379,16 @@ def serve_hub(root=None):
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def point_client_at(hub, monkeypatch, folder):
+    """Make the Hub's client of this process talk to `hub`, with its cache in `folder` and without the user's token."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
