@@ -94,7 +94,7 @@ def test_a_second_ctrl_c_ends_at_once():
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for(process, b"ready")
     process.send_signal(signal.SIGINT)
-    wait_for(process, b"Once more ends at once.")
+    wait_for(process, b"Press Ctrl-C again to exit immediately.")
     process.send_signal(signal.SIGINT)
     process.communicate()
     assert process.returncode == -signal.SIGINT

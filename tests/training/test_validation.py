@@ -112,7 +112,7 @@ def test_a_stream_is_measured_on_another_split(dataset_with_a_test_split):
     few = config_of(**options, eval_images=21)
     with pytest.raises(ValueError, match="the split 'test' has 20 images"):
         make_validation_set(few, images, open_eval_split(few, stream))
-    with pytest.raises(ValueError, match="can't be told apart in a stream: name another split"):
+    with pytest.raises(ValueError, match="a stream can't set aside: name another split"):
         open_eval_split(config_of(**{**options, "eval_split": None}), stream)
 
 

@@ -1,1 +1,1 @@
-"""One training run, from options to an exported pipeline."""
+"""One training run, from options to an exported pipeline. README.md in this folder is a guided tour."""

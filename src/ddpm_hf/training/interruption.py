@@ -1,4 +1,4 @@
-"""Ends of a run that nobody planned: SIGTERM, Ctrl-C, and errors of one process that the others have to know."""
+"""Interrupted runs: SIGTERM and Ctrl-C wait for the end of an update, and stop all processes together."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Self
 from ..distributed import Agreement
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# The launcher passes on a Ctrl-C that its processes have got from the terminal already.
+# The launcher passes on a Ctrl-C that its processes have already received from the terminal.
 ECHO_SECONDS = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error)
-    """The run was asked to end by a signal."""
+    """A signal ended the run."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
@@ -25,7 +25,7 @@ class Interrupted(Exception):  # noqa: N818  (not an error)
 
 
 class Interruption:
-    """Within this context, SIGTERM and Ctrl-C wait until `check` is called; a second one ends the process at once."""
+    """Within this context, SIGTERM and Ctrl-C wait for the next `check`; a second one ends the process immediately."""
 
     def __init__(self, agreement: Agreement) -> None:
         self.agreement = agreement
@@ -35,24 +35,26 @@ class Interruption:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # signals reach no other thread
-            self._previous = {signum: signal.signal(signum, self._notice) for signum in SIGNALS}
+            self._previous = {signum: signal.signal(signum, self._receive) for signum in SIGNALS}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
 
-    def _notice(self, signum: int, frame: FrameType | None) -> None:
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
         if not self.signum:
             self.signum, self._since = signum, time.monotonic()
-            if os.environ.get("RANK", "0") == "0":  # os.write, because a print may be under way
-                os.write(2, b"\nEnding after this update, with a checkpoint. Once more ends at once.\n")
+            if os.environ.get("RANK", "0") == "0":  # os.write, since a print may be in progress
+                os.write(
+                    2, b"\nStopping after this update, with a checkpoint. Press Ctrl-C again to exit immediately.\n"
+                )
         elif time.monotonic() - self._since >= ECHO_SECONDS:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
 
     def check(self) -> None:
-        """Raise Interrupted in all processes if any has got a signal. All of them must call it."""
+        """Raise Interrupted in all processes if any has received a signal. All of them must call it."""
         signum = self.agreement.largest(self.signum)
         if signum:
             raise Interrupted(signum)

@@ -57,7 +57,7 @@ class TrainingLog:
         self.entries: list[dict[str, Any]] = []
         self._bar: tqdm[int] = tqdm([], disable=True)
         self._rows: list[Tensor] = []  # of this process, since the last entry
-        self._carried: list[list[float]] = []  # of all processes, from before a resumption
+        self._carried: list[list[float]] = []  # of all processes, from the checkpoint
         self._bad_in_a_row = torch.zeros((), device=accelerator.device)
         self._worst_streak = self._bad_in_a_row.clone()
         self._images = 0
@@ -116,7 +116,7 @@ class TrainingLog:
         return self._bar
 
     def close(self) -> None:
-        """Leave the progress bar as it is, and write below it from now on."""
+        """End the progress bar: what is printed from now on comes below it."""
         self._bar.close()
 
     @contextmanager
@@ -150,11 +150,11 @@ class TrainingLog:
             self._rows[-1][-1] = bad
 
     def has_diverged(self) -> bool:
-        """Whether the last gradient was not finite."""
+        """Whether the latest gradient was not finite."""
         return bool(self._bad_in_a_row)
 
     def unlogged(self) -> list[list[float]]:
-        """The losses since the last entry, of all processes. All of them must call it."""
+        """The losses since the last entry, of all processes; for a checkpoint. All of them must call it."""
         if not self._rows:
             return self._carried
         return self._carried + self.accelerator.gather(torch.stack(self._rows)).tolist()
@@ -173,7 +173,7 @@ class TrainingLog:
         """
         if step % LOG_EVERY and step != self.max_steps:
             return
-        sums = [math.fsum(column) for column in zip(*self.unlogged(), strict=True)]  # exact, so in any order
+        sums = [math.fsum(column) for column in zip(*self.unlogged(), strict=True)]  # exact, in any order
         self._rows, self._carried = [], []
         seconds = time.perf_counter() - self._since
         speed = {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
@@ -210,7 +210,7 @@ class TrainingLog:
             )
 
     def pictures(self, grids: dict[str, Image.Image], step: int) -> None:
-        """Grids of samples: `logs/<name>-<step>.png`, and under their names in the trackers."""
+        """Write grids of samples as `logs/<name>-<step>.png`, and to the trackers by their names."""
         if not self.accelerator.is_main_process:
             return
         for name, grid in grids.items():
@@ -223,7 +223,7 @@ class TrainingLog:
                     tracker.log_images({name: [np.asarray(grid)]}, step=step)
 
     def validations(self) -> list[dict[str, Any]]:
-        """What was measured in the whole run, resumed parts included; in the main process only."""
+        """The entries of all validations, resumed parts included; in the main process."""
         return [e for e in self.entries if any(name.startswith("eval_") for name in e)]
 
     def loss_curve(self) -> tuple[list[int], list[float]]:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from ..config.training import IMAGE_MODES, TrainConfig
 
-# The network of diffusers' train_unconditional.py, for who names no other.
+# The network of diffusers' train_unconditional.py: the default.
 STOCK_UNET: dict[str, Any] = {
     "layers_per_block": 2,
     "block_out_channels": (128, 128, 256, 256, 512, 512),
@@ -30,10 +30,10 @@ FOREACH_PARAMETERS = 1_000_000  # on a CPU: in larger networks, the difference o
 def build_unet(config: TrainConfig, num_classes: int | None = None) -> UNet2DModel:
     """The network for the resolution, channels and classes of a run, with weights from torch's global generator.
 
-    With classes it has one embedding more than there are classes: the null label of guidance, which comes last.
+    With classes it has one more embedding than there are classes: the null label of guidance, which comes last.
 
     Raises:
-        ValueError: where the configuration does not describe a network for these images.
+        ValueError: for a configuration that does not describe a network for these images.
     """
     channels = IMAGE_MODES[str(config.image_mode)]
     wanted = {
@@ -47,7 +47,7 @@ def build_unet(config: TrainConfig, num_classes: int | None = None) -> UNet2DMod
         found = arguments.get(name)
         if found not in (None, channels, wanted[name]):
             raise ValueError(
-                f"the images have {channels} channels, but {config.model_config_name_or_path or 'unet'} says {name} "
+                f"the images have {channels} channels, but {config.model_config_name_or_path or '`unet`'} has {name} "
                 f"{found}: pass --channels, or change it."
             )
     if arguments.get("num_class_embeds") and not num_classes:
@@ -55,7 +55,7 @@ def build_unet(config: TrainConfig, num_classes: int | None = None) -> UNet2DMod
     try:
         unet = UNet2DModel.from_config({**arguments, **wanted})
     except (TypeError, ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"these options make no UNet2DModel: {error}") from error
+        raise ValueError(f"UNet2DModel can't be built from these options: {error}") from error
     halvings = len(unet.config.block_out_channels) - 1
     if config.resolution % 2**halvings:
         raise ValueError(
@@ -71,7 +71,7 @@ def build_unet(config: TrainConfig, num_classes: int | None = None) -> UNet2DMod
 
 
 def _check_runs(unet: UNet2DModel) -> None:
-    """One pass on shapes without numbers: some networks can be built and not run."""
+    """One forward pass without numbers, on the meta device: some networks can be built but can't run."""
     with torch.device("meta"):
         shadow = UNet2DModel.from_config(unet.config)
         x = torch.empty(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
@@ -79,7 +79,7 @@ def _check_runs(unet: UNet2DModel) -> None:
     try:
         shadow(x, label, class_labels=label if unet.config.num_class_embeds else None)
     except Exception as error:  # whatever its layers raise
-        raise ValueError(f"these options make a UNet2DModel that can't run: {error}") from error
+        raise ValueError(f"the UNet2DModel of these options can't run: {error}") from error
 
 
 def _arguments(config: TrainConfig) -> dict[str, Any]:
@@ -88,14 +88,14 @@ def _arguments(config: TrainConfig) -> dict[str, Any]:
             return dict(UNet2DModel.load_config(config.model_config_name_or_path))
         except OSError as error:
             raise ValueError(
-                f"`model_config_name_or_path` is {config.model_config_name_or_path!r}, but there is no configuration "
-                f"to read: {str(error).splitlines()[0]}"
+                f"`model_config_name_or_path` is {config.model_config_name_or_path!r}, but no configuration can be "
+                f"read from there: {str(error).splitlines()[0]}"
             ) from error
     arguments = {**config.unet} if isinstance(config.unet, dict) else STOCK_UNET
     known = inspect.signature(UNet2DModel.__init__).parameters
     unknown = sorted(str(k) for k in arguments if k not in known)
     if unknown:
-        raise ValueError(f"`unet` has {', '.join(unknown)}, which UNet2DModel does not know.")
+        raise ValueError(f"`unet` has {', '.join(unknown)}, which UNet2DModel does not have: remove it.")
     return arguments
 
 
@@ -103,7 +103,7 @@ def _arguments(config: TrainConfig) -> dict[str, Any]:
 
 
 def build_optimizer(config: TrainConfig, unet: torch.nn.Module) -> torch.optim.Optimizer:
-    """The fused AdamW, which skips an update on the device's word (`step.skip_unless_finite`)."""
+    """The fused AdamW: it skips an update by a flag on the device (`step.skip_unless_finite`)."""
     return torch.optim.AdamW(
         unet.parameters(),
         lr=config.learning_rate,
@@ -115,7 +115,7 @@ def build_optimizer(config: TrainConfig, unet: torch.nn.Module) -> torch.optim.O
 
 
 def build_ema(config: TrainConfig, unet: torch.nn.Module) -> EMAModel | None:
-    """The moving average of the weights with the warm-up of diffusers, if the run keeps one."""
+    """The exponential moving average of the weights, with the warm-up of diffusers; None without `use_ema`."""
     if not config.use_ema:
         return None
     return EMAModel(
@@ -129,7 +129,7 @@ def build_ema(config: TrainConfig, unet: torch.nn.Module) -> EMAModel | None:
 
 
 def _has_fast_foreach(parameters: list[torch.nn.Parameter]) -> bool:
-    """Whether kernels over all weights at once are there, and faster than one by one."""
+    """Whether one kernel for all weights exists, and is faster than one kernel for each."""
     if any(isinstance(p, DTensor) for p in parameters):  # of FSDP
         return False
     in_cache = sum(p.numel() for p in parameters) <= FOREACH_PARAMETERS
@@ -138,7 +138,7 @@ def _has_fast_foreach(parameters: list[torch.nn.Parameter]) -> bool:
 
 @contextmanager
 def ema_weights(ema: EMAModel | None, unet: torch.nn.Module) -> Iterator[None]:
-    """The EMA weights in the network, and the raw ones back whatever happens."""
+    """Within this context the network has the EMA weights; its own come back whatever happens."""
     if ema is None:
         yield
         return
@@ -151,7 +151,7 @@ def ema_weights(ema: EMAModel | None, unet: torch.nn.Module) -> Iterator[None]:
 
 
 def unet_with_weights(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> UNet2DModel:
-    """A network of its own around these weights, which it does not copy."""
+    """A network around these weights, which are not copied."""
     with torch.device("meta"):
         unet = UNet2DModel.from_config(config)
     unet.load_state_dict(weights, assign=True)

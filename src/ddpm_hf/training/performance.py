@@ -1,4 +1,4 @@
-"""How the network is computed: in which precision, in which order in memory, and whether compiled.
+"""How the network is computed: its precision, its memory format, and whether it is compiled.
 
 The limits for CPUs are measured (training/benchmarks/README.md); what is said of GPUs is from their documentation.
 """
@@ -27,7 +27,7 @@ class Choice(NamedTuple):
 
 
 class Performance(NamedTuple):
-    """How the network is computed in training, and a note on what was left to us."""
+    """How the network is computed in training, and a note on what `auto` has chosen."""
 
     channels_last: bool
     compiled: bool
@@ -46,34 +46,33 @@ def settle_precision(config: TrainConfig) -> Choice:
 def choose_performance(
     config: TrainConfig, precision: Choice, accelerator: Accelerator, num_parameters: int, updates: int
 ) -> Performance:
-    """The rest of it, for a run of so many updates.
+    """Memory format and compilation, for a run of this many updates.
+
+    Args:
+        precision: what `settle_precision` chose, for the note.
 
     Raises:
         ValueError: for channels last with FSDP.
     """
-    channels_last, compiled = Choice(config.channels_last), Choice(config.compile)
+    choices = {"mixed_precision": precision}
     is_sharded = accelerator.distributed_type == DistributedType.FSDP
     if is_sharded and config.channels_last == "yes":
         raise ValueError("`channels_last` is 'yes', but FSDP shards contiguous weights only: use no or auto.")
-    if config.channels_last == "auto":
-        channels_last = (
-            Choice("no", "because FSDP shards contiguous weights only")
-            if is_sharded
-            else choose_channels_last(accelerator.mixed_precision, accelerator.device, num_parameters)
-        )
-    if config.compile == "auto":
-        compiled = choose_compile(accelerator.device, updates)
-    chosen = [
-        f"{name} {choice.value}, {choice.reason}"
-        for name, choice in (("mixed_precision", precision), ("channels_last", channels_last), ("compile", compiled))
-        if getattr(config, name) == "auto"
-    ]
+    if config.channels_last != "auto":
+        choices["channels_last"] = Choice(config.channels_last)
+    elif is_sharded:
+        choices["channels_last"] = Choice("no", "because FSDP shards contiguous weights only")
+    else:
+        choices["channels_last"] = choose_channels_last(accelerator.mixed_precision, accelerator.device, num_parameters)
+    is_auto = config.compile == "auto"
+    choices["compile"] = choose_compile(accelerator.device, updates) if is_auto else Choice(config.compile)
+    chosen = [f"{name} {value}, {why}" for name, (value, why) in choices.items() if getattr(config, name) == "auto"]
     notes = [f"Chosen: {'; '.join(chosen)}."] if chosen else []
-    return Performance(channels_last.value == "yes", compiled.value == "yes", notes)
+    return Performance(choices["channels_last"].value == "yes", choices["compile"].value == "yes", notes)
 
 
 def choose_precision(device: torch.device, num_parameters: int) -> Choice:
-    """What `--mixed_precision auto` means: bf16 where it is faster, and never fp16."""
+    """`--mixed_precision auto`: bf16 where it is faster, and never fp16."""
     is_faster, reason = is_bfloat16_faster(device, num_parameters)
     if device.type == "cuda" and not is_faster:
         reason += ", and float16 may overflow"
@@ -81,29 +80,28 @@ def choose_precision(device: torch.device, num_parameters: int) -> Choice:
 
 
 def choose_channels_last(precision: str, device: torch.device, num_parameters: int) -> Choice:
-    """What `--channels_last auto` means: yes where convolutions in half precision are most of the work."""
+    """`--channels_last auto`: yes where convolutions in half precision are most of the work."""
     if precision == "no":
-        return Choice("no", "because it pays in half precision only")
+        return Choice("no", "because it pays off in half precision only")
     if device.type == "cuda":
-        return Choice("yes", "as tensor cores want it")
+        return Choice("yes", "the layout of tensor cores")
     if num_parameters < CHANNELS_LAST_PARAMETERS:
-        return Choice(
-            "no", f"because below {CHANNELS_LAST_PARAMETERS:,} parameters it costs more than it gains on a CPU"
-        )
-    return Choice("yes", "as bf16 convolutions of a CPU want it")
+        limit = f"{CHANNELS_LAST_PARAMETERS:,}"
+        return Choice("no", f"because below {limit} parameters it costs more than it gains on a CPU")
+    return Choice("yes", "the layout of bf16 convolutions on a CPU")
 
 
 def choose_compile(device: torch.device, updates: int) -> Choice:
-    """What `--compile auto` means: yes where so many updates earn back the time that compilation takes."""
+    """`--compile auto`: yes where the run is long enough to earn back the time of the compilation."""
     if device.type != "cuda":
         return Choice("no", "because it gains a sixth at most on a CPU")
     if updates < COMPILED_UPDATES:
-        return Choice("no", f"because less than {COMPILED_UPDATES:,} updates do not earn it back")
+        return Choice("no", f"because fewer than {COMPILED_UPDATES:,} updates do not earn it back")
     return Choice("yes", f"which {updates:,} updates earn back")
 
 
 def _device() -> torch.device:
-    """The kind of device that Accelerate will choose; to ask it would start its processes, without our time limit."""
+    """The device that Accelerate will choose. Asking it would start its process group, without our time limit."""
     if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
         return torch.device("cpu")
     return torch.accelerator.current_accelerator() or torch.device("cpu")

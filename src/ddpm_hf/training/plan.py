@@ -1,4 +1,4 @@
-"""The plan of a run: how much, and what is due when. All counts are in optimizer updates."""
+"""The plan of a run: its length, its learning rate, and what is due when. All counts are in optimizer updates."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from ..config.training import TrainConfig
 
 MIN_CALIBRATION_IMAGES = 16
-EVAL_CALLS = 8  # network calls for the bits/dim of a held-out image
-EVAL_SAMPLING_STEPS = 10  # and for a sample to compare with it
-IMAGES_PER_EPOCH_OF_A_STREAM = 50_000  # where the number of images is not known, previews need some rhythm
+EVAL_CALLS = 8  # network calls for the bits/dim of one held-out image
+EVAL_SAMPLING_STEPS = 10  # and for one sample to compare with it
+IMAGES_PER_EPOCH_OF_A_STREAM = 50_000  # for previews, which are due by epochs
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from the options, the number of images (None for a stream of unknown length) and of processes.
+    """What follows from the options, the number of images (None for a stream) and the number of processes.
 
-    A run that goes on from a checkpoint plans what is left: its batches may have been of another size before.
+    A resumed run plans what is left after `steps_before` updates of `images_before` images: its batches may have had
+    another size before.
     """
 
     config: TrainConfig
@@ -36,9 +37,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.num_images is None and self.config.max_train_steps is None:
-            raise ValueError(
-                "how many images a stream has is not known: pass --max_train_steps instead of --num_epochs."
-            )
+            raise ValueError("the length of a stream is unknown: pass --max_train_steps instead of --num_epochs.")
         if self.num_images is not None and self.global_batch > self.num_images:
             raise ValueError(
                 f"`train_batch_size` is {self.config.train_batch_size}, with accumulation and all processes "
@@ -73,7 +72,7 @@ class Plan:
 
     @cached_property
     def _factor(self) -> Callable[[int], float]:
-        """The learning rate over its peak, as a function of the update: that of diffusers' scheduler."""
+        """The learning rate relative to its peak, as a function of the update: the lambda of diffusers' scheduler."""
         scheduler = get_scheduler(
             self.config.lr_scheduler,
             torch.optim.SGD([torch.zeros(1)], lr=self.config.learning_rate),
@@ -88,7 +87,10 @@ class Plan:
 
     @property
     def calibration_images(self) -> int:
-        """On how many images the finished model is calibrated: one update costs three network calls for each image."""
+        """How many images the finished model is calibrated on: by default, for a twentieth of the cost of the training.
+
+        One update costs three network calls per image, the calibration T.
+        """
         wanted = self.config.calibration_images
         if wanted is None:
             affordable = 3 * self.max_steps * self.global_batch // (20 * self.config.ddpm_num_steps)
@@ -101,7 +103,7 @@ class Plan:
         return every is not None and (done % every == 0 or done == self.max_steps)
 
     def describe_validation(self) -> str:
-        """When and on what, and the cost, where a training update takes three network calls for each image."""
+        """The rhythm, the images and the relative cost, where an update costs three network calls per image."""
         images, every = self.config.eval_images, self.config.eval_steps
         if every is None:
             return "none (--eval_steps)"
@@ -114,7 +116,7 @@ class Plan:
         return done % self.config.checkpointing_steps == 0 or done == self.max_steps
 
     def preview_due(self, done: int) -> bool:
-        """Whether sample grids follow update number `done`: early, then regularly; the last one is the export's."""
+        """Whether sample grids follow update number `done`: early, then regularly. The end of a run has its own."""
         if done == self.max_steps:
             return False
         every = self.config.save_images_steps

@@ -1,4 +1,4 @@
-"""What a training run shares: a calibrated model, its card, and pushes to the Hub that never slow or end it."""
+"""What a training run shares: a calibrated model, its card, and pushes to the Hub that never slow it down or end it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .state import Run
 
 
 def check_target(config: TrainConfig) -> HubTarget | None:
-    """Where a run pushes to, if it does, with the full name of a repository that takes our pushes.
+    """Where a run pushes to: a repository, by its full name, that accepts pushes with this token. None without a push.
 
     Raises:
-        ValueError: for a name or a token that the Hub does not take.
-        OSError: where the Hub can't be reached.
+        ValueError: for a name or a token that the Hub does not accept.
+        OSError: if the Hub can't be reached.
     """
     if not config.push_to_hub:
         return None

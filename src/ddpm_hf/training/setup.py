@@ -34,17 +34,17 @@ from .validation_set import check_still_held_out, num_held_out, open_eval_split
 
 @dataclass
 class Setup:
-    """What a run begins with."""
+    """What a run starts from."""
 
     accelerator: Accelerator
     agreement: Agreement
     scheduler: DDPMSchedulerCustom
     source: Source | Stream
-    eval_split: Source | Stream | None  # None: held-out images are taken from the source
+    eval_split: Source | Stream | None  # None: the source is divided
     plan: Plan
     num_parameters: int
     performance: Performance
-    checkpoint: Path | None  # to go on from
+    checkpoint: Path | None  # to resume from
     target: HubTarget | None  # to push to
     notes: list[str]  # for the user
 
@@ -53,8 +53,8 @@ def prepare(config: TrainConfig) -> Setup:
     """Check a configuration against the machine, the data, the output folder and the Hub.
 
     Raises:
-        ValueError: for what can't work, with what to do about it.
-        OSError: where the Hub is needed and can't be reached.
+        ValueError: for whatever can't work, with the remedy.
+        OSError: if the Hub is needed and can't be reached.
     """
     output_dir = Path(config.output_dir)
     checkpoint, notes = prepare_output_dir(output_dir, config)
@@ -91,7 +91,7 @@ def prepare(config: TrainConfig) -> Setup:
         check_still_held_out(progress["config"], config)
         notes += compare(checkpoint, progress, config, plan, label_names)
     if config.lr_warmup_steps >= plan.max_steps and config.lr_scheduler != "constant":
-        notes.append(f"Note: the warm-up of {config.lr_warmup_steps} updates is no shorter than the run.")
+        notes.append(f"Note: the warm-up of {config.lr_warmup_steps} updates is as long as the run, or longer.")
     performance = choose_performance(
         config, precision, accelerator, unet.num_parameters(), plan.max_steps - plan.steps_before
     )
@@ -103,22 +103,13 @@ def prepare(config: TrainConfig) -> Setup:
     with agreement.together():
         target = check_target(config) if accelerator.is_main_process and not config.dry_run else None
     return Setup(
-        accelerator,
-        agreement,
-        scheduler,
-        source,
-        eval_split,
-        plan,
-        unet.num_parameters(),
-        performance,
-        checkpoint,
-        target,
-        notes,
-    )
+        accelerator, agreement, scheduler, source, eval_split, plan, unet.num_parameters(), performance, checkpoint,
+        target, notes,
+    )  # fmt: skip
 
 
 def dry_run_report(config: TrainConfig, setup: Setup) -> str:
-    """The options as they are resolved, and what the run would need."""
+    """The resolved options, and what the run would need."""
     plan, parameters = setup.plan, setup.num_parameters
     pixels = (plan.num_images or 0) * math.prod((config.channels or 3, config.resolution, config.resolution))
     decoded = pixels * (2 if config.preserve_input_precision else 1)
@@ -129,12 +120,12 @@ def dry_run_report(config: TrainConfig, setup: Setup) -> str:
         f"updates      {plan.max_steps:,} of {plan.global_batch} images\n"
         f"validation   {plan.describe_validation()}\n"
         f"checkpoint   {CHECKPOINT_BYTES * parameters / 2**20:,.0f} MiB of disk\n"
-        "A dry run: nothing was decoded, trained, pushed or written, but what `datasets` keeps in its own cache."
+        "Dry run: nothing was decoded, trained, pushed or written, except what `datasets` keeps in its own cache."
     )
 
 
 def make_accelerator(config: TrainConfig, precision: str | None, trackers: list[str]) -> Accelerator:
-    """Accelerate's engine, as `accelerate launch` or torchrun has set it up.
+    """The Accelerator, as `accelerate launch` or torchrun has set it up.
 
     Raises:
         ValueError: for fp16 without a GPU, and for DeepSpeed.
@@ -146,11 +137,11 @@ def make_accelerator(config: TrainConfig, precision: str | None, trackers: list[
         "kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     }
     accelerator = Accelerator(mixed_precision=precision, **options)
-    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # whatever the environment says
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # which overrides the environment
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("`mixed_precision` is 'fp16', which needs a GPU: use bf16 or no.")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed is not supported: use FSDP, which shares weights and optimizer as ZeRO does.")
+        raise ValueError("DeepSpeed is not supported: use FSDP, which shards weights and optimizer as ZeRO does.")
     use_all_cores(accelerator)
     if accelerator.device.type == "cuda" and accelerator.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")  # TF32
@@ -159,9 +150,9 @@ def make_accelerator(config: TrainConfig, precision: str | None, trackers: list[
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
-    """On a CPU, share the cores among the processes: `accelerate launch` would leave each of them one thread.
+    """On a CPU, divide the cores among the processes: `accelerate launch` would leave one thread to each.
 
-    Without the launcher, OMP_NUM_THREADS is the user's own and stays.
+    Without the launcher, OMP_NUM_THREADS comes from the user and is respected.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if accelerator.device.type == "cpu" and (launched or "OMP_NUM_THREADS" not in os.environ):

@@ -1,4 +1,4 @@
-"""The state of a run: its moving parts, written to a checkpoint and read back, whatever the number of processes."""
+"""The state of a run: its moving parts, saved to a checkpoint and restored by any number of processes."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from ..storage.checkpoint import TrainingState, load_checkpoint
 from .network import ema_weights, unet_with_weights
 from .plan import Plan
 
-FULL_STATE_DICT = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whatever way the processes share it
+FULL_STATE_DICT = StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded
 
 CHECKPOINT_BYTES = 16  # per parameter: exported and raw weights, and Adam's two moments
 
-# Options that a resumed run must share with its checkpoint, and those whose change is not worth a word.
+# Options that a resumed run must share with its checkpoint, and those whose change is not reported.
 MODEL_OPTIONS = (
     "unet", "model_config_name_or_path", "resolution", "image_mode", "label_column", "prediction_type",
     "ddpm_num_steps", "ddpm_beta_schedule", "use_ema",
@@ -46,7 +46,7 @@ FREE_TO_CHANGE = (
 
 @dataclass
 class Run:
-    """A run: what it is to do, with what, and how far it is."""
+    """A run: its configuration, its moving parts and its progress."""
 
     config: TrainConfig
     plan: Plan
@@ -59,14 +59,14 @@ class Run:
     label_names: list[str] | None = None
     dataset: str = ""  # its name, as `Images.name` gives it
     step: int = 0  # updates done
-    saved_step: int = 0  # those of the last checkpoint
+    saved_step: int = 0  # updates in the last checkpoint
     images_seen: int = 0
-    seconds: float = 0.0  # of training, in all parts of the run
+    seconds: float = 0.0  # of training, resumed parts included
     unlogged: list[list[float]] = field(default_factory=list)  # losses since the last line of the log
 
     @property
     def network(self) -> UNet2DModel:
-        """The network itself, without the wraps of distribution and compilation."""
+        """The network itself, without the wrappers of distribution and compilation."""
         return self.accelerator.unwrap_model(self.unet, keep_torch_compile=False)
 
     @property
@@ -91,15 +91,15 @@ class Run:
 
 
 def full_weights(run: Run) -> dict[str, Tensor]:
-    """The weights that the network has now, on the CPU of the main process. All processes must call it."""
+    """The current weights, unsharded, on the CPU of the main process. All processes must call it."""
     weights: dict[str, Any] = get_model_state_dict(run.unet, options=FULL_STATE_DICT)
     return {name: weight.clone(memory_format=torch.contiguous_format) for name, weight in weights.items()}
 
 
 def exported_network(run: Run) -> UNet2DModel | None:
-    """In the main process: a network of its own, on the CPU, with the weights that are worth sharing.
+    """In the main process: a copy of the network on the CPU, with the EMA weights if the run keeps an EMA.
 
-    They are the EMA's, if there is one. All processes must call it.
+    All processes must call it.
     """
     with ema_weights(run.ema, run.unet):
         weights = full_weights(run)
@@ -108,8 +108,8 @@ def exported_network(run: Run) -> UNet2DModel | None:
 
 def capture(run: Run) -> tuple[TrainingState, UNet2DModel | None]:
     """What a checkpoint holds, and the network of its pipeline. All processes must call it."""
-    whole: dict[str, Any] = get_optimizer_state_dict(run.unet, run.optimizer.optimizer, options=FULL_STATE_DICT)
-    moments = whole.get("state", {})  # other processes have nothing
+    full: dict[str, Any] = get_optimizer_state_dict(run.unet, run.optimizer.optimizer, options=FULL_STATE_DICT)
+    moments = full.get("state", {})  # empty in other processes
     scaler = run.accelerator.scaler
     progress = {
         "step": run.step,
@@ -128,10 +128,10 @@ def capture(run: Run) -> tuple[TrainingState, UNet2DModel | None]:
 
 
 def restore(run: Run, folder: Path) -> None:
-    """Put the state of a checkpoint into a run. All processes must call it.
+    """Load a checkpoint into a run. All processes must call it.
 
     Raises:
-        ValueError: for a checkpoint that is not whole.
+        ValueError: for a damaged checkpoint.
     """
     state = load_checkpoint(folder)
     progress = state.progress
@@ -139,8 +139,8 @@ def restore(run: Run, folder: Path) -> None:
     for name, value in state.optimizer.items():
         parameter, _, key = name.rpartition("/")
         moments[parameter][key] = value
-    options_of_now = get_optimizer_state_dict(run.unet, run.optimizer.optimizer)["param_groups"]
-    optimizer: dict[str, Any] = {"state": dict(moments), "param_groups": options_of_now}
+    current_options = get_optimizer_state_dict(run.unet, run.optimizer.optimizer)["param_groups"]
+    optimizer: dict[str, Any] = {"state": dict(moments), "param_groups": current_options}
     set_optimizer_state_dict(run.unet, run.optimizer.optimizer, optimizer, options=FULL_STATE_DICT)
     _order_moments(run.optimizer.optimizer)
     if run.ema is not None and state.ema is not None:
@@ -153,14 +153,14 @@ def restore(run: Run, folder: Path) -> None:
     if run.accelerator.scaler is not None and progress["grad_scaler"] is not None:
         run.accelerator.scaler.load_state_dict(progress["grad_scaler"])
     run.step = state.step
-    if folder.resolve().parent == Path(run.config.output_dir).resolve():  # else this folder has no checkpoint yet
+    if folder.resolve().parent == Path(run.config.output_dir).resolve():  # otherwise this folder has none yet
         run.saved_step = state.step
     run.images_seen, run.seconds = progress["images_seen"], progress["seconds"]
     run.unlogged = progress["unlogged"]
 
 
 def _order_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Lay moments in memory as their weights are, channels last perhaps: the fused AdamW takes that for granted."""
+    """Give moments the memory format of their weights, channels last perhaps: the fused AdamW assumes that."""
     for weight, values in optimizer.state.items():
         for key, value in values.items():
             if value.shape == weight.shape and value.stride() != weight.stride():
@@ -170,10 +170,10 @@ def _order_moments(optimizer: torch.optim.Optimizer) -> None:
 def compare(
     folder: Path, progress: dict[str, Any], config: TrainConfig, plan: Plan, label_names: list[str] | None
 ) -> list[str]:
-    """What differs between a checkpoint and the run that goes on from it, a line each.
+    """What differs between a checkpoint and the run that resumes it, a line each.
 
     Raises:
-        ValueError: where they can't be the same run.
+        ValueError: if they can't be the same run.
     """
     before, now = progress["config"], json.loads(json.dumps(config.public()))
     changed = [k for k in now if k in before and k not in FREE_TO_CHANGE and before[k] != now[k]]
@@ -188,13 +188,12 @@ def compare(
         )
     if progress["step"] > plan.max_steps:
         raise ValueError(
-            f"{folder} has {progress['step']} updates behind it, but the run has {plan.max_steps}: raise the number."
+            f"{folder} has {progress['step']} updates done, but the run ends after {plan.max_steps}: raise "
+            f"--{'max_train_steps' if config.max_train_steps is not None else 'num_epochs'}."
         )
     notes = [f"Changed: {k} is {now[k]!r}, was {before[k]!r}." for k in changed]
     if progress["max_steps"] != plan.max_steps and "max_train_steps" not in changed:
-        notes.append(
-            f"Changed: {plan.max_steps} updates, which the learning rate follows; {progress['max_steps']} before."
-        )
+        notes.append(f"Changed: {plan.max_steps} updates, {progress['max_steps']} before; the learning rate follows.")
     if progress["num_images"] != plan.num_images and config.on_bad_image == "raise":
         notes.append(f"Changed: {plan.num_images} images, {progress['num_images']} before.")
     processes = progress["num_processes"]
@@ -202,6 +201,7 @@ def compare(
         batch = before["train_batch_size"] * before["gradient_accumulation_steps"] * processes
         notes.append(
             f"Changed: {plan.num_processes} processes, {processes} before; {plan.global_batch} images per update, "
-            f"{batch} before." + (" --gradient_accumulation_steps can keep it." if batch != plan.global_batch else "")
+            f"{batch} before."
+            + (" Adjust --gradient_accumulation_steps to keep it." if batch != plan.global_batch else "")
         )
     return notes

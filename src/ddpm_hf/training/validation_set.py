@@ -1,4 +1,4 @@
-"""Images to measure a model on while it is trained: those of another split, or some that are not trained on."""
+"""The images that a model is measured on during training: from another split, or held out of the training set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from ..data.sources import Source, Stream, open_source, open_stream
 if TYPE_CHECKING:
     from ..config.training import TrainConfig
 
-VALIDATION_SEED = 1  # beside the seed, so that these are other random numbers than those of the order of an epoch
+NO_HELD_OUT_STREAM = (
+    "`eval_steps` needs held-out images, which a stream can't set aside: name another split with --eval_split, "
+    "or leave out --streaming."
+)
+VALIDATION_SEED = 1  # beside the seed: not the random numbers that order an epoch
 
 
 class ValidationSet(NamedTuple):
@@ -44,15 +48,15 @@ class RemainingImages(IndexedImages):
 
 
 def num_held_out(config: TrainConfig) -> int:
-    """How many of the training images are not trained on."""
+    """How many images of the training set are held out."""
     return config.eval_images if config.eval_steps is not None and config.eval_split is None else 0
 
 
 def open_eval_split(config: TrainConfig, training: Source | Stream) -> Source | Stream | None:
-    """Where held-out images come from, if they don't come from the training set.
+    """The split that validation images come from; None where they are held out of the training set, or not needed.
 
     Raises:
-        ValueError: where there are none, or too few.
+        ValueError: for a split that does not exist or has too few images, and for labels that training lacks.
     """
     if config.eval_steps is None:
         return None
@@ -89,7 +93,7 @@ def check_still_held_out(before: Mapping[str, Any], config: TrainConfig) -> None
     if changed:
         raise ValueError(
             f"images that were trained on can't be held out, and {' and '.join(changed)} before: resume with the same "
-            "options, name another split with --eval_split, or begin a new run."
+            "options, name another split with --eval_split, or start a new run."
         )
 
 
@@ -113,7 +117,8 @@ def make_validation_set(
     if split is not None:
         pixels, labels = _read_split(config, split, images.label_names, rng)
     else:
-        assert isinstance(images, IndexedImages)
+        if not isinstance(images, IndexedImages):
+            raise ValueError(NO_HELD_OUT_STREAM)
         order = rng.permutation(len(images))
         pixels, labels = next(images.read([np.sort(order[:n])]))
         images = RemainingImages(images, np.sort(order[n:]))
@@ -134,17 +139,14 @@ def _read_split(
     if len(decoded.pixels) + len(decoded.unreadable) < n or not len(decoded.pixels):
         _check_count(config, len(decoded.pixels))
     labels = decoded.labels
-    if labels is not None and label_names is not None:  # a split may lack some, and number the others otherwise
+    if labels is not None and label_names is not None:  # the split may lack some, and number the others differently
         labels = torch.tensor([label_names.index(name) for name in split.label_names or ()])[labels]
     return decoded.pixels, labels
 
 
 def _check_enough_remain(config: TrainConfig, training: Source | Stream) -> None:
     if isinstance(training, Stream):
-        raise ValueError(
-            "`eval_steps` needs held-out images, which can't be told apart in a stream: name another split with "
-            "--eval_split, or leave out --streaming."
-        )
+        raise ValueError(NO_HELD_OUT_STREAM)
     if 2 * config.eval_images > len(training):
         raise ValueError(
             f"`eval_images` is {config.eval_images}, but there are only {len(training)} images, of which at most half "
