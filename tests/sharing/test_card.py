@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import zipfile
 from dataclasses import replace
 
 import pytest
@@ -20,7 +19,6 @@ from ddpm_hf.sharing.card import CardFacts, write_card
 from ddpm_hf.storage.weights import hash_weights
 from support.card_rules import card_errors
 from support.hub_server import serve_hub
-from support.runs import ROOT
 
 FID = EvalResult("unconditional-image-generation", "cifar10", "CIFAR-10", "fid", 3.17, metric_name="FID (50k)")
 FACTS = CardFacts(
@@ -394,11 +392,3 @@ def test_results_that_can_not_be_read_are_named(make_model, own):
     assert own in card_of(folder)
     write_card(folder)  # nothing to add
     assert metadata(card_of(folder))["model-index"] == yaml.safe_load(own)
-
-
-def test_the_wheel_ships_the_template(tmp_path):
-    project = ROOT
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(build, cwd=project, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    assert zipfile.ZipFile(wheel).read("ddpm_hf/model_card.md") == (project / "model_card.md").read_bytes()
