@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -92,7 +93,7 @@ def test_the_card_says_what_is_known(make_model):
     for words in (
         "# digits", "| CIFAR-10 | FID (50k) | 3.17 |", "3,400", "108,800", "1:02:05", "2 × CPU \\| core",
         "| `learning_rate` | `0.002` |", "![Samples of the model](samples.png)", "(real.png)", "(loss.png)",
-        "11,767 parameters", "8×8 images of 3 channels",
+        "11,767 parameters", "generates\n8×8 RGB images",
     ):  # fmt: skip
         assert words in card
     assert "snr_gamma" not in card
@@ -111,11 +112,11 @@ def test_what_is_unknown_is_left_out(make_model):
         (
             {"variance_type": "learned_range"},
             {"out_channels": 6},
-            "The variance is learned. Stock diffusers samples it",
+            "The reverse variance is learned. Where steps are skipped, stock diffusers interpolates",
         ),
-        ({"variance_type": "learned"}, {"out_channels": 6}, "Stock diffusers can't sample it"),
-        ({}, {"num_class_embeds": 7}, "needs a class label, 0 to 6, which stock `DDPMPipeline` can't pass"),
-        ({"num_train_timesteps": 20}, {}, "default is K = 20"),
+        ({"variance_type": "learned"}, {"out_channels": 6}, "Stock diffusers can't sample from this model"),
+        ({}, {"num_class_embeds": 7}, "requires a class label, 0 to 6, which stock `DDPMPipeline` can't pass"),
+        ({"num_train_timesteps": 20}, {}, "ancestral sampling with K = 20"),
     ],
 )
 def test_what_stock_can_not_do_is_said(make_model, scheduler, unet, words):
@@ -124,11 +125,35 @@ def test_what_stock_can_not_do_is_said(make_model, scheduler, unet, words):
     assert card_errors(card) == []
 
 
+def test_the_null_label_of_guidance_is_not_counted_as_a_class(make_model):
+    folder = make_model(num_class_embeds=11)
+    assert "images of 11 classes." in card_of(folder)
+    card = write_card(folder, CardFacts(options={"label_column": "label"})).read_text("utf-8")
+    assert "images of 10 classes." in card
+    assert "a class label, 0 to 9 (10 is the null label of guidance)" in card
+
+
+def test_a_card_of_version_0_1_0_is_brought_up_to_date(tmp_path):
+    """What nobody has edited gets today's words, what somebody has edited stays, and nothing that was known is lost."""
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "tests" / "fixtures" / "version_0_1_0" / "run", folder)
+    for name in ("samples.png", "real.png", "loss.png"):
+        (folder / name).write_bytes(b"png")
+    known = set(re.findall(r"^\| (?!Prediction|The network predicts).*\|$", card_of(folder), re.MULTILINE))
+    edit(folder, ("## Use\n", "## My usage\n"))
+    card = write_card(folder).read_text("utf-8")
+    assert "## My usage\n\nWith the package" in card
+    assert "## Intended use and limitations" in card
+    assert "that makes" not in card
+    assert len(known) > 50
+    assert known <= set(card.split("\n"))
+
+
 def test_cards_of_odd_models_can_be_written(make_model, make_unet, tmp_path):
     pipe = DDPMPipelineCustom(make_unet(sample_size=None), DDIMScheduler())
     pipe.save_pretrained(tmp_path / "odd")
     assert "GFLOP" not in card_of(tmp_path / "odd")
-    assert "8×16 images of 2" in card_of(make_model("wide", channels=2, sample_size=(8, 16)))
+    assert "8×16 2-channel images" in card_of(make_model("wide", channels=2, sample_size=(8, 16)))
 
 
 @pytest.mark.parametrize("facts", [CardFacts(), FACTS])
@@ -264,7 +289,7 @@ def test_what_a_person_has_edited_stays_and_the_rest_is_brought_up_to_date(make_
         ("license: mit", "license: cc-by-4.0  # ours\nlanguage: en\nmy_key: 1"),
         ("- ddpm-hf\n", "- digits\n"),
         ("# digits\n", "# The digits of my project\n"),
-        ("## How many steps\n", "Between the sections.\n\n## Steps\n\nUse 50.\n"),
+        ("## Sampling steps\n", "Between the sections.\n\n## Steps\n\nUse 50.\n"),
         ("## Citation", "## Thanks\n\nTo all.\n\n## Citation"),
     )
     text = card_of(folder)
@@ -283,7 +308,7 @@ def test_what_a_person_has_edited_stays_and_the_rest_is_brought_up_to_date(make_
             "The end.",
         ):
             assert words in card
-        assert "Limits and intended use" not in card
+        assert "Intended use and limitations" not in card
         assert "9,999" in card
         assert "![Samples of the model](samples.png)" in card
         assert "# ours" in card
@@ -376,7 +401,7 @@ def test_a_name_and_a_removal_of_a_persons_stay_and_do_not_keep_other_figures(ma
 def test_a_card_that_can_not_be_read_is_not_touched(make_model, own):
     folder = make_model()
     (folder / "README.md").write_bytes(own)
-    with pytest.raises(ValueError, match=r"README\.md.*mend it"):
+    with pytest.raises(ValueError, match=r"README\.md.*fix"):
         write_card(folder, FACTS)
     with pytest.warns(UserWarning, match="the model is saved, but not its card"):
         DDPMPipelineCustom.from_pretrained(folder).save_pretrained(folder)
@@ -387,7 +412,7 @@ def test_a_card_that_can_not_be_read_is_not_touched(make_model, own):
 def test_results_that_can_not_be_read_are_named(make_model, own):
     folder = make_model()
     (folder / "README.md").write_text(f"---\nmodel-index: {own}\n---\n# Mine", "utf-8")
-    with pytest.raises(ValueError, match="`model-index` of README.md is no list of results: mend it"):
+    with pytest.raises(ValueError, match="`model-index` of README.md is not a list of results: fix it"):
         write_card(folder, FACTS)
     assert own in card_of(folder)
     write_card(folder)  # nothing to add

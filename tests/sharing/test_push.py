@@ -373,7 +373,7 @@ def test_what_was_edited_on_the_hub_stays(hub, make_model):
     repo = hub.repos["me/model"]
     card = repo.files()["README.md"].decode()
     card = card.replace("tags:", "language: en\ntags:\n- mine").replace(
-        "## How many steps", "Words of mine.\n\n## Steps"
+        "## Sampling steps", "Words of mine.\n\n## Steps"
     )
     repo.commit("main", "edited in the browser", {**repo.files(), "README.md": card.encode()}, "x")
     write_card(folder, CardFacts(hardware="a fast one"))

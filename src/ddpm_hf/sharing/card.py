@@ -1,4 +1,4 @@
-"""The model card: what is known of a model, filled into `model_card.md`, without touching what a person has edited."""
+"""The model card: what is known of a model, filled into `model_card.md`; what a person has edited is kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .card_merge import merge_cards, parse_card, stamp
 PICTURES = ("samples.png", "real.png", "loss.png")
 EXAMPLE_STEPS = 100
 
-# Options that say where files lie, who pushes or what is shown, but nothing about the model.
+# Options about local files, the Hub and logging, which do not describe the model.
 PRIVATE_OPTION = re.compile(
     r".*(_dir|_path|token|logg|checkpoint).*|hub_.*|push_.*|overwrite_.*|config|unet|dataset_name"
 )
@@ -38,20 +38,20 @@ PRIVATE_VALUE = re.compile(r"(^|[\s=:'\"\[(,])(/|~|[A-Za-z]:\\|\.\.?/)|hf_\w{8,}
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What is known of a model beside its files. What is None or empty is left out of the card.
+    """What is known of a model that its files do not show. Fields that are None or empty are left out of the card.
 
     Args:
-        repo_id: where the model will be on the Hub, "owner/name".
+        repo_id: the model's name on the Hub, "owner/name".
         license: an identifier of the Hub's list, e.g. "apache-2.0".
         dataset: the training data in words, e.g. "`digits`, 1,797 images".
         dataset_ids: the training data as ids of the Hub.
         base_model: the id on the Hub of the model that this one was converted from.
-        options: the training configuration. Those that name folders, tokens or repositories are left out.
+        options: the training configuration. Folders, tokens and repositories are left out of the card.
         updates: optimizer updates.
         images_seen: updates times images per update, over all processes.
-        seconds: wall-clock time of the training.
+        seconds: wall-clock time of training.
         hardware: e.g. "1 × NVIDIA H200".
-        results: measured figures, which become the `model-index` of the metadata.
+        results: what was measured, which becomes the `model-index` of the metadata.
     """
 
     repo_id: str | None = None
@@ -68,17 +68,17 @@ class CardFacts:
 
 
 def write_card(folder: Path, facts: CardFacts | Mapping[str, Any] | None = None) -> Path:
-    """Write the README.md of a saved pipeline, or bring the one that is there up to date.
+    """Write the README.md of a saved pipeline, or update the existing one.
 
-    Sections and metadata that a person has changed, added or removed stay as they are. What an earlier call knew of the
-    same weights and this one does not is still known.
+    Sections and metadata that a person has changed, added or removed stay as they are. Facts that an earlier call has
+    recorded for the same weights are kept.
 
     Returns:
         The card's path.
 
     Raises:
-        ValueError: where the card that is there is no UTF-8, or its metadata no YAML mapping or their `model-index`
-            no list. It is not touched.
+        ValueError: where the existing card is not UTF-8, its metadata not a YAML mapping, or its `model-index` not a
+            list. It is left unchanged.
     """
     file = folder / "README.md"
     facts = facts if isinstance(facts, CardFacts) else CardFacts(**(facts or {}))
@@ -87,12 +87,12 @@ def write_card(folder: Path, facts: CardFacts | Mapping[str, Any] | None = None)
 
 
 def read_card(folder: Path) -> str | None:
-    """The text of the README.md of a folder, if it has one. Raises a ValueError where it is no UTF-8."""
+    """The text of the README.md of a folder, if it has one. Raises a ValueError where it is not UTF-8."""
     file = folder / "README.md"
     try:
         return file.read_text("utf-8-sig") if file.is_file() else None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{str(file)!r} is no text in UTF-8: mend it, or remove the file.") from error
+        raise ValueError(f"{str(file)!r} is not UTF-8 text: fix or remove it.") from error
 
 
 def update_card(existing: str | None, folder: Path, facts: CardFacts) -> str:
@@ -105,7 +105,7 @@ def update_card(existing: str | None, folder: Path, facts: CardFacts) -> str:
 
 
 def known_facts(card: str, weights: str) -> CardFacts:
-    """What the writer of a card knew: all of it if the card is of these weights, else its place on the Hub."""
+    """The facts recorded in a card: all of them if it describes these weights, else only its name on the Hub."""
     record = parse_card(card).record
     names = {f.name for f in fields(CardFacts)} if record.get("weights") == weights else {"repo_id"}
     known = {name: value for name, value in record.get("facts", {}).items() if name in names}
@@ -113,7 +113,7 @@ def known_facts(card: str, weights: str) -> CardFacts:
 
 
 def combine_facts(known: CardFacts, facts: CardFacts) -> CardFacts:
-    """`facts`, and for those that it leaves open what is `known`; a result replaces that of the same name and data."""
+    """`facts`, completed by those that are `known`; a result replaces that of the same name and data."""
     together = {f.name: value for f in fields(facts) if (value := getattr(facts, f.name))}
     new = {_place(result) for result in facts.results}
     kept = [result for result in known.results if _place(result) not in new]
@@ -121,7 +121,7 @@ def combine_facts(known: CardFacts, facts: CardFacts) -> CardFacts:
 
 
 def _place(result: EvalResult) -> tuple[object, ...]:
-    """Where a result stands among others: whose name this is, too, stands in its place."""
+    """What identifies a result: a result with the same identity replaces it."""
     return result.unique_identifier, result.metric_type, result.metric_name
 
 
@@ -138,14 +138,16 @@ def render_card(folder: Path, facts: CardFacts) -> str:
         eval_results=list(facts.results) or None,
         model_name=(facts.repo_id or folder.absolute().name).split("/")[-1] if facts.results else None,
     )
+    has_null_label = bool((facts.options or {}).get("label_column"))  # training adds one for guidance
     steps = [k for k in (10, 25, 50, 100, 250) if k < model["T"]] + [model["T"]]
     card = ModelCard.from_template(
         metadata,
         template_str=_template(),
         facts=facts,
         model=model,
+        classes=(model["classes"] or 0) - has_null_label,
         title=facts.repo_id.split("/")[-1] if facts.repo_id else "DDPM",
-        source=facts.repo_id or ".",
+        location=facts.repo_id or ".",
         pictures=[*(name for name in PICTURES if (folder / name).is_file()), *evaluation_files(folder)],
         example_steps=min(EXAMPLE_STEPS, model["T"]),
         labels=", class_labels=0" if model["classes"] else "",
@@ -161,7 +163,7 @@ def render_card(folder: Path, facts: CardFacts) -> str:
 
 
 def describe_model(folder: Path) -> dict[str, Any]:
-    """What the configurations of a saved pipeline say, and what its network costs."""
+    """What the configurations of a saved pipeline show, and what its network costs."""
     unet = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
     size = unet.get("sample_size")
@@ -185,9 +187,9 @@ def describe_model(folder: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=4)  # a run saves the same network at every checkpoint
 def network_cost(unet_config: str) -> tuple[int, int | None]:
-    """Parameters, and floating point operations of one pass for one image, of the network of a JSON configuration.
+    """Parameters, and floating point operations per image and forward pass, of the network of a JSON configuration.
 
-    The operations are None for a network that does not say for what images it is.
+    The operations are None for a network without a usable `sample_size`.
     """
     with torch.device("meta"):  # shapes without numbers: nothing is computed
         unet = UNet2DModel.from_config(json.loads(unet_config))
@@ -202,16 +204,16 @@ def network_cost(unet_config: str) -> tuple[int, int | None]:
 
 
 def _few_steps(folder: Path) -> tuple[str, int] | None:
-    """What a calibration says: a table of costs by the number of steps, and how many steps are enough."""
+    """From the calibration: a table of costs by the number of steps, and how many steps are enough."""
     try:
         scheduler = DDPMSchedulerCustom.from_pretrained(folder / "scheduler")
         return steps_table(scheduler), recommended_steps(scheduler)
-    except (ValueError, KeyError, TypeError):  # a calibration of something else: no reason not to save the model
+    except (ValueError, KeyError, TypeError):  # an unusable calibration must not keep the model from being saved
         return None
 
 
 def _template() -> str:
-    """`model_card.md`: beside this module in a wheel, at the top of the project in a checkout."""
+    """`model_card.md`: in the package in a wheel, at the top of the project in a checkout."""
     shipped = files("ddpm_hf") / "model_card.md"
     return (shipped if shipped.is_file() else Path(__file__).parents[3] / "model_card.md").read_text("utf-8")
 
@@ -235,7 +237,7 @@ def _result_row(result: EvalResult) -> tuple[str, ...]:
 
 
 def _public_options(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The options that describe the model: no path of this machine and no secret is among them."""
+    """The options that describe the model, without local paths and secrets."""
     if options is None:
         return None
     shown = {k: v for k, v in options.items() if v is not None and not PRIVATE_OPTION.fullmatch(k)}
@@ -243,12 +245,12 @@ def _public_options(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _line(value: str) -> str:
-    """Text that stays in its line and starts no HTML."""
+    """Text as one line without HTML tags."""
     return " ".join(value.replace("<", "&lt;").split())
 
 
 def _cell(value: str) -> str:
-    """Text that stays inside its cell of a Markdown table."""
+    """Text as one cell of a Markdown table."""
     return _line(value).replace("|", "\\|")
 
 
@@ -257,7 +259,7 @@ def _three_digits(x: float) -> str:
 
 
 def is_average(model: Path) -> bool | None:
-    """Whether the weights of a saved pipeline are an average (EMA); None where its own card does not know.
+    """Whether the weights of a saved pipeline are an average (EMA), by its own card; None where that is unknown.
 
     Raises:
         ValueError: for a card that can't be read.

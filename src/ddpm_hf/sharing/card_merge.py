@@ -1,7 +1,7 @@
-"""Two versions of a model card made one: what a person has changed in the older one stays.
+"""Merging two versions of a model card: what a person has changed in the older one is kept.
 
 A card ends with a comment that records what was generated: a hash of every section, the metadata, a hash of the whole,
-and the facts that it was made from. What differs from the record is a person's work.
+and the facts that it was generated from. Whatever differs from the record was changed by a person.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from huggingface_hub.utils import yaml_dump
 SECTION = re.compile(r"<!-- ddpm-hf:(?P<name>\w+) -->\s*(?P<text>.*?)\s*<!-- /ddpm-hf:(?P=name) -->", re.DOTALL)
 RECORD = re.compile(r"\n*<!-- ddpm-hf generated the sections above: (\{.*\}) -->\n*")
 RESULTS = "model-index"
-AUTOMATIC = "This model card has been automatically generated"  # of diffusers' push_to_hub: nobody wrote that card
+AUTOMATIC = "This model card has been automatically generated"  # by diffusers' push_to_hub, not written by a person
 
 
 @dataclass
@@ -28,9 +28,9 @@ class Card:
 
     Args:
         metadata: the YAML block.
-        text: the Markdown without the record, its line ends made those of Unix.
-        record: what was generated: "sections" (hashes by name), "metadata", "whole" (hash), and what the caller added.
-        front: the YAML block as it was written, with its comments.
+        text: the Markdown without the record, with Unix line ends.
+        record: what was generated: "sections" (hashes by name), "metadata", "whole" (hash), and the caller's additions.
+        front: the YAML block as written, with its comments.
     """
 
     metadata: dict[str, Any]
@@ -47,7 +47,7 @@ class Card:
         return _hash(json.dumps(self.metadata, sort_keys=True, default=str) + self.text.strip())
 
     def is_edited(self) -> bool:
-        """Whether anybody has changed the card since this module wrote it."""
+        """Whether a person has changed the card since this module wrote it."""
         return self.record.get("whole") != self.fingerprint() and AUTOMATIC not in self.text
 
 
@@ -55,7 +55,7 @@ def parse_card(content: str) -> Card:
     """Take a card apart.
 
     Raises:
-        ValueError: where its metadata is no YAML mapping.
+        ValueError: where its metadata is not a YAML mapping.
     """
     content = content.replace("\r\n", "\n").removeprefix("\ufeff")
     block = REGEX_YAML_BLOCK.search(content)
@@ -63,9 +63,11 @@ def parse_card(content: str) -> Card:
         metadata = (yaml.safe_load(block[2]) if block else None) or {}
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"the metadata of README.md is no YAML ({reason}): mend it, or remove the file.") from error
+        raise ValueError(
+            f"the metadata of README.md is not valid YAML ({reason}): fix it, or remove the file."
+        ) from error
     if not isinstance(metadata, dict):
-        raise ValueError("the metadata of README.md is no mapping: mend it, or remove the file.")
+        raise ValueError("the metadata of README.md is not a mapping: fix it, or remove the file.")
     text = content[block.end() :] if block else content
     found = RECORD.search(text)
     try:
@@ -76,7 +78,7 @@ def parse_card(content: str) -> Card:
 
 
 def format_card(card: Card) -> str:
-    """The card as a file, with the record of what was generated and of the whole."""
+    """The text of the card's file, with the record of what was generated."""
     text = card.text.strip() + "\n"
     written = Card(card.metadata, text, card.record)
     record = json.dumps({**card.record, "whole": written.fingerprint()}, default=str).replace(">", "\\u003e")
@@ -86,7 +88,7 @@ def format_card(card: Card) -> str:
 
 
 def stamp(content: str, record: dict[str, Any]) -> str:
-    """A card that was just generated, with the record of it, to which `record` adds."""
+    """A newly generated card with a record of what was generated, extended by `record`."""
     card = parse_card(content)
     sections = {name: _hash(text) for name, text in card.sections().items()}
     card.record = {**record, "sections": sections, "metadata": card.metadata}
@@ -94,7 +96,7 @@ def stamp(content: str, record: dict[str, Any]) -> str:
 
 
 def merge_cards(existing: str, new: str) -> str:
-    """The existing card, with all that was generated and nobody has edited replaced by that of the new one."""
+    """The existing card, with all generated parts that nobody has edited replaced by those of the new one."""
     old, fresh = parse_card(existing), parse_card(new)
     if AUTOMATIC in old.text:
         old.text, old.record = fresh.text, fresh.record
@@ -114,7 +116,7 @@ def merge_cards(existing: str, new: str) -> str:
 
 
 def merge_metadata(generated: dict[str, Any], existing: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Three-way merge: keys and list entries that a person has changed, added or removed stay so."""
+    """Three-way merge: keys and list entries that a person has changed, added or removed stay as they are."""
     merged = {k: v for k, v in existing.items() if k in new or v != generated.get(k)}
     for key, value in new.items():
         before, now = generated.get(key), existing.get(key)
@@ -131,9 +133,9 @@ def merge_metadata(generated: dict[str, Any], existing: dict[str, Any], new: dic
 
 
 def _merge_results(generated: list[dict], existing: list[dict], new: list[dict]) -> list[dict]:
-    """The results of a `model-index`: those that were generated give way to the new ones, a person's stay.
+    """The results of a `model-index`: new ones replace those that were generated, those of a person are kept.
 
-    Each result, and the model's name, is compared by itself, so that an edit of one does not preserve the others.
+    Each result, and the model's name, is compared separately: editing one does not preserve the others.
     """
 
     def by_metric(index: list[dict]) -> dict[str, dict]:
@@ -150,9 +152,9 @@ def _merge_results(generated: list[dict], existing: list[dict], new: list[dict])
     try:
         before, now, fresh = by_metric(generated), by_metric(existing), by_metric(new)
     except (AttributeError, TypeError) as error:
-        raise ValueError("the `model-index` of README.md is no list of results: mend it, or remove it.") from error
+        raise ValueError("the `model-index` of README.md is not a list of results: fix it, or remove it.") from error
     own = {k for k in before | now if now.get(k) != before.get(k)}  # changed, added or removed by a person
-    kept = {k: v for k, v in now.items() if k in fresh or k in own}  # which also keeps the order
+    kept = {k: v for k, v in now.items() if k in fresh or k in own}  # in the existing order
     together: dict[str, dict] = {}
     for result in {**kept, **{k: v for k, v in fresh.items() if k not in own}}.values():
         key = json.dumps([result.get("task"), result.get("dataset")])

@@ -1,1 +1,1 @@
-"""Other people's models, with outputs proven equal."""
+"""Converting other people's models, with outputs verified equal."""
