@@ -20,6 +20,7 @@ from ddpm_hf.sharing.card import CardFacts, write_card
 from ddpm_hf.storage.weights import hash_weights
 from support.card_rules import card_errors
 from support.hub_server import serve_hub
+from support.runs import ROOT
 
 FID = EvalResult("unconditional-image-generation", "cifar10", "CIFAR-10", "fid", 3.17, metric_name="FID (50k)")
 FACTS = CardFacts(
