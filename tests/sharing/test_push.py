@@ -7,20 +7,23 @@ import re
 import shutil
 import threading
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import EvalResult, constants
+from huggingface_hub import EvalResult, constants, snapshot_download
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
-from ddpm_hf.diffusion.pipeline import EVALUATION_FILES
+from ddpm_hf.cli import main
+from ddpm_hf.diffusion.pipeline import EVALUATION_FILES, REAL_IMAGES
 from ddpm_hf.sharing.background_push import BackgroundPusher
 from ddpm_hf.sharing.card import CardFacts, write_card
 from ddpm_hf.sharing.hub import HubTarget, PushError, Retry, check_push_access
 from ddpm_hf.sharing.push import push_folder, resume_command, try_push
 from ddpm_hf.storage.weights import hash_weights
 from support.hub_server import point_client_at, serve_hub
+from support.models import png
 
 TOKEN = "hf_ThisIsTheSecretOfTheTests"
 BPD = EvalResult("unconditional-image-generation", "digits", "digits", "bpd", 2.5)
@@ -61,7 +64,7 @@ def push(folder, repo_id="me/model", facts=None, **options):
 def test_only_the_model_goes_up(hub, make_model):
     """A training folder: checkpoints, logs, a cached token and anything else stay here."""
     folder = make_model()
-    (folder / "samples.png").write_bytes(b"picture")
+    (folder / "samples.png").write_bytes(png())
     for stray in ("logs/train.jsonl", "checkpoint-5/training_state/optimizer.pt", "notes.txt", "unet/old.bin", ".env"):
         (folder / stray).parent.mkdir(parents=True, exist_ok=True)
         (folder / stray).write_text(TOKEN)
@@ -117,11 +120,11 @@ def evaluated(folder):
     figures = [{"metric": m, "settings": {"chain": {"weights": weights}}} for m in ("bpd", "nearest")]
     (folder / "metrics.json").write_text(json.dumps({"figures": figures}))
     for name in EVALUATION_FILES[1:]:
-        (folder / name).write_bytes(b"of an evaluation")
+        (folder / name).write_bytes(png() if name.endswith(".png") else b"{}")
     return folder
 
 
-OF_EVALUATION = set(EVALUATION_FILES) - {"nearest_features.png"}  # which no figure was measured with
+OF_EVALUATION = set(EVALUATION_FILES) - {"nearest_features.png", "nearest.png"}  # which show training images
 
 
 def test_an_evaluation_goes_up_with_its_weights_alone(hub, make_model):
@@ -137,6 +140,76 @@ def test_an_evaluation_goes_up_with_its_weights_alone(hub, make_model):
     assert set(repo().files()) == MODEL_FILES | {".gitattributes"}
     assert b".png" not in repo().files()["README.md"]
     assert (folder / "nearest.png").exists()
+
+
+def test_training_images_go_up_on_request_only(hub, make_model):
+    folder = evaluated(make_model())
+    for name in REAL_IMAGES:
+        (folder / name).write_bytes(png(200))
+    push(folder)
+    files = hub.repos["me/model"].files()
+    assert not set(REAL_IMAGES) & set(files)
+    assert not any(name in files["README.md"].decode() for name in REAL_IMAGES)
+    push(folder, share_training_images=True)
+    files = hub.repos["me/model"].files()
+    assert {"real.png", "samples_and_real.png", "nearest.png"} <= set(files)
+    assert "(real.png)" in files["README.md"].decode()
+
+
+def test_a_dry_run_lists_what_would_go_up_and_sends_nothing(hub, make_model, capsys):
+    folder = make_model()
+    (folder / "samples.png").write_bytes(png())
+    (folder / "real.png").write_bytes(png())
+    main(["push", str(folder), "me/model", "--dry_run"])
+    listed = {line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert listed == MODEL_FILES | {"samples.png"}
+    assert not hub.repos
+    assert not hub.received
+
+
+def secret(tmp_path):
+    file = tmp_path / "token"
+    file.write_text(TOKEN)
+    return file
+
+
+@pytest.mark.parametrize("name", ["samples.png", "README.md", "unet/config.json", "metrics.json", "unet"])
+def test_links_out_of_a_cloned_folder_are_refused(hub, make_model, tmp_path, name):
+    """Else a repository with `samples.png` → the user's token would publish it."""
+    folder, outside = make_model(), secret(tmp_path)
+    if name == "unet":
+        outside = tmp_path / "elsewhere"
+        shutil.move(folder / "unet", outside)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(ValueError, match="is a link to a file outside the model's folder: replace it by a copy"):
+        push(folder)
+    assert not hub.received
+
+
+@pytest.mark.parametrize("name", ["samples.png", "loss.png", "metrics.json"])
+def test_files_are_what_their_names_say(hub, make_model, name):
+    folder = make_model()
+    (folder / name).write_text(TOKEN)
+    with pytest.raises(ValueError, match=rf"{name}' is no (PNG picture|JSON file).*: remove or repair it"):
+        push(folder)
+    assert not hub.received
+
+
+def test_save_pretrained_into_a_folder_with_traps_follows_no_link(hub, make_model, tmp_path, monkeypatch):
+    folder = make_model()
+    (folder / "samples.png").symlink_to(secret(tmp_path))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    DDPMPipelineCustom.from_pretrained(folder).save_pretrained(str(folder), push_to_hub=True, repo_id="me/one")
+    assert set(hub.repos["me/one"].files()) == MODEL_FILES | {".gitattributes"}
+
+
+def test_a_snapshot_of_the_hub_whose_files_are_links_into_its_cache_goes_up(hub, make_model):
+    push(make_model())
+    snapshot = Path(snapshot_download("me/model"))
+    assert (snapshot / "unet" / "config.json").is_symlink()
+    push(snapshot, "me/again")
+    assert set(hub.repos["me/again"].files()) == MODEL_FILES | {".gitattributes"}
 
 
 def test_figures_in_a_repository_without_a_card_of_ours_stay(hub, make_model):

@@ -1,7 +1,10 @@
 """Networks small enough for tests."""
 
+import io
+
 import torch
 from diffusers import UNet2DModel
+from PIL import Image
 
 
 def tiny_unet(channels: int = 3, out_channels: int | None = None, sample_size: int = 8, **options) -> UNet2DModel:
@@ -18,3 +21,10 @@ def tiny_unet(channels: int = 3, out_channels: int | None = None, sample_size: i
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         **options,
     ).eval()
+
+
+def png(shade: int = 0) -> bytes:
+    """A small picture in PNG."""
+    file = io.BytesIO()
+    Image.new("L", (4, 4), shade).save(file, "PNG")
+    return file.getvalue()

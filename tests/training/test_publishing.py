@@ -43,7 +43,8 @@ def test_a_run_pushes_checkpoints_and_its_end_and_keeps_the_token_to_itself(hub,
         files["unet/diffusion_pytorch_model.safetensors"]
         == (output_dir / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     )
-    assert {"README.md", "samples.png", "real.png", "loss.png", "pipeline.py"} <= files.keys()
+    assert {"README.md", "samples.png", "loss.png", "pipeline.py"} <= files.keys()
+    assert not any("real" in name for name in files)  # training images stay here
     assert not any("training_state" in name or "logs" in name or "checkpoint" in name for name in files)
     card = files["README.md"].decode()
     assert "| Optimizer updates | 12 |" in card

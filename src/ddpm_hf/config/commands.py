@@ -93,6 +93,10 @@ class PushConfig:
     revision: str | None = option(None, "The branch to push to, made if it does not exist; default: main.")
     tag: str | None = option(None, "Tag what was pushed.")
     create_pr: bool = option(False, "Open a pull request, in a repository of anybody.")
+    share_training_images: bool = option(
+        False, "Also upload the pictures that show training images: real.png, samples_and_real.png, nearest*.png."
+    )
+    dry_run: bool = option(False, "List what would be uploaded, and stop.")
     license: str | None = option(None, "The license for the card, as the Hub names it: apache-2.0, mit, cc-by-4.0, …")
     hub_token: str | None = option(
         None, "The token to push with. Default: that of HF_TOKEN or `hf auth login`, which other users can't see."

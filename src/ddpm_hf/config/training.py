@@ -240,6 +240,9 @@ class HubOptions:
     push_to_hub: bool = option(False, "Push the pipeline to the Hub, at checkpoints and at the end.")
     hub_model_id: str | None = option(None, "The repository. Default: the output folder's name, in your namespace.")
     hub_private_repo: bool = option(False, "Make the repository private, if it has to be created.")
+    share_training_images: bool = option(
+        False, "With --push_to_hub: also upload the pictures that show training images."
+    )
     hub_token: str | None = option(None, "The token to push with. Default: that of `hf auth login`.")
 
 
@@ -354,7 +357,8 @@ class TrainConfig(
             raise ValueError(f"`report_to` has {', '.join(unknown)}, but knows only {', '.join(TRACKERS)} and none.")
         if self.report_to and "none" in self.report_to and len(self.report_to) > 1:
             raise ValueError(f"`report_to` is {', '.join(self.report_to)}: `none` stands alone, so leave it out.")
-        given = [f"--{name}" for name in ("hub_model_id", "hub_token", "hub_private_repo") if getattr(self, name)]
+        of_pushes = ("hub_model_id", "hub_token", "hub_private_repo", "share_training_images")
+        given = [f"--{name}" for name in of_pushes if getattr(self, name)]
         if given and not self.push_to_hub:
             raise ValueError(f"{' and '.join(given)} without --push_to_hub: add it, or leave {given[0]} out.")
 

@@ -8,6 +8,7 @@ loads with this package, with none of ours (as remote code), and with stock diff
 from __future__ import annotations
 
 import copy
+import glob
 import inspect
 import json
 import os
@@ -50,7 +51,9 @@ EVALUATION_FILES = (
     "nearest_features.png",
 )
 
-# All that is ever uploaded of a folder: no training state, no logs, whatever else lies there.
+# Pictures that show training images. They are shared only on request.
+REAL_IMAGES = ("real.png", "samples_and_real.png", "nearest.png", "nearest_features.png")
+# All that is otherwise uploaded of a folder: no training state, no logs, whatever else lies there.
 SHARED_FILES = (
     "model_index.json",
     *CODE_FILES,
@@ -60,10 +63,8 @@ SHARED_FILES = (
     "unet/diffusion_pytorch_model*.safetensors.index.json",
     "README.md",
     "samples.png",
-    "real.png",
-    "samples_and_real.png",
     "loss.png",
-    *EVALUATION_FILES,
+    *(name for name in EVALUATION_FILES if name not in REAL_IMAGES),
 )
 
 
@@ -545,7 +546,15 @@ class DDPMPipelineCustom(DiffusionPipeline):
             commit_message=commit_message or f"Upload {type(self).__name__}",
             create_pr=create_pr,
             allow_patterns=list(SHARED_FILES),
+            ignore_patterns=_links(Path(working_dir)),
         )
+
+
+def _links(folder: Path) -> list[str]:
+    """Symbolic links in a folder to what lies elsewhere, which no upload follows."""
+    root = folder.resolve()
+    files = [p.relative_to(folder) for p in folder.rglob("*") if not p.resolve().is_relative_to(root)]
+    return [glob.escape(file.as_posix()) for file in files]
 
 
 def image_size(unet: UNet2DModel) -> tuple[int, int]:

@@ -43,6 +43,7 @@ class HubTarget:
         revision: a branch, created if missing, or "refs/pr/N"; None is `main`.
         tag: given to the resulting commit.
         create_pr: open a pull request instead of committing to `main`.
+        share_training_images: upload the pictures that show training images, too.
 
     Raises:
         ValueError: for options that exclude each other, and names that the Hub does not allow.
@@ -54,6 +55,7 @@ class HubTarget:
     revision: str | None = None
     tag: str | None = None
     create_pr: bool = False
+    share_training_images: bool = False
 
     def __post_init__(self) -> None:
         try:

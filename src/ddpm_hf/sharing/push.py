@@ -6,6 +6,7 @@ second commit or pull request where only an answer was lost, and a card that kee
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import tempfile
@@ -13,10 +14,11 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
 
-from ..diffusion.pipeline import EVALUATION_FILES, SHARED_FILES
+from ..diffusion.pipeline import EVALUATION_FILES, REAL_IMAGES, SHARED_FILES
 from ..evaluation.results import evaluation_files
 from ..storage.loading import load_pipeline, stored_dtype
 from ..storage.weights import weights_digest
@@ -24,7 +26,7 @@ from .card import CardFacts, combine_facts, known_facts, write_card
 from .card_merge import merge_cards, parse_card
 from .hub import DEFAULT_RETRY, HubTarget, Log, PushError, Retry, check_push_access, explain, readable_errors
 
-EXTRAS = ("README.md", "samples.png", "real.png", "samples_and_real.png", "loss.png", *EVALUATION_FILES)
+EXTRAS = ("README.md", "samples.png", "loss.png", *EVALUATION_FILES)
 STAGE = ".ddpm-hf-push-"
 
 
@@ -49,7 +51,7 @@ def push_folder(
         PushError: where the Hub can't be reached or refuses.
     """
     with tempfile.TemporaryDirectory(prefix=STAGE) as stage:
-        export_model(folder, Path(stage))
+        export_model(folder, Path(stage), target.share_training_images)
         write_card(Path(stage), facts)
         with readable_errors(target):  # before a repository is created for a card that the Hub rejects
             retry(ModelCard.load(Path(stage) / "README.md").validate, "Checking the card")
@@ -70,29 +72,73 @@ def try_push(folder: Path, target: HubTarget, facts: CardFacts | None = None, *,
 
 def resume_command(folder: Path, target: HubTarget) -> str:
     """The command that pushes a folder, without the token."""
-    options = ["--private"] * target.private + ["--create_pr"] * target.create_pr
+    flags = ("private", "create_pr", "share_training_images")
+    options = [f"--{name}" for name in flags if getattr(target, name)]
     for name in ("revision", "tag"):
         options += [f"--{name}", getattr(target, name)] if getattr(target, name) else []
     return shlex.join(["ddpm-hf", "push", str(folder), target.repo_id, *options])
 
 
-def export_model(folder: Path, destination: Path) -> None:
-    """Write the model of `folder` as a new pipeline, with its card and pictures, in the precision of its weights.
-
-    The files of an evaluation are included if it measured these weights.
+def upload_plan(folder: Path, target: HubTarget, facts: CardFacts | None = None) -> list[str]:
+    """What `push_folder` would upload, a line per file with its size. Nothing is sent.
 
     Raises:
-        ValueError: where there is no model, or it is damaged.
+        ValueError: for a damaged model.
+    """
+    with tempfile.TemporaryDirectory(prefix=STAGE) as stage:
+        export_model(folder, Path(stage), target.share_training_images)
+        write_card(Path(stage), facts)
+        files = sorted(p for p in Path(stage).rglob("*") if p.is_file())
+        return [f"{p.stat().st_size:>12,}  {p.relative_to(stage).as_posix()}" for p in files]
+
+
+def export_model(folder: Path, destination: Path, with_real_images: bool = False) -> None:
+    """Write the model of `folder` as a new pipeline, with its card and pictures, in the precision of its weights.
+
+    The files of an evaluation are included if it measured these weights; pictures that show training images only
+    on request.
+
+    Raises:
+        ValueError: where there is no model, it is damaged, or a file of it is not what its name says.
     """
     if not folder.is_dir():
         raise ValueError(f"`model` is {str(folder)!r}, but there is no such folder.")
+    _check_files(folder)
     pipeline = load_pipeline(str(folder), dtype=stored_dtype(folder))
-    for name in EXTRAS:
-        if (folder / name).is_file():
+    hidden = () if with_real_images else REAL_IMAGES
+    for name in dict.fromkeys((*EXTRAS, *REAL_IMAGES)):
+        if name not in hidden and (folder / name).is_file():
             shutil.copyfile(folder / name, destination / name)
     pipeline.save_pretrained(destination)
     for name in set(EVALUATION_FILES).difference(evaluation_files(destination)):
         (destination / name).unlink(missing_ok=True)
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a folder whose files lie elsewhere, or are not what their names say.
+
+    Of links, only those within the folder and into the Hub's own cache are followed: that is how snapshots of the Hub
+    look. Else a cloned repository could publish any file of this machine.
+
+    Raises:
+        ValueError: names the file and the remedy.
+    """
+    roots = (folder.resolve(), Path(constants.HF_HUB_CACHE).resolve())
+    for file in folder.rglob("*"):
+        name = file.relative_to(folder).as_posix()
+        if not (is_shared(name) or name in REAL_IMAGES or name in ("unet", "scheduler")):
+            continue
+        if not any(file.resolve().is_relative_to(root) for root in roots):
+            raise ValueError(f"{str(file)!r} is a link to a file outside the model's folder: replace it by a copy.")
+        try:
+            if file.suffix == ".png":
+                with Image.open(file, formats=["PNG"]) as image:
+                    image.verify()
+            elif file.suffix == ".json":
+                json.loads(file.read_text("utf-8"))
+        except (OSError, SyntaxError, ValueError) as error:
+            kind = "PNG picture" if file.suffix == ".png" else "JSON file"
+            raise ValueError(f"{str(file)!r} is no {kind} ({error}): remove or repair it.") from error
 
 
 def push_export(
@@ -128,8 +174,9 @@ def _commit(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, messag
     remote = {sibling.rfilename for sibling in head.siblings or []}
     other_weights = _update_card(api, stage, target, facts, head.sha if "README.md" in remote else None)
 
-    files = sorted(p for p in stage.rglob("*") if p.is_file() and is_shared(p.relative_to(stage).as_posix()))
-    names = {p.relative_to(stage).as_posix(): p for p in files}
+    allowed = REAL_IMAGES if target.share_training_images else ()
+    files = {p.relative_to(stage).as_posix(): p for p in sorted(stage.rglob("*")) if p.is_file()}
+    names = {name: p for name, p in files.items() if is_shared(name) or name in allowed}
     replaced = ("unet/diffusion_pytorch_model*", *(EVALUATION_FILES if other_weights else ()))
     stale = {n for n in remote - set(names) if any(fnmatch(n, pattern) for pattern in replaced)}  # of another model
     commit = api.create_commit(

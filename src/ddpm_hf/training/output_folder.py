@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 
 from ..config.training import TrainConfig
 from ..diffusion.pipeline import CODE_FILES, EVALUATION_FILES, DDPMPipelineCustom
+from ..sharing.card import read_card
+from ..sharing.card_merge import parse_card
 from ..storage.checkpoint import BEST, check_intact, checkpoint_steps, latest_checkpoint, remove_checkpoint
 from ..storage.files import check_writable
 
@@ -51,6 +53,8 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig) -> tuple[Path | No
             f"`resume_from_checkpoint` is 'latest', but {str(output_dir)!r} has no intact checkpoint. "
             + " ".join(skipped)
         )
+    if latest is None:
+        _refuse_foreign_files(output_dir, config)
     return latest, skipped
 
 
@@ -60,6 +64,22 @@ def _refuse_other_run(output_dir: Path, config: TrainConfig) -> None:
         raise ValueError(
             f"`output_dir` {str(output_dir)!r} holds another run: resume it with --resume_from_checkpoint latest, "
             "replace it with --overwrite_output_dir, or choose another --output_dir."
+        )
+    _refuse_foreign_files(output_dir, config)
+
+
+def _refuse_foreign_files(output_dir: Path, config: TrainConfig) -> None:
+    """A first run overwrites nothing that somebody else has put there. A card of theirs is merged, if it can be."""
+    card = read_card(output_dir)
+    if card is not None:
+        parse_card(card).is_edited()
+    if config.overwrite_output_dir:
+        return
+    foreign = [name for name in RUN_FILES if (output_dir / name).exists()]
+    if foreign:
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} has files that no run has written but this one would overwrite, "
+            f"{', '.join(foreign)}: move them away, choose another --output_dir, or pass --overwrite_output_dir."
         )
 
 
@@ -96,7 +116,10 @@ def replace_pipeline(pipeline: DDPMPipelineCustom, output_dir: Path) -> None:
     """
     partial = output_dir / "pipeline.partial"
     shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
     try:
+        if (output_dir / "README.md").is_file():  # the card keeps what a person has edited in it
+            shutil.copyfile(output_dir / "README.md", partial / "README.md")
         pipeline.save_pretrained(partial)
     except SafetensorError as error:
         raise OSError(f"the pipeline can't be written into {str(output_dir)!r}: {error}") from error

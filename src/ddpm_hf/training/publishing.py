@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,8 +33,13 @@ def check_target(config: TrainConfig) -> HubTarget | None:
     if not config.push_to_hub:
         return None
     name = config.hub_model_id or Path(config.output_dir).absolute().name
-    target = HubTarget(name, token=config.hub_token, private=config.hub_private_repo)
-    return HubTarget(check_push_access(target), token=config.hub_token, private=config.hub_private_repo)
+    target = HubTarget(
+        name,
+        token=config.hub_token,
+        private=config.hub_private_repo,
+        share_training_images=config.share_training_images,
+    )
+    return replace(target, repo_id=check_push_access(target))
 
 
 def pushing(target: HubTarget | None) -> AbstractContextManager[BackgroundPusher | None]:

@@ -40,7 +40,7 @@ MODEL_OPTIONS = (
 )  # fmt: skip
 FREE_TO_CHANGE = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank", "dry_run", "logger", "report_to",
-    "cache_dir", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "cache_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "share_training_images",
 )  # fmt: skip
 
 
