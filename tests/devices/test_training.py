@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddpm_hf.config.training import TrainConfig
-from ddpm_hf.storage.checkpoint import checkpoint_steps
+from ddpm_hf.storage.checkpoint import checkpoint_steps, read_progress
 from ddpm_hf.training import loop, step
 from support.pretend_gpu import PretendGpu
 from support.runs import TINY_OPTIONS
@@ -76,3 +76,87 @@ def test_a_planted_wait_in_an_update_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "augment", waiting)
     with pytest.raises(AssertionError, match="_local_scalar_dense"):
         test_a_gpu_trains_what_a_cpu_trains_and_no_update_waits(tmp_path, "simple")
+
+
+# --- gradients that are not finite -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def overflow(monkeypatch):
+    """Makes the losses of some updates infinite."""
+    losses_of = step.training_losses
+
+    def at(*updates):
+        done = iter(range(1, 1000))
+
+        def training_losses(*arguments):
+            losses, t = losses_of(*arguments)
+            return (losses * float("inf") if next(done) in updates else losses), t
+
+        monkeypatch.setattr(step, "training_losses", training_losses)
+
+    return at
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_an_update_without_a_finite_gradient_is_skipped(tmp_path, overflow, kind):
+    overflow(3, 4, 9)
+    expected = train(tmp_path / "cpu")
+    overflow(3, 4, 9)
+    with PretendGpu(kind):
+        actual = train(tmp_path / kind)
+    assert_equal(actual, expected)
+    assert all(value.isfinite().all() for value in actual.values())
+    assert {float(value) for (_, name), value in actual.items() if name.endswith("/step")} == {9.0}
+
+
+@pytest.mark.parametrize("overflows", [(12,), (3, 4, 8, 11, 12)], ids=str)
+def test_overflows_of_fp16_cost_updates_and_neither_checkpoint_nor_export(tmp_path, overflow, overflows):
+    """Also in an update that a checkpoint follows, and in the last one."""
+    overflow(*overflows)
+    options = {"mixed_precision": "fp16", "checkpointing_steps": 4, "checkpoints_total_limit": None}
+    with PretendGpu() as gpu:
+        state = train(tmp_path, **options)
+    assert checkpoint_steps(tmp_path) == [4, 8, 12]
+    assert (tmp_path / "model_index.json").is_file()
+    assert {float(value) for (_, name), value in state.items() if name.endswith("/step")} == {12.0 - len(overflows)}
+    scaler = read_progress(tmp_path / "checkpoint-12")["grad_scaler"]
+    assert scaler["scale"] == 2.0 ** (16 - len(overflows))
+    assert not gpu.unsafe
+
+
+@pytest.mark.parametrize("resumed_at", [4, 8])
+def test_fp16_resumes_bit_for_bit_after_overflows(tmp_path, overflow, resumed_at):
+    overflows = (3, 4, 7, 12)
+    options = {"mixed_precision": "fp16", "checkpointing_steps": 4, "checkpoints_total_limit": None}
+    overflow(*overflows)
+    with PretendGpu():
+        whole = train(tmp_path / "whole", **options)
+    checkpoint = tmp_path / "whole" / f"checkpoint-{resumed_at}"
+    overflow(*(update - resumed_at for update in overflows))
+    with PretendGpu():
+        resumed = train(tmp_path / "resumed", resume_from_checkpoint=str(checkpoint), **options)
+    assert_equal(whole, resumed)
+    scalers = [read_progress(tmp_path / run / "checkpoint-12")["grad_scaler"] for run in ("whole", "resumed")]
+    assert scalers[0] == scalers[1]
+
+
+def test_fp16_that_overflows_without_being_scaled_up_ends_the_run(tmp_path, overflow):
+    overflow(*range(5, 30))
+    options = {"mixed_precision": "fp16", "checkpointing_steps": 4, "checkpoints_total_limit": None}
+    with PretendGpu(), pytest.raises(FloatingPointError, match="25 gradients in a row were not finite"):
+        train(tmp_path, max_train_steps=29, **options)
+    assert checkpoint_steps(tmp_path) == [4, 8, 12, 16, 20]  # after 21 updates the scale is 1/2
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_algorithms_are_not_replaced_by_the_fastest_ones(tmp_path, deterministic):
+    before = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with PretendGpu():
+            train(tmp_path, mixed_precision="bf16", max_train_steps=1)
+        assert torch.backends.cudnn.benchmark is not deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = before

@@ -150,8 +150,10 @@ class TrainingLog:
             self._rows[-1][-1] = bad
 
     def has_diverged(self) -> bool:
-        """Whether the latest gradient was not finite."""
-        return bool(self._bad_in_a_row)
+        """Whether the latest gradient was not finite; overflows of fp16, which a lower scale mends, do not count."""
+        scaler = self.accelerator.scaler
+        has_room = scaler is not None and scaler.get_scale() >= 1  # below, the loss overflows without being scaled up
+        return bool(self._bad_in_a_row) and not has_room
 
     def unlogged(self) -> list[list[float]]:
         """The losses since the last entry, of all processes; for a checkpoint. All of them must call it."""

@@ -164,7 +164,10 @@ def save(run: Run, log: TrainingLog) -> bool:
     Returns:
         Whether it was written.
     """
-    if run.step == run.saved_step or log.has_diverged():
+    if run.step == run.saved_step:
+        return False
+    if log.has_diverged():
+        run.accelerator.print(f"No checkpoint after update {run.step}: its gradient was not finite.")
         return False
     run.unlogged = log.unlogged()
     state, unet = capture(run)

@@ -145,7 +145,8 @@ def make_accelerator(config: TrainConfig, precision: str | None, trackers: list[
     use_all_cores(accelerator)
     if accelerator.device.type == "cuda" and accelerator.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.benchmark = True  # all batches have the same shape
+        # All batches have the same shape; but the fastest algorithm need not be the same next time.
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     return accelerator
 
 

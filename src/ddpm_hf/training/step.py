@@ -95,10 +95,15 @@ def skip_unless_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor, acce
 
     The fused AdamW takes such a flag, which is how loss scalers skip overflows; with fp16 the scaler sets it.
 
+    Metal's ignores it (PyTorch's FusedAdamWKernelImpl.mm): there the gradients are dropped, at the price of a wait.
+
     Returns:
         Whether the gradient is finite, a scalar.
     """
     is_finite = torch.as_tensor(grad_norm, device=accelerator.device).isfinite()
-    if accelerator.scaler is None:
+    if accelerator.device.type == "mps":
+        if not is_finite:
+            optimizer.zero_grad()
+    elif accelerator.scaler is None:
         optimizer.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
     return is_finite
