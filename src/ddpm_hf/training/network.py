@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..config.training import IMAGE_MODES, TrainConfig
@@ -118,22 +119,31 @@ def build_ema(config: TrainConfig, unet: torch.nn.Module) -> EMAModel | None:
     """The exponential moving average of the weights, with the warm-up of diffusers; None without `use_ema`."""
     if not config.use_ema:
         return None
+    weights = local_weights(unet)
     return EMAModel(
-        unet.parameters(),
+        weights,
         decay=config.ema_max_decay,
         use_ema_warmup=True,
         inv_gamma=config.ema_inv_gamma,
         power=config.ema_power,
-        foreach=_has_fast_foreach(list(unet.parameters())),
+        foreach=any(w.is_cuda for w in weights) or sum(w.numel() for w in weights) <= FOREACH_PARAMETERS,
     )
 
 
-def _has_fast_foreach(parameters: list[torch.nn.Parameter]) -> bool:
-    """Whether one kernel for all weights exists, and is faster than one kernel for each."""
-    if any(isinstance(p, DTensor) for p in parameters):  # of FSDP
-        return False
-    in_cache = sum(p.numel() for p in parameters) <= FOREACH_PARAMETERS
-    return in_cache or any(p.is_cuda for p in parameters)
+@torch.no_grad()
+def local_weights(unet: torch.nn.Module) -> list[Tensor]:
+    """The weights that this process holds, as plain tensors that share their memory: all of them, or FSDP's shards.
+
+    FSDP leaves weights gathered after a pass without a backward one, and would not see what changes in their shards.
+    So it is made to gather them anew.
+    """
+    for module in unet.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return [
+        weight.to_local().detach().requires_grad_() if isinstance(weight, DTensor) else weight
+        for weight in unet.parameters()
+    ]
 
 
 @contextmanager
@@ -142,12 +152,13 @@ def ema_weights(ema: EMAModel | None, unet: torch.nn.Module) -> Iterator[None]:
     if ema is None:
         yield
         return
-    ema.store(unet.parameters())
-    ema.copy_to(unet.parameters())
+    weights = local_weights(unet)
+    ema.store(weights)
+    ema.copy_to(weights)
     try:
         yield
     finally:
-        ema.restore(unet.parameters())
+        ema.restore(local_weights(unet))
 
 
 def unet_with_weights(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> UNet2DModel:

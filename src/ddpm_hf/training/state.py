@@ -26,7 +26,7 @@ from ..diffusion.pipeline import DDPMPipelineCustom
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import Agreement
 from ..storage.checkpoint import TrainingState, load_checkpoint
-from .network import ema_weights, unet_with_weights
+from .network import ema_weights, local_weights, unet_with_weights
 from .plan import Plan
 
 FULL_STATE_DICT = StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded
@@ -146,7 +146,7 @@ def restore(run: Run, folder: Path) -> None:
     if run.ema is not None and state.ema is not None:
         set_model_state_dict(run.unet, {**state.ema}, options=FULL_STATE_DICT)
         with torch.no_grad():
-            for shadow, weight in zip(run.ema.shadow_params, run.unet.parameters(), strict=True):
+            for shadow, weight in zip(run.ema.shadow_params, local_weights(run.unet), strict=True):
                 shadow.copy_(weight)
         run.ema.optimization_step = state.step
     set_model_state_dict(run.unet, {**state.weights}, options=FULL_STATE_DICT)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..config.training import TrainConfig
 from ..data.dataset import Batch
@@ -20,6 +21,7 @@ from ..data.pixels import normalize, random_flip
 from ..diffusion.ddpm_process import to_device
 from .log import TrainingLog
 from .losses import training_losses
+from .network import local_weights
 from .state import Run
 
 
@@ -52,6 +54,8 @@ def update_weights(run: Run, log: TrainingLog) -> Tensor:
     for group in run.optimizer.param_groups:
         group["lr"] = run.plan.learning_rate(run.step)
     grad_norm = run.accelerator.clip_grad_norm_(run.unet.parameters(), run.config.max_grad_norm)
+    if isinstance(grad_norm, DTensor):  # of FSDP: each process has a part of it
+        grad_norm = grad_norm.full_tensor()
     log.add_gradient(skip_unless_finite(run.optimizer, grad_norm, run.accelerator))
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -61,7 +65,7 @@ def update_weights(run: Run, log: TrainingLog) -> Tensor:
 def update_ema(run: Run) -> None:
     """Move the moving average towards the new weights, if the run keeps one."""
     if run.ema is not None:
-        run.ema.step(run.unet.parameters())
+        run.ema.step(local_weights(run.unet))
 
 
 def seed_part(seed: int, step: int, part: int) -> None:
