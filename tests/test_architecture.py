@@ -75,7 +75,7 @@ FILES = {
         "log", "network", "output_folder", "performance", "plan", "publishing", "state", "validation_set",
     },
     "training.state": {"network", "plan"},
-    "training.step": {"log", "losses", "state"},
+    "training.step": {"log", "losses", "network", "state"},
     "training.validation": {"log", "network", "plan", "plots", "state", "validation_set"},
 }  # fmt: skip
 COPIED = {
