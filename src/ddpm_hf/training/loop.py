@@ -47,17 +47,25 @@ def train(config: TrainConfig) -> Path:
         FloatingPointError: after too many updates without a finite gradient.
         Interrupted: after SIGTERM or Ctrl-C, when a checkpoint is saved.
     """
-    # 1. Set-up: what can be wrong is found here, before anything is decoded or written
-    started = time.monotonic()
-    output_dir = Path(config.output_dir)
-    setup = prepare(config)
-    accelerator = setup.accelerator
-    accelerator.print("\n".join(setup.notes))
+    setup = prepare(config)  # what can be wrong is found here, before anything is decoded or written
+    setup.accelerator.print("\n".join(setup.notes))
     if config.dry_run:
-        accelerator.print(dry_run_report(config, setup))
-        return output_dir
+        setup.accelerator.print(dry_run_report(config, setup))
+        return Path(config.output_dir)
     with setup.agreement.together():
-        lock = lock_output_dir(output_dir) if accelerator.is_main_process else None
+        lock = lock_output_dir(Path(config.output_dir)) if setup.accelerator.is_main_process else None
+    try:
+        train_prepared(config, setup)
+    finally:
+        if lock is not None:
+            lock.release()
+    return Path(config.output_dir)
+
+
+def train_prepared(config: TrainConfig, setup: Setup) -> None:
+    """`train`, once everything is checked and the output folder is locked."""
+    # 1. Images to train on, and images to measure on
+    accelerator = setup.accelerator
     images = load_images(config, setup.source, show_progress=accelerator.is_main_process)
     images, validation_set = make_validation_set(config, images, setup.eval_split)
     plan = replace(setup.plan, num_images=len(images)) if images.has_length else setup.plan  # without unreadable ones
@@ -102,13 +110,10 @@ def train(config: TrainConfig) -> Path:
     # 4. The end: calibration, samples beside real images, the loss curve and the card
     calibrate_export(run, images)
     if accelerator.is_main_process:
-        save_pictures(output_dir, grids["test_samples"], real_grid(images, config), *log.loss_curve())
+        save_pictures(Path(config.output_dir), grids["test_samples"], real_grid(images, config), *log.loss_curve())
         publish(run, setup.target)
     accelerator.end_training()
-    if lock is not None:
-        lock.release()
-    accelerator.print(summary(run, validation, time.monotonic() - started))
-    return output_dir
+    accelerator.print(summary(run, validation, time.monotonic() - setup.started))
 
 
 def build_run(config: TrainConfig, setup: Setup, plan: Plan, images: Images) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +37,7 @@ from .validation_set import check_still_held_out, num_held_out, open_eval_split
 class Setup:
     """What a run starts from."""
 
+    started: float  # on the clock of `time.monotonic`
     accelerator: Accelerator
     agreement: Agreement
     scheduler: DDPMSchedulerCustom
@@ -56,7 +58,7 @@ def prepare(config: TrainConfig) -> Setup:
         ValueError: for whatever can't work, with the remedy.
         OSError: if the Hub is needed and can't be reached.
     """
-    output_dir = Path(config.output_dir)
+    started, output_dir = time.monotonic(), Path(config.output_dir)
     checkpoint, notes = prepare_output_dir(output_dir, config)
     check_plotting()
     precision = settle_precision(config)
@@ -103,8 +105,8 @@ def prepare(config: TrainConfig) -> Setup:
     with agreement.together():
         target = check_target(config) if accelerator.is_main_process and not config.dry_run else None
     return Setup(
-        accelerator, agreement, scheduler, source, eval_split, plan, unet.num_parameters(), performance, checkpoint,
-        target, notes,
+        started, accelerator, agreement, scheduler, source, eval_split, plan, unet.num_parameters(), performance,
+        checkpoint, target, notes,
     )  # fmt: skip
 
 
