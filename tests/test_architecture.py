@@ -44,7 +44,9 @@ FILES = {
     "data.dataset": {"cache", "decoding", "sources", "transform"},
     "data.decoding": {"sources", "transform"},
     "diffusion.ddpm_few_steps": {"ddpm_process"},
-    "diffusion.pipeline": {"ddpm_fast_network", "ddpm_few_steps", "ddpm_process", "scheduling_ddpm_custom"},
+    "diffusion.pipeline": {
+        "ddpm_fast_network", "ddpm_few_steps", "ddpm_process", "ddpm_repository", "scheduling_ddpm_custom",
+    },
     "diffusion.scheduling_ddpm_custom": {"ddpm_few_steps", "ddpm_process"},
     "evaluation.calibration": {"predictions"},
     "evaluation.evaluate": {"phases", "real_images", "results"},
@@ -83,7 +85,8 @@ COPIED = {
     "ddpm_few_steps": {"torch"},
     "ddpm_fast_network": {"torch", "diffusers"},
     "scheduling_ddpm_custom": {"numpy", "torch", "diffusers"},
-    "pipeline": {"numpy", "torch", "diffusers", "PIL", "huggingface_hub"},
+    "ddpm_repository": {"huggingface_hub"},
+    "pipeline": {"numpy", "torch", "diffusers", "PIL"},
 }
 MODULES = sorted(
     ".".join(file.relative_to(SOURCE).with_suffix("").parts)

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler
 from huggingface_hub import EvalResult, ModelCard
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
-from ddpm_hf.diffusion.pipeline import EVALUATION_FILES
+from ddpm_hf.diffusion.ddpm_repository import EVALUATION_FILES
 from ddpm_hf.evaluation.results import evaluation_files
 from ddpm_hf.sharing.card import CardFacts, write_card
 from ddpm_hf.storage.weights import hash_weights

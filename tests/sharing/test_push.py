@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
 from ddpm_hf.cli import main
-from ddpm_hf.diffusion.pipeline import EVALUATION_FILES, REAL_IMAGES
+from ddpm_hf.diffusion.ddpm_repository import EVALUATION_FILES, REAL_IMAGES
 from ddpm_hf.sharing.background_push import BackgroundPusher
 from ddpm_hf.sharing.card import CardFacts, write_card
 from ddpm_hf.sharing.hub import HubTarget, PushError, Retry, check_push_access
@@ -30,6 +30,7 @@ BPD = EvalResult("unconditional-image-generation", "digits", "digits", "bpd", 2.
 NO_DELAYS = Retry(delays=(0.0, 0.0, 0.0))
 MODEL_FILES = {
     "README.md", "model_index.json", "pipeline.py", "scheduling_ddpm_custom.py", "ddpm_process.py", "ddpm_few_steps.py",
+    "ddpm_repository.py",
     "ddpm_fast_network.py",
     "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
 }  # fmt: skip

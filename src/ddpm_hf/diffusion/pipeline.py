@@ -1,18 +1,14 @@
-"""`DDPMPipelineCustom`: sampling with a trained `UNet2DModel` (Algorithm 2 of arXiv 2006.11239), saving and sharing.
+"""`DDPMPipelineCustom`: sampling with a trained `UNet2DModel` (Algorithm 2 of arXiv 2006.11239).
 
-One file, since that is what diffusers loads as the code of a pipeline. It and the files that it imports from are copied
-into every saved repository, next to a `model_index.json` that names stock diffusers classes. So a saved repository
-loads with this package, with none of ours (as remote code), and with stock diffusers.
+One file, since that is what diffusers loads as the code of a pipeline: it and the files that it imports from are copied
+into every saved repository (see `ddpm_repository.py`).
 """
 
 from __future__ import annotations
 
 import copy
-import glob
 import inspect
-import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,45 +23,16 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
-from huggingface_hub import upload_folder
 from torch import Tensor
 
 # All of these names are needed here: diffusers copies only the files that pipeline.py itself imports from.
 from .ddpm_fast_network import FastNetwork
 from .ddpm_few_steps import Calibration  # noqa: F401
 from .ddpm_process import LEARNED_VARIANCE_TYPES, check_choice, check_integer, check_number
+from .ddpm_repository import complete_repository, update_card, upload_repository
 from .scheduling_ddpm_custom import DDPMSchedulerCustom, check_custom_timesteps, check_eta, draw_noise
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-CODE_FILES = (
-    "pipeline.py", "scheduling_ddpm_custom.py", "ddpm_few_steps.py", "ddpm_process.py", "ddpm_fast_network.py",
-)  # fmt: skip
-
-# What an evaluation leaves, beside samples: figures, and pictures for the card.
-EVALUATION_FILES = (
-    "metrics.json",
-    "likelihood.json",
-    "bits_per_dim.png",
-    "rate_distortion.png",
-    "nearest.png",
-    "nearest_features.png",
-)
-
-# Pictures that show training images. They are shared only on request.
-REAL_IMAGES = ("real.png", "samples_and_real.png", "nearest.png", "nearest_features.png")
-# All that is otherwise uploaded of a folder: no training state, no logs, whatever else lies there.
-SHARED_FILES = (
-    "model_index.json",
-    *CODE_FILES,
-    "scheduler/scheduler_config.json",
-    "unet/config.json",
-    "unet/diffusion_pytorch_model*.safetensors",
-    "unet/diffusion_pytorch_model*.safetensors.index.json",
-    "README.md",
-    "samples.png",
-    "loss.png",
-    *(name for name in EVALUATION_FILES if name not in REAL_IMAGES),
-)
 
 
 @dataclass
@@ -205,7 +172,8 @@ class DDPMPipelineCustom(DiffusionPipeline):
         x_t = draw_noise(shape, generator, device, torch.float32) * scheduler.init_noise_sigma
 
         # 4. Denoise step by step
-        record, pred_x_0 = _Trajectory(trajectory_every), None
+        recorded: list[tuple[Tensor, Tensor | None, int]] = []
+        pred_x_0 = None
         # The scheduler reads timesteps, the network computes with them: each where it does not wait for the other.
         network_timesteps, network_dtype = scheduler.timesteps.to(device), network.dtype
         with self.progress_bar(total=len(network_timesteps)) as progress_bar:
@@ -223,13 +191,15 @@ class DDPMPipelineCustom(DiffusionPipeline):
                     tensors = {"latents": x_t, "pred_original_sample": pred_x_0}
                     chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     x_t = (callback_on_step_end(self, i, t, chosen) or {}).get("latents", x_t)
-                record.add(i, t, x_t, pred_x_0, is_last=i == len(network_timesteps) - 1)
+                is_last = i == len(network_timesteps) - 1
+                if trajectory_every is not None and (is_last or (i + 1) % trajectory_every == 0):
+                    recorded.append((x_t.float().cpu(), None if pred_x_0 is None else pred_x_0.float().cpu(), int(t)))
                 progress_bar.update()
 
         # 5. [-1, 1] → images
         images = self._postprocess(x_t, output_type)
         self.maybe_free_model_hooks()
-        result = DDPMPipelineCustomOutput(images, *record.tensors())
+        result = DDPMPipelineCustomOutput(images, *_stack(recorded))
         return result if return_dict else result.to_tuple()
 
     @property
@@ -251,10 +221,8 @@ class DDPMPipelineCustom(DiffusionPipeline):
         Half precision where it pays, on a trajectory that stays float32: bfloat16 moves most pixels by less than one of
         255 levels, and a few by many. Compilation where the job is long enough to earn it back; it changes images by
         rounding alone. What is saved stays the network itself. Attention processors and hooks that are set later have
-        no effect; a compiled network must be used by the thread that made it.
-
-        The package ddpm-hf makes the choice, by what it knows of this machine and measures. A pipeline of remote code
-        without it takes `use_fast_network`.
+        no effect; a compiled network must be used by the thread that made it. The package ddpm-hf makes the choice: a
+        pipeline of remote code that runs without it has `use_fast_network`.
 
         Args:
             num_images: N, of the whole job, in batches of one size.
@@ -270,7 +238,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
             ImportError: where ddpm-hf is not installed.
         """
         try:
-            fast = import_module("ddpm_hf.sampling.fast")  # looked up as in `_update_card`
+            fast = import_module("ddpm_hf.sampling.fast")  # looked up as in `update_card`
         except ImportError as error:
             raise ImportError(
                 "`enable_fast_sampling` needs the package ddpm-hf, which chooses by what it knows of this machine: "
@@ -299,7 +267,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
     @property
     def sampling_dtype(self) -> torch.dtype:
         """The precision that the network computes in when this pipeline samples."""
-        return self._current_network().dtype
+        return (self._fast_network or self.unet).dtype
 
     def _current_network(self) -> UNet2DModel | FastNetwork:
         if self._fast_network is None:
@@ -312,12 +280,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
         return self._fast_network
 
     def _predict(
-        self,
-        network: UNet2DModel | FastNetwork,
-        x: Tensor,
-        t: Tensor,
-        labels: Tensor | None,
-        guidance_scale: float,
+        self, network: UNet2DModel | FastNetwork, x: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float
     ) -> Tensor:
         """The network's prediction at its input x, in its dtype, guided if asked for, in float32."""
         channels = x.shape[1]
@@ -490,71 +453,27 @@ class DDPMPipelineCustom(DiffusionPipeline):
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `model_index.json` with stock class names, and the code that makes it ours.
+        """Make the folder a repository: see `ddpm_repository.py`.
 
         `save_pretrained` ends here, after the components are written, and uploads what it finds.
         """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-        folder = Path(save_directory)
-        index_file = folder / self.config_name
-        index = json.loads(index_file.read_text("utf-8"))
-        if isinstance(self.scheduler, DDPMSchedulerCustom):
-            index["scheduler"] = ["diffusers", "DDPMScheduler"]
-        index["_class_name"] = "DDPMPipeline"
-        _write_json(index_file, index)
-        unet_config = folder / "unet" / self.unet.config_name
-        if unet_config.is_file():
-            _write_json(unet_config, json.loads(unet_config.read_text("utf-8")))
-        here = Path(__file__).parent
-        for name in CODE_FILES:
-            if (here / name).resolve() != (folder / name).resolve():
-                shutil.copyfile(here / name, folder / name)
-        # safetensors keeps weights to their owner, whatever the umask: give them the mode of other new files
-        for weights in folder.glob("unet/*.safetensors"):
-            weights.chmod(index_file.stat().st_mode)
-        self._update_card(folder)
+        complete_repository(Path(save_directory), isinstance(self.scheduler, DDPMSchedulerCustom))
+        self._update_card(Path(save_directory))
 
     def _update_card(self, folder: Path, **facts: str) -> None:
-        if __name__ != "ddpm_hf.diffusion.pipeline" or self.unet is None or self.scheduler is None:
-            return  # a copy of this file in a saved repository has no writer of cards
-        # Not by an import statement: diffusers checks those of a saved repository's code, and looks for these packages.
-        card = import_module("ddpm_hf.sharing.card")
-        try:
-            card.write_card(folder, facts)
-        except ValueError as error:  # a card edited by hand that can't be read is no reason to end a training
-            warnings.warn(f"the model is saved, but not its card: {error}", stacklevel=3)
+        if self.unet is not None and self.scheduler is not None:
+            update_card(folder, **facts)
 
-    def _upload_folder(
-        self,
-        working_dir: str | os.PathLike,
-        repo_id: str,
-        token: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        **kwargs: Any,
-    ) -> Any:
+    def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, **options: Any) -> Any:
         """What `push_to_hub` ends in: diffusers would upload all that lies in the folder, a training state included.
 
         By now, diffusers has put the card of the Hub into the folder, or one that says nothing.
         """
         self._update_card(Path(working_dir), repo_id=repo_id)
-        return upload_folder(
-            repo_id=repo_id,
-            folder_path=os.fspath(working_dir),
-            path_in_repo=kwargs.get("subfolder"),
-            token=token,
-            commit_message=commit_message or f"Upload {type(self).__name__}",
-            create_pr=create_pr,
-            allow_patterns=list(SHARED_FILES),
-            ignore_patterns=_links(Path(working_dir)),
-        )
-
-
-def _links(folder: Path) -> list[str]:
-    """Symbolic links in a folder to what lies elsewhere, which no upload follows."""
-    root = folder.resolve()
-    files = [p.relative_to(folder) for p in folder.rglob("*") if not p.resolve().is_relative_to(root)]
-    return [glob.escape(file.as_posix()) for file in files]
+        options["path_in_repo"] = options.pop("subfolder", None)
+        options["commit_message"] = options.get("commit_message") or f"Upload {type(self).__name__}"
+        return upload_repository(Path(working_dir), repo_id, **options)
 
 
 def image_size(unet: UNet2DModel) -> tuple[int, int]:
@@ -576,30 +495,9 @@ def image_size(unet: UNet2DModel) -> tuple[int, int]:
     return height, width
 
 
-def _write_json(file: Path, config: dict[str, Any]) -> None:
-    """Write a configuration without the path that it was once loaded from."""
-    config = {key: value for key, value in config.items() if key != "_name_or_path"}
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-class _Trajectory:
-    """Collects x_t and x̂_0 of every n-th step and of the last one."""
-
-    def __init__(self, every: int | None) -> None:
-        self.every = every
-        self.x_t: list[Tensor] = []
-        self.x_0: list[Tensor] = []
-        self.timesteps: list[int] = []
-
-    def add(self, i: int, t: Tensor, x_t: Tensor, pred_x_0: Tensor | None, is_last: bool) -> None:
-        if self.every is None or not (is_last or (i + 1) % self.every == 0):
-            return
-        self.timesteps.append(int(t))
-        self.x_t.append(x_t.float().cpu())
-        if pred_x_0 is not None:
-            self.x_0.append(pred_x_0.float().cpu())
-
-    def tensors(self) -> tuple[Tensor | None, Tensor | None, list[int] | None]:
-        if self.every is None:
-            return None, None, None
-        return torch.stack(self.x_t), torch.stack(self.x_0) if self.x_0 else None, self.timesteps
+def _stack(recorded: Sequence[tuple[Tensor, Tensor | None, int]]) -> tuple[Any, ...]:
+    """The trajectory, its x̂_0 and its timesteps, of the steps that were recorded; nothing of none."""
+    if not recorded:
+        return ()
+    x_t, x_0, timesteps = zip(*recorded, strict=True)
+    return torch.stack(x_t), None if x_0[0] is None else torch.stack(x_0), list(timesteps)

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..diffusion.pipeline import EVALUATION_FILES
+from ..diffusion.ddpm_repository import EVALUATION_FILES
 from ..storage.files import write_text_atomically
 from ..storage.weights import values_digest
 

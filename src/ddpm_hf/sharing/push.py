@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
-from ..diffusion.pipeline import EVALUATION_FILES, REAL_IMAGES, SHARED_FILES
+from ..diffusion.ddpm_repository import EVALUATION_FILES, REAL_IMAGES, SHARED_FILES
 from ..evaluation.results import evaluation_files
 from ..storage.loading import load_pipeline, stored_dtype
 from ..storage.weights import weights_digest

@@ -9,7 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..config.training import TrainConfig
-from ..diffusion.pipeline import CODE_FILES, EVALUATION_FILES, DDPMPipelineCustom
+from ..diffusion.ddpm_repository import CODE_FILES, EVALUATION_FILES
+from ..diffusion.pipeline import DDPMPipelineCustom
 from ..sharing.card import read_card
 from ..sharing.card_merge import parse_card
 from ..storage.checkpoint import BEST, check_intact, checkpoint_steps, latest_checkpoint, remove_checkpoint
