@@ -322,7 +322,7 @@ def test_a_card_of_a_persons_own_keeps_every_word(make_model):
     (folder / "README.md").write_bytes(own.encode())
     card = write_card(folder, FACTS).read_text("utf-8")
     assert "# Mine\n\nAll mine.\n" in card
-    assert "## Use" not in card
+    assert "## Usage" not in card
     assert metadata(card)["license"] == "other"
     assert metadata(card)["tags"] == ["ddpm", "ddpm-hf", "art"]
     assert metadata(card)["pipeline_tag"] == "unconditional-image-generation"

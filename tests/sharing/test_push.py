@@ -478,10 +478,10 @@ def test_push_to_hub_keeps_what_was_edited_on_the_hub(hub, make_model, monkeypat
     pipe = DDPMPipelineCustom.from_pretrained(make_model())
     pipe.push_to_hub("me/model")
     repo = hub.repos["me/model"]
-    card = repo.files()["README.md"].replace(b"## Use", b"## My use")
+    card = repo.files()["README.md"].replace(b"## Usage", b"## My usage")
     repo.commit("main", "edited in the browser", {**repo.files(), "README.md": card}, "x")
     pipe.push_to_hub("me/model")
-    assert b"## My use" in repo.files()["README.md"]
+    assert b"## My usage" in repo.files()["README.md"]
 
 
 @pytest.mark.parametrize("own", [b"---\na: [\n---\nMine.", b"M\xefne."])

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Template
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..diffusion.ddpm_process import LEARNED_VARIANCE_TYPES
@@ -140,9 +141,8 @@ def render_card(folder: Path, facts: CardFacts) -> str:
     )
     has_null_label = bool((facts.options or {}).get("label_column"))  # training adds one for guidance
     steps = [k for k in (10, 25, 50, 100, 250) if k < model["T"]] + [model["T"]]
-    card = ModelCard.from_template(
-        metadata,
-        template_str=_template(),
+    return _template().render(
+        card_data=metadata.to_yaml(),
         facts=facts,
         model=model,
         classes=(model["classes"] or 0) - has_null_label,
@@ -159,7 +159,6 @@ def render_card(folder: Path, facts: CardFacts) -> str:
         dataset=_line(facts.dataset or ""),
         results=[_result_row(result) for result in facts.results],
     )
-    return str(card)
 
 
 def describe_model(folder: Path) -> dict[str, Any]:
@@ -212,10 +211,12 @@ def _few_steps(folder: Path) -> tuple[str, int] | None:
         return None
 
 
-def _template() -> str:
+@lru_cache(maxsize=1)
+def _template() -> Template:
     """`model_card.md`: in the package in a wheel, at the top of the project in a checkout."""
     shipped = files("ddpm_hf") / "model_card.md"
-    return (shipped if shipped.is_file() else Path(__file__).parents[3] / "model_card.md").read_text("utf-8")
+    file = shipped if shipped.is_file() else Path(__file__).parents[3] / "model_card.md"
+    return Template(file.read_text("utf-8"))
 
 
 def _training_rows(facts: CardFacts) -> list[tuple[str, str]]:
