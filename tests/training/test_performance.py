@@ -60,12 +60,10 @@ def test_half_precision_is_taken_where_it_is_native_and_never_fp16(native, monke
 
 
 def test_channels_last_and_compilation_are_taken_where_they_pay():
-    assert choose_channels_last("bf16", GPU, SMALL).value == "yes"
+    assert choose_channels_last("bf16", GPU, LARGE).value == "no"
     assert choose_channels_last("bf16", CPU, LARGE).value == "yes"
     assert choose_channels_last("bf16", CPU, SMALL).value == "no"
     assert choose_channels_last("no", GPU, LARGE).value == "no"
-    assert choose_compile(GPU, 800_000).value == "yes"
-    assert choose_compile(GPU, 100).value == "no"
     assert choose_compile(CPU, 800_000).value == "no"
 
 

@@ -19,7 +19,7 @@ class FastNetwork:
 
     Args:
         unet: the network. It is copied; `is_twin_of` finds out whether it has changed since.
-        dtype: of the twin's weights and activations. Below float32, images lie in memory channels last.
+        dtype: of the twin's weights and activations. Below float32, a CPU gets images channels last.
 
     Raises:
         ValueError: where the network is offloaded or cast layer by layer.
@@ -32,9 +32,11 @@ class FastNetwork:
             )
         self.dtype, self._state = dtype, _state_of(unet)
         self._network = copy.deepcopy(unet).eval().requires_grad_(False)
-        if dtype != torch.float32:
-            # Not the `to` of diffusers, which warns of layers to be kept in float32 where there are none.
-            torch.nn.Module.to(self._network, dtype).to(memory_format=torch.channels_last)
+        # On a GPU, group normalization would undo the other order; compiled, it can be chosen.
+        is_channels_last = dtype != torch.float32 and unet.device.type == "cpu"
+        self._memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
+        # Not the `to` of diffusers, which warns of layers to be kept in float32 where there are none.
+        torch.nn.Module.to(self._network, dtype).to(memory_format=self._memory_format)
         self._compiled: Callable[..., tuple[Tensor]] | None = None
         self._compiled_batch_size: int | None = None
 
@@ -62,8 +64,7 @@ class FastNetwork:
     def undo_compile(self) -> None:
         """Stay uncompiled for calls with any number of images."""
         self._compiled = self._compiled_batch_size = None
-        if self.dtype == torch.float32:
-            self._network.to(memory_format=torch.contiguous_format)
+        self._network.to(memory_format=self._memory_format)
 
     def is_twin_of(self, unet: UNet2DModel) -> bool:
         """Whether the network still has the weights, in the place, that this one was made from."""

@@ -5,8 +5,11 @@ The limits for CPUs are measured (training/benchmarks/README.md); what is said o
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from diffusers import UNet2DModel
@@ -23,6 +26,7 @@ COMPILED_SAVING = 0.25
 # On a CPU, only what a small network does beside its multiplications is worth compiling.
 COMPILED_PARAMETERS = {"cpu": 5_000_000, "cuda": float("inf")}
 LEAST_COMPILED_GAIN = 1.05  # else the network stays uncompiled
+TRITON_CAPABILITY = (7, 0)  # of the oldest GPUs that Triton generates code for
 # Measuring what compilation would save takes three calls, too many of a job of fewer calls than these.
 MEASURED_CALLS = 100
 
@@ -60,7 +64,8 @@ def sampling_dtype(unet: UNet2DModel) -> tuple[torch.dtype, str]:
     if not is_faster and unet.device.type != "cuda":
         return torch.float32, f"float32, because {reason}"
     dtype = torch.bfloat16 if is_faster else torch.float16
-    return dtype, f"{_name(dtype)}, channels last, because {reason}"
+    layout = ", channels last" if unet.device.type == "cpu" else ""
+    return dtype, f"{_name(dtype)}{layout}, because {reason}"
 
 
 def is_bfloat16_faster(device: torch.device, num_parameters: int) -> tuple[bool, str]:
@@ -81,11 +86,28 @@ def cpu_has_bfloat16() -> bool:
     return any(check is not None and check() for check in checks)
 
 
+def missing_for_compilation(device: torch.device) -> str | None:
+    """What torch.compile needs to generate code for a device and does not find; None where nothing is missing."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < TRITON_CAPABILITY:
+            return "a GPU of compute capability {}.{}; this one has {}.{}".format(*TRITON_CAPABILITY, *capability)
+        if find_spec("triton") is None:
+            return "Triton"
+    compilers = ("CC", "cc", "gcc", "clang") if device.type == "cuda" else ("CXX", "c++", "g++", "clang++")
+    if os.name == "posix" and not any(shutil.which(os.environ.get(name, name)) for name in compilers):
+        return "a C compiler" if device.type == "cuda" else "a C++ compiler"
+    return None
+
+
 def _compile_where_it_pays(twin: FastNetwork, unet: UNet2DModel, batch_size: int, num_calls: int) -> tuple[bool, str]:
     """Compile the twin if that saves more time than it takes, by trial; whether it is compiled, and why."""
     kind, parameters = unet.device.type, unet.num_parameters()
     if kind not in COMPILATION_SECONDS or parameters > COMPILED_PARAMETERS[kind]:
         return False, "not compiled (no gain for such a network on this device)"
+    missing = missing_for_compilation(unet.device)
+    if missing:
+        return False, f"not compiled (torch.compile needs {missing})"
     if num_calls < MEASURED_CALLS:
         return False, f"not compiled ({num_calls} network calls are too few)"
     seconds, cost = seconds_per_call(twin, unet, batch_size), COMPILATION_SECONDS[kind]

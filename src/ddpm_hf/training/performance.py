@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 
 from ..config.training import TrainConfig
-from ..sampling.fast import is_bfloat16_faster
+from ..sampling.fast import is_bfloat16_faster, missing_for_compilation
 from .network import build_unet
 
 CHANNELS_LAST_PARAMETERS = 10_000_000  # on a CPU: in smaller networks, normalisation loses what convolution gains
@@ -52,7 +52,7 @@ def choose_performance(
         precision: what `settle_precision` chose, for the note.
 
     Raises:
-        ValueError: for channels last with FSDP.
+        ValueError: for channels last with FSDP, and for `compile` "yes" where something that it needs is missing.
     """
     choices = {"mixed_precision": precision}
     is_sharded = accelerator.distributed_type == DistributedType.FSDP
@@ -64,8 +64,15 @@ def choose_performance(
         choices["channels_last"] = Choice("no", "because FSDP shards contiguous weights only")
     else:
         choices["channels_last"] = choose_channels_last(accelerator.mixed_precision, accelerator.device, num_parameters)
-    is_auto = config.compile == "auto"
-    choices["compile"] = choose_compile(accelerator.device, updates) if is_auto else Choice(config.compile)
+    missing = missing_for_compilation(accelerator.device)
+    if config.compile == "yes" and missing:
+        raise ValueError(f"`compile` is 'yes', but torch.compile needs {missing}: install it, or use auto or no.")
+    if config.compile != "auto":
+        choices["compile"] = Choice(config.compile)
+    elif is_sharded:
+        choices["compile"] = Choice("no", "because FSDP and torch.compile have not been measured together")
+    else:
+        choices["compile"] = choose_compile(accelerator.device, updates)
     chosen = [f"{name} {value}, {why}" for name, (value, why) in choices.items() if getattr(config, name) == "auto"]
     notes = [f"Chosen: {'; '.join(chosen)}."] if chosen else []
     return Performance(choices["channels_last"].value == "yes", choices["compile"].value == "yes", notes)
@@ -84,7 +91,7 @@ def choose_channels_last(precision: str, device: torch.device, num_parameters: i
     if precision == "no":
         return Choice("no", "because it pays off in half precision only")
     if device.type == "cuda":
-        return Choice("yes", "the layout of tensor cores")
+        return Choice("no", "because on a GPU group normalization undoes it, and a gain has not been measured")
     if num_parameters < CHANNELS_LAST_PARAMETERS:
         limit = f"{CHANNELS_LAST_PARAMETERS:,}"
         return Choice("no", f"because below {limit} parameters it costs more than it gains on a CPU")
@@ -95,6 +102,9 @@ def choose_compile(device: torch.device, updates: int) -> Choice:
     """`--compile auto`: yes where the run is long enough to earn back the time of the compilation."""
     if device.type != "cuda":
         return Choice("no", "because it gains a sixth at most on a CPU")
+    missing = missing_for_compilation(device)
+    if missing:
+        return Choice("no", f"because torch.compile needs {missing}")
     if updates < COMPILED_UPDATES:
         return Choice("no", f"because fewer than {COMPILED_UPDATES:,} updates do not earn it back")
     return Choice("yes", f"which {updates:,} updates earn back")
