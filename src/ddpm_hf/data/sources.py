@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from ..config.training import TrainConfig
 
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+ARCHIVES = (".zip", ".gz", ".tgz", ".7z", ".rar")
+METADATA_SUFFIXES = (".csv", ".jsonl", ".parquet")
+OTHER_SPLITS = ("test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev")
+NO_PICTURES = (".pdf", ".mpg", ".mpeg", ".hdf", ".h5", ".bufr", ".grib")  # known to Pillow, but not read by it
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Source:
         read: maps indices to rows, as `transform.decode` takes them.
         labels: 0 … n - 1, int64 of shape (N,).
         label_names: the names of these n labels.
+        notes: what the user should know, e.g. which files were left out.
     """
 
     name: str
@@ -39,6 +46,7 @@ class Source:
     read: Callable[[Sequence[int]], list[Any]]
     labels: np.ndarray | None = None
     label_names: list[str] | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.length
@@ -112,7 +120,8 @@ def open_source(config: TrainConfig, split: str = "train") -> Source:
             raise ValueError(f"the digits have no split {split!r}: leave it out.")
         return _digits(config)
     name = _name(config)
-    dataset = _load(config, split)
+    notes: list[str] = []
+    dataset = _load(config, split, notes)
     if len(dataset) == 0:
         raise ValueError(f"{name} holds no images.")
     column = _image_column(dataset, config)
@@ -124,7 +133,13 @@ def open_source(config: TrainConfig, split: str = "train") -> Source:
     if rows[0][column] is not None and rows[0][column]["bytes"] is None:
         fingerprint += _files_fingerprint(row["path"] for row in rows[column] if row)
     return Source(
-        name, f"{fingerprint}-{column}", len(dataset), partial(_read_column, rows, column), labels, label_names
+        name,
+        f"{fingerprint}-{column}",
+        len(dataset),
+        partial(_read_column, rows, column),
+        labels,
+        label_names,
+        tuple(notes),
     )
 
 
@@ -136,7 +151,7 @@ def open_stream(config: TrainConfig, split: str = "train") -> Stream:
     """
     import datasets
 
-    dataset = _load(config, split)
+    dataset = _load(config, split, [])
     label_names = None
     if config.label_column is not None:
         feature = _feature(dataset, config.label_column)
@@ -183,8 +198,8 @@ def _clear_errors(name: str) -> Iterator[None]:
         raise ValueError(f"no images can be read from {name!r}: {text}") from error
 
 
-def _load(config: TrainConfig, split: str) -> Any:
-    """A `Dataset`, or an `IterableDataset` for streaming."""
+def _load(config: TrainConfig, split: str, notes: list[str]) -> Any:
+    """A `Dataset`, or an `IterableDataset` for streaming. What the user should know is added to `notes`."""
     import datasets
 
     folder = config.train_data_dir
@@ -193,12 +208,14 @@ def _load(config: TrainConfig, split: str) -> Any:
     options: dict[str, Any] = {"cache_dir": config.cache_dir, "split": split, "streaming": config.streaming}
     with _clear_errors(_name(config)):
         if folder is not None:
-            # All files are the training set, even those that `datasets` would assign to a test set by their names.
-            files = {"train": str(Path(folder) / "**")}
-            drop_labels = True if config.label_column is None else None
-            return datasets.load_dataset("imagefolder", data_files=files, drop_labels=drop_labels, **options)
+            listed = image_folder(Path(folder), config.label_column, notes)
+            return listed.to_iterable_dataset() if config.streaming else listed
         path = Path(str(config.dataset_name))
+        if path.suffix.lower() in ARCHIVES:
+            raise ValueError("it is an archive: unpack it, and pass the folder as --train_data_dir")
         if path.suffix in FILE_BUILDERS:
+            if "://" not in str(config.dataset_name) and not glob.glob(str(path)):  # noqa: PTH207  (may be absolute)
+                raise ValueError(f"no file matches it in {Path.cwd()}")
             return datasets.load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), **options)
         if (path / "dataset_dict.json").is_file():
             path /= split
@@ -206,6 +223,67 @@ def _load(config: TrainConfig, split: str) -> Any:
             saved = datasets.load_from_disk(str(path))
             return saved.to_iterable_dataset() if config.streaming else saved
         return datasets.load_dataset(config.dataset_name, config.dataset_config_name, **options)
+
+
+def image_folder(folder: Path, label_column: str | None, notes: list[str]) -> Any:
+    """A `Dataset` of the paths of all images in a folder and its sub-folders, in alphabetical order.
+
+    Images are what Pillow opens, whatever the extension. A folder with the splits of a dataset as sub-folders (`train`
+    and `test`, say) stands for its `train`. Labels are those of a metadata file (`metadata.csv`, `.jsonl` or
+    `.parquet`, as in `datasets`) if it has such a column, or else, for `label`, the names of the sub-folders.
+
+    Raises:
+        ValueError: for a folder without images, or without such labels.
+    """
+    import datasets
+
+    if (folder / "train").is_dir() and any((folder / name).is_dir() for name in OTHER_SPLITS):
+        notes.append(f"Only {folder / 'train'} is read: the folder has other splits beside it.")
+        folder /= "train"
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(folder)))
+    metadata = [p for p in files if p.stem == "metadata" and p.suffix in METADATA_SUFFIXES]
+    images = [p for p in files if p not in metadata and _is_image(p)]
+    ignored = [p for p in files if p not in metadata and p not in set(images)]
+    if not images:
+        found = f"{len(ignored)} files of other kinds ({_kinds(ignored)})" if ignored else "no files"
+        raise ValueError(f"the folder has {found}, but no images")
+    if ignored:
+        notes.append(f"Ignored: {len(ignored):,} files that are not images ({_kinds(ignored)}), e.g. {ignored[0]}.")
+    columns: dict[str, Any] = {"image": [str(p) for p in images]}
+    if metadata and label_column is not None:
+        pattern = glob.escape(str(folder)) + "/**"
+        dataset = datasets.load_dataset("imagefolder", data_files={"train": pattern}, split="train")
+        if label_column in dataset.features:
+            if len(dataset) < len(images):
+                notes.append(f"Ignored: {len(images) - len(dataset):,} images that {metadata[0]} does not list.")
+            return dataset
+    if label_column is not None:
+        columns["label"] = [p.parent.name if p.parent != folder else None for p in images]
+    dataset = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
+    if label_column is not None and None not in columns["label"]:
+        dataset = dataset.cast_column("label", datasets.ClassLabel(names=sorted(set(columns["label"]))))
+    return dataset.cast_column("image", datasets.Image())
+
+
+def _is_hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts) or file.name in ("Thumbs.db", "desktop.ini")
+
+
+def _is_image(file: Path) -> bool:
+    """Whether the name says so, or else the first bytes do."""
+    if file.suffix.lower() in Image.registered_extensions():
+        return file.suffix.lower() not in NO_PICTURES
+    try:
+        with Image.open(file):
+            return True
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
+def _kinds(files: Sequence[Path]) -> str:
+    """The extensions of files, the most frequent first."""
+    counts = Counter(p.suffix.lower() or "without extension" for p in files)
+    return ", ".join(kind for kind, _ in counts.most_common(5))
 
 
 def _feature(dataset: Any, column: str) -> Any:
@@ -221,9 +299,15 @@ def _image_column(dataset: Any, config: TrainConfig) -> str:
     found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     column = config.image_column or (found[0] if len(found) == 1 else None)
     if column is None or column not in dataset.features:
+        if found:
+            raise ValueError(
+                f"`image_column` is {column!r}, but the image columns are {found}: pass --image_column with one of "
+                "them."
+            )
+        kinds = ", ".join(f"{name} ({getattr(f, 'dtype', None) or 'struct'})" for name, f in dataset.features.items())
         raise ValueError(
-            f"`image_column` is {column!r}, but the image columns are {found or list(dataset.features)}: "
-            "pass --image_column with one of them."
+            f"`image_column` is {column!r}, but no column is declared as images; the columns are {kinds}: pass "
+            "--image_column with the one that holds encoded images (binary, or a struct of bytes and path)."
         )
     return column
 
@@ -257,6 +341,11 @@ def _labels(dataset: Any, column: str) -> tuple[np.ndarray, list[str]]:
     if not all(isinstance(value, (int, str)) for value in values):
         raise ValueError(f"`label_column` is {column!r}, which is {feature}, but must be ClassLabel, integers or text.")
     names, labels = np.unique(values, return_inverse=True)
+    if len(values) > 1 and len(names) == len(values):
+        raise ValueError(
+            f"`label_column` is {column!r}, but each of the {len(values)} images has a label of its own, such as "
+            f"{str(names[0])[:60]!r}: pass a column of classes."
+        )
     return labels.astype(np.int64), [str(name) for name in names]
 
 

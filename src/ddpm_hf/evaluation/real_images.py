@@ -141,7 +141,7 @@ def _notes(source: Source, config: TrainConfig) -> list[str]:
     if stored is None:
         return []
     width, height, mode = stored
-    notes = []
+    notes = [note.rstrip(".") for note in source.notes]
     if min(width, height) < config.resolution:
         notes.append(
             f"the images of {source.name} are {width}×{height}, and enlarged to the model's "

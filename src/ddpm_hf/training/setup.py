@@ -77,6 +77,7 @@ def prepare(config: TrainConfig) -> Setup:
         timestep_spacing=config.timestep_spacing,
     )
     source = open_stream(config) if config.streaming else open_source(config)
+    notes += source.notes if isinstance(source, Source) else ()
     label_names = source.label_names
     eval_split = open_eval_split(config, source)
     with torch.device("meta"):
