@@ -53,7 +53,7 @@ FILES = {
     "evaluation.likelihood": {"predictions"},
     "evaluation.likelihood_report": {"likelihood", "plots", "predictions"},
     "evaluation.metrics.features": {"inception"},
-    "evaluation.metrics.measure": {"distances", "features", "reference_statistics"},
+    "evaluation.metrics.measure": {"distances", "features", "measurement", "reference_statistics"},
     "evaluation.metrics.reference_statistics": {"distances", "features"},
     "evaluation.phases": {"likelihood_report", "plots", "predictions", "real_images", "results"},
     "evaluation.plots": {"likelihood"},

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .config.commands import (
     CalibrateConfig,
@@ -14,7 +15,6 @@ from .config.commands import (
     EvaluateConfig,
     PushConfig,
     SampleConfig,
-    SamplingOptions,
 )
 from .config.parsing import parse_train_command
 from .training.__main__ import main as train_here
@@ -49,7 +49,8 @@ def sample(model: str, config: SampleConfig) -> Path:
     output_dir = Path(config.output_dir)
     check_writable(output_dir)
     state = _processes()
-    pipeline, call_options = _pipeline_for_samples(model, config, config.dtype), _call_options(config)
+    pipeline, call_options = _load_pipeline(model, config, config.dtype), config.call_options()
+    pipeline.scheduler = config.configure(pipeline.scheduler)
     check_options(pipeline, config.class_label, **call_options)  # before anything is compiled
     batch_size = config.batch_size or fitting_batch_size(pipeline.unet)
     if config.fast:
@@ -76,35 +77,33 @@ def sample(model: str, config: SampleConfig) -> Path:
 
 
 def evaluate(model: str, config: EvaluateConfig) -> Path:
-    """Measure a model, and write `metrics.json`, pictures and its card; returns the path of `metrics.json`."""
+    """Measure a model, and write `metrics.json`, plots and its card; returns the path of `metrics.json`."""
     from .evaluation.evaluate import evaluate as measure
-    from .evaluation.evaluate import evaluation_place
-    from .evaluation.results import eval_result
+    from .evaluation.results import RESULTS_FILE, choose_output_dir
     from .sharing.card import CardFacts, is_average, write_card
 
-    place, ema = evaluation_place(model, config.output_dir), is_average(Path(model))
+    folder, ema = choose_output_dir(model, config.output_dir), is_average(Path(model))
     state = _processes()
-    pipeline = _pipeline_for_samples(model, config, "float32")  # figures are of the weights that are stored
-    measured = measure(pipeline, place, config, _call_options(config), ema)
+    results = measure(_load_pipeline(model, config), replace(config, output_dir=str(folder)), ema=ema)
     if state.is_main_process:
-        if config.update_card and (place / "model_index.json").is_file():
-            write_card(place, CardFacts(results=[eval_result(figure) for figure in measured.figures]))
-        print(f"The figures are in {measured.path}, pictures beside it.")
-    return measured.path
+        if config.update_card and (folder / "model_index.json").is_file():
+            write_card(folder, CardFacts(results=[result.for_card() for result in results]))
+        print(f"The results are in {folder / RESULTS_FILE}, with plots beside it.")
+    return folder / RESULTS_FILE
 
 
 def calibrate(model: str, config: CalibrateConfig) -> Path:
     """Measure a model on images, and save it with what was measured; returns its folder."""
     from .data.dataset import load_images
     from .evaluation.calibration import calibrate as measure
-    from .evaluation.calibration import check_place, save_calibrated, steps_table
+    from .evaluation.calibration import save_calibrated, steps_table
     from .evaluation.real_images import images_of_model
+    from .evaluation.results import choose_output_dir
     from .sharing.card import write_card
-    from .storage.loading import load_pipeline
 
-    place = check_place(model, config.output_dir)
+    folder = choose_output_dir(model, config.output_dir)
     state = _processes()
-    pipeline = load_pipeline(model, config.revision).to(_device(config.device) if config.device else state.device)
+    pipeline = _load_pipeline(model, config)
     images = load_images(images_of_model(pipeline.unet, config, config.seed), show_progress=state.is_main_process)
     count = config.num_images
     if count > len(images):
@@ -119,12 +118,12 @@ def calibrate(model: str, config: CalibrateConfig) -> Path:
         class_labels=batch.labels,
     )
     if state.is_main_process:
-        save_calibrated(pipeline, place)
-        write_card(place)
+        save_calibrated(pipeline, folder)
+        write_card(folder)
         worst = float((calibration.x_0_error_standard_error / calibration.x_0_error).max())
         print(f"{steps_table(pipeline.scheduler)}\nThe errors of x̂_0 are known to {worst:.1%} or better.")
-        print(f"The calibrated model is in {place}/; --spacing optimal and --variance_type optimal sample with it.")
-    return place
+        print(f"The calibrated model is in {folder}/; sample from it with --spacing optimal --variance_type optimal.")
+    return folder
 
 
 def push(model: str, repo_id: str, config: PushConfig) -> str:
@@ -173,32 +172,16 @@ def _processes() -> PartialState:
     return PartialState(cpu=cpu, timeout=timedelta(days=7))  # whoever is done first waits for the others
 
 
-def _pipeline_for_samples(model: str, config: SampleConfig | EvaluateConfig, dtype: str) -> DDPMPipelineCustom:
-    """The model on its device, with the spacing and the variance that the options name."""
+def _load_pipeline(
+    model: str, config: SampleConfig | EvaluateConfig | CalibrateConfig, dtype: str = "float32"
+) -> DDPMPipelineCustom:
+    """The model on its device."""
     import torch  # takes seconds: --help and mistakes answer at once
 
     from .storage.loading import load_pipeline
 
     device = _device(config.device) if config.device else _processes().device
-    pipeline = load_pipeline(model, config.revision, getattr(torch, dtype)).to(device)
-    chosen = {"timestep_spacing": config.timestep_spacing, "variance_type": config.variance_type}
-    changes = {name: value for name, value in chosen.items() if value != "model"}
-    if changes.get("timestep_spacing") == "optimal":  # no spacing that a configuration may hold
-        del changes["timestep_spacing"]
-    if changes:
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
-    return pipeline
-
-
-def _call_options(config: SamplingOptions) -> dict[str, Any]:
-    """How the pipeline is called."""
-    return {
-        "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
-        "eta": config.eta,
-        "solver_order": config.solver_order,
-        "timesteps": "optimal" if config.timestep_spacing == "optimal" else None,
-    }
+    return load_pipeline(model, config.revision, getattr(torch, dtype)).to(device)
 
 
 def _device(name: str | None) -> str:

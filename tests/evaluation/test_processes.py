@@ -1,4 +1,4 @@
-"""Evaluations by several processes, and such that are killed, end with the figures of one that was neither."""
+"""Evaluations by several processes, and interrupted ones, end with the results of one uninterrupted process."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ddpm_hf.cli import main
-from support.evaluation import figures, save_extractor, save_model
+from support.evaluation import save_extractor, save_model, stored_results
 from support.models import tiny_unet
 from support.runs import ROOT, run
 
@@ -54,10 +54,10 @@ def test_a_killed_evaluation_goes_on_where_it_was(evaluation, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         measured |= {file: file.stat().st_mtime_ns for file in tmp_path.glob(parts)}
-    assert [f["metric"] for f in figures(tmp_path)] == ["bpd"]
+    assert [f["metric"] for f in stored_results(tmp_path)] == ["bpd"]
     made = {int(file.stem): np.load(file) for file in tmp_path.glob(shards)}
     main(["evaluate", *options, "--output_dir", str(tmp_path)])
-    assert figures(tmp_path) == figures(whole)
+    assert stored_results(tmp_path) == stored_results(whole)
     for name in ("likelihood.json", "nearest.png"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     assert {file: file.stat().st_mtime_ns for file in measured} == measured
@@ -68,17 +68,17 @@ def test_a_killed_evaluation_goes_on_where_it_was(evaluation, tmp_path):
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(evaluation, tmp_path):
     options, one = evaluation
-    result = run(script(options, tmp_path, TORCHRUN), env=ENVIRONMENT)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("The figures are in") == 1
+    done = run(script(options, tmp_path, TORCHRUN), env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("The results are in") == 1
     assert np.array_equal(samples(tmp_path), samples(one))
-    for figure, expected in zip(figures(tmp_path), figures(one), strict=True):
-        if figure["metric"] == "bpd":  # in batches of other sizes, which changes the last bits of float32
-            assert figure["value"] == pytest.approx(expected["value"], rel=1e-5)
-            assert figure["standard_error"] == pytest.approx(expected["standard_error"], rel=1e-4)
-            assert figure["settings"] == expected["settings"]
+    for result, expected in zip(stored_results(tmp_path), stored_results(one), strict=True):
+        if result["metric"] == "bpd":  # in batches of other sizes, which changes the last bits of float32
+            assert result["value"] == pytest.approx(expected["value"], rel=1e-5)
+            assert result["standard_error"] == pytest.approx(expected["standard_error"], rel=1e-4)
+            assert result["settings"] == expected["settings"]
         else:
-            assert figure == expected
+            assert result == expected
 
 
 @pytest.mark.slow
@@ -92,6 +92,6 @@ def test_processes_agree_on_what_is_missing(evaluation, tmp_path):
         "import os, sys; from ddpm_hf.cli import main\n"
         "main(['evaluate', *sys.argv[1:-1], '--output_dir', os.path.join(sys.argv[-1], os.environ['RANK'])])\n"
     )
-    result = run([*TORCHRUN, str(tmp_path / "evaluate.py"), *options, str(tmp_path)], env=ENVIRONMENT, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert figures(tmp_path / "0") == figures(one)
+    done = run([*TORCHRUN, str(tmp_path / "evaluate.py"), *options, str(tmp_path)], env=ENVIRONMENT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert stored_results(tmp_path / "0") == stored_results(one)

@@ -1,6 +1,5 @@
 """The model card: what it says is so, its code runs, the Hub takes it, and a person's words stay."""
 
-import json
 import os
 import re
 import shutil
@@ -17,8 +16,8 @@ from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
 from ddpm_hf.diffusion.ddpm_repository import EVALUATION_FILES
 from ddpm_hf.evaluation.results import evaluation_files
 from ddpm_hf.sharing.card import CardFacts, write_card
-from ddpm_hf.storage.weights import hash_weights
 from support.card_rules import card_errors
+from support.evaluation import save_evaluation
 from support.hub_server import serve_hub
 from support.runs import ROOT
 
@@ -187,16 +186,6 @@ def test_values_do_not_break_the_page(make_model):
     assert card.count("<!--") == card.count("-->") - 1  # that of the option
 
 
-def evaluated(folder, *figures):
-    """What an evaluation leaves: its record, and every picture that there may be."""
-    chain = {"weights": hash_weights(DDPMPipelineCustom.from_pretrained(folder).unet)}
-    entries = [{"metric": metric, "settings": {"chain": chain, **settings}} for metric, settings in figures]
-    (folder / "metrics.json").write_text(json.dumps({"figures": entries}))
-    for name in EVALUATION_FILES[1:]:
-        (folder / name).write_bytes(b"of an evaluation")
-    return folder
-
-
 BPD, NEAREST, FEATURES = ("bpd", {}), ("nearest", {}), ("nearest", {"extractor": "a model"})
 OF_BPD = ["likelihood.json", "bits_per_dim.png", "rate_distortion.png"]
 
@@ -212,14 +201,14 @@ OF_BPD = ["likelihood.json", "bits_per_dim.png", "rate_distortion.png"]
     ],
 )
 def test_pictures_stand_beside_figures_of_the_same_weights(make_model, figures, names):
-    folder = evaluated(make_model(), *figures)
+    folder = save_evaluation(make_model(), *figures)
     assert evaluation_files(folder) == ["metrics.json", *names]
     card = write_card(folder, CardFacts(results=[FID])).read_text("utf-8")
     assert set(re.findall(r"\((\w+\.png)\)", card)) == {name for name in names if name.endswith(".png")}
 
 
 def test_pictures_of_other_weights_are_not_shown(make_model):
-    folder = evaluated(make_model(), BPD, NEAREST, FEATURES)
+    folder = save_evaluation(make_model(), BPD, NEAREST, FEATURES)
     make_model(bias=1.0)
     assert evaluation_files(folder) == []
     assert ".png" not in write_card(folder, CardFacts(results=[FID])).read_text("utf-8")
@@ -227,7 +216,7 @@ def test_pictures_of_other_weights_are_not_shown(make_model):
 
 @pytest.mark.parametrize("own", ['{"accuracy": 1}', "[]", "{", '{"figures": [1]}', '{"figures": []}'])
 def test_a_persons_own_figures_are_no_evaluation(make_model, own):
-    folder = evaluated(make_model(), BPD)
+    folder = save_evaluation(make_model(), BPD)
     (folder / "metrics.json").write_text(own)
     assert evaluation_files(folder) == []
 

@@ -1,7 +1,6 @@
 """Pushing, with the real client against a Hub on this machine that breaks in every way that the real one does."""
 
 import contextlib
-import json
 import logging
 import re
 import shutil
@@ -21,7 +20,7 @@ from ddpm_hf.sharing.background_push import BackgroundPusher
 from ddpm_hf.sharing.card import CardFacts, write_card
 from ddpm_hf.sharing.hub import HubTarget, PushError, Retry, check_push_access
 from ddpm_hf.sharing.push import push_folder, resume_command, try_push
-from ddpm_hf.storage.weights import hash_weights
+from support.evaluation import save_evaluation
 from support.hub_server import point_client_at, serve_hub
 from support.models import png
 
@@ -116,20 +115,11 @@ def test_weights_of_another_model_do_not_stay(hub, make_model):
     assert set(hub.repos["me/model"].files()) == MODEL_FILES | {".gitattributes", "their-notes.md"}
 
 
-def evaluated(folder):
-    weights = hash_weights(DDPMPipelineCustom.from_pretrained(folder).unet)
-    figures = [{"metric": m, "settings": {"chain": {"weights": weights}}} for m in ("bpd", "nearest")]
-    (folder / "metrics.json").write_text(json.dumps({"figures": figures}))
-    for name in EVALUATION_FILES[1:]:
-        (folder / name).write_bytes(png() if name.endswith(".png") else b"{}")
-    return folder
-
-
 OF_EVALUATION = set(EVALUATION_FILES) - {"nearest_features.png", "nearest.png"}  # which show training images
 
 
 def test_an_evaluation_goes_up_with_its_weights_alone(hub, make_model):
-    folder, repo = evaluated(make_model()), lambda: hub.repos["me/model"]
+    folder, repo = save_evaluation(make_model(), ("bpd", {}), ("nearest", {})), lambda: hub.repos["me/model"]
     push(folder, facts=CardFacts(results=[BPD]))
     assert set(repo().files()) == MODEL_FILES | OF_EVALUATION | {".gitattributes"}
     shown = set(re.findall(r"\((\w+\.png)\)", repo().files()["README.md"].decode()))
@@ -144,7 +134,7 @@ def test_an_evaluation_goes_up_with_its_weights_alone(hub, make_model):
 
 
 def test_training_images_go_up_on_request_only(hub, make_model):
-    folder = evaluated(make_model())
+    folder = save_evaluation(make_model(), ("bpd", {}), ("nearest", {}))
     for name in REAL_IMAGES:
         (folder / name).write_bytes(png(200))
     push(folder)

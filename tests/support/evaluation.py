@@ -1,4 +1,4 @@
-"""Small models, extractors and images to evaluate, and the figures that were found."""
+"""Small models, extractors and images to evaluate, and the stored results."""
 
 import json
 
@@ -8,6 +8,10 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
+from ddpm_hf.diffusion.ddpm_repository import EVALUATION_FILES
+from ddpm_hf.evaluation.results import RESULTS_FILE, Result, Settings, write_results
+from ddpm_hf.storage.weights import hash_weights
+from support.models import png
 
 QUICK = [
     "--dataset", "digits", "--num_images", "24", "--steps", "3", "--batch_size", "8", "--num_likelihood_images", "20",
@@ -37,5 +41,22 @@ def save_noise(folder, count, seed):
     return folder
 
 
-def figures(folder):
+def save_evaluation(folder, *results):
+    """What an evaluation of the model in a folder leaves: `metrics.json`, and every plot that there may be.
+
+    Args:
+        results: (metric, changes to its settings).
+    """
+    chain = {"weights": hash_weights(DDPMPipelineCustom.from_pretrained(folder).unet)}
+    write_results(
+        folder / RESULTS_FILE,
+        [Result(metric, 1.0, 10, settings=Settings({}, chain, 10, **settings)) for metric, settings in results],
+    )
+    for name in EVALUATION_FILES[1:]:
+        (folder / name).write_bytes(png() if name.endswith(".png") else b"{}")
+    return folder
+
+
+def stored_results(folder):
+    """The results in `metrics.json`, as JSON."""
     return json.loads((folder / "metrics.json").read_text("utf-8"))["figures"]

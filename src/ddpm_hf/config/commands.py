@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .options import at_least, check_seed, check_types, option
 
@@ -35,10 +35,27 @@ class SamplingOptions:
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` is {self.guidance_scale}, but must be at least 0 (1 is no guidance).")
 
+    def call_options(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call."""
+        return {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "eta": self.eta,
+            "solver_order": self.solver_order,
+            "timesteps": "optimal" if self.timestep_spacing == "optimal" else None,
+        }
+
+    def configure(self, scheduler: Any) -> Any:
+        """A scheduler like this one, with the spacing and the variance of these options."""
+        chosen = {"timestep_spacing": self.timestep_spacing, "variance_type": self.variance_type}
+        if self.timestep_spacing == "optimal":  # goes into the call: no configuration may hold it
+            del chosen["timestep_spacing"]
+        return scheduler.from_config(scheduler.config, **{k: v for k, v in chosen.items() if v != "model"})
+
 
 @dataclass
 class ImageOptions:
-    """The images that a model is measured on. Their size and channels are the model's."""
+    """The images that a model is measured on, loaded at its size and with its channels."""
 
     dataset_name: str | None = option(
         None,
@@ -47,10 +64,10 @@ class ImageOptions:
     )
     dataset_config_name: str | None = option(None, "The dataset's configuration, where it has several.")
     train_data_dir: str | None = option(None, "A folder of images, instead of a dataset.")
-    cache_dir: str | None = option(None, "Where downloaded datasets are kept.")
-    image_column: str | None = option(None, "The column that holds the images; found by its type if not given.")
+    cache_dir: str | None = option(None, "Folder for downloaded datasets and decoded images.")
+    image_column: str | None = option(None, "The column of the images. Default: the one of type Image.")
     label_column: str | None = option(None, "For a class-conditional model: the column of the labels.")
-    center_crop: bool = option(False, "Crop the centre; without this flag, a random part. As in training.")
+    center_crop: bool = option(False, "Crop images at the centre instead of at random. As in training.")
 
     def check_images(self) -> None:
         """Raise a ValueError unless there is one source of images."""
@@ -133,10 +150,10 @@ class ConvertConfig:
 class CalibrateConfig(ImageOptions):
     """Options of `ddpm-hf calibrate`."""
 
-    num_images: int = option(256, "How many images to measure on, drawn at random: each costs T network calls.")
+    num_images: int = option(256, "How many images to measure on, drawn at random; each costs T network calls.")
     seed: int = option(0, "Fixes the choice of images and their noise.")
     batch_size: int = option(64, "Images per forward pass.")
-    output_dir: str | None = option(None, "Where to save the calibrated model. Default: into its own folder.")
+    output_dir: str | None = option(None, "Folder for the calibrated model. Default: the model's own.")
     device: str | None = option(None, "cpu, cuda, mps, …; default: the best one present.")
     revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
 
@@ -151,25 +168,27 @@ class CalibrateConfig(ImageOptions):
 class EvaluateConfig(ImageOptions, SamplingOptions):
     """Options of `ddpm-hf evaluate`."""
 
-    test_split: str | None = option(None, "The split of the dataset that the model has not seen, e.g. `test`.")
-    test_data_dir: str | None = option(None, "The same as a folder of images.")
+    test_split: str | None = option(None, "A split of the dataset that the model has not seen, e.g. `test`.")
+    test_data_dir: str | None = option(None, "A folder of images that the model has not seen.")
     metrics: str | None = option(
         None,
-        f"What to measure, of {','.join(METRICS)}. Default: bpd,nearest; with the extra [eval] fid,kid,isc,prc, too; "
-        "with --feature_extractor fd,kd,prc instead of these.",
+        f"What to measure: any of {','.join(METRICS)}. Default: bpd,nearest; also fid,kid,isc,prc if the extra [eval] "
+        "is installed; with --feature_extractor fd,kd,prc instead of these.",
     )
-    num_images: int = option(1000, "How many samples to make. 50,000 are usual for a published FID.")
-    num_likelihood_images: int = option(256, "How many images to measure bits/dim on, drawn at random, at most.")
-    likelihood_steps: int | None = option(None, "Steps of the chain whose bits/dim are measured; default: all T.")
-    calls_per_image: int | None = option(None, "Estimate bits/dim by so many network calls per image. Default: exact.")
+    num_images: int = option(1000, "How many samples to make. A published FID usually has 50,000.")
+    num_likelihood_images: int = option(256, "How many images to measure bits/dim on at most, drawn at random.")
+    likelihood_steps: int | None = option(None, "Steps of the chain whose bits/dim are measured. Default: all T.")
+    calls_per_image: int | None = option(
+        None, "Estimate bits/dim by this many network calls per image. Default: exact."
+    )
     inception_weights: str | None = option(None, "The file of torch-fidelity's Inception weights. Default: its cache.")
     feature_extractor: str | None = option(
-        None, "A vision model of `transformers` (folder or Hub) whose features are compared, instead of Inception."
+        None, "A vision model of `transformers` (folder or Hub) to extract features with, instead of Inception."
     )
-    seed: int = option(0, "Sample i comes from seed + i. Fixes the images and the noise of the likelihood, too.")
+    seed: int = option(0, "Sample i comes from seed + i. Also fixes the images and the noise of the likelihood.")
     batch_size: int = option(64, "Images per forward pass.")
-    output_dir: str | None = option(None, "Where figures and pictures go. Default: into the model's folder.")
-    update_card: bool = option(True, "Write the figures into the card of the model's folder.")
+    output_dir: str | None = option(None, "Folder for results and plots. Default: the model's own.")
+    update_card: bool = option(True, "Write the results into the card in the model's folder.")
     device: str | None = option(None, "cpu, cuda, mps, …; default: the best one present.")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the network.")
     revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
@@ -182,14 +201,14 @@ class EvaluateConfig(ImageOptions, SamplingOptions):
         self.check_sampling()
         self.check_images()
         if self.test_split is not None and self.test_data_dir is not None:
-            raise ValueError("`test_split` and `test_data_dir` both say what the test set is: leave one out.")
+            raise ValueError("`test_split` and `test_data_dir` both name unseen images: leave one out.")
         if self.test_split is not None and self.dataset_name is None:
-            raise ValueError("`test_split` is that of a dataset: with --train_data_dir, use --test_data_dir FOLDER.")
+            raise ValueError("`test_split` needs a dataset: with --train_data_dir, use --test_data_dir FOLDER.")
         unknown = [name for name in self.chosen_metrics or () if name not in METRICS]
         if unknown:
             raise ValueError(f"`metrics` has {unknown[0]!r}, but must be of {','.join(METRICS)}.")
 
     @property
     def chosen_metrics(self) -> list[str] | None:
-        """What was asked for; None leaves the choice to what is installed."""
+        """The requested metrics; None leaves the choice to `default_metrics`."""
         return None if self.metrics is None else [name.strip() for name in self.metrics.split(",")]

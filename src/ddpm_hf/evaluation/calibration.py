@@ -19,8 +19,7 @@ from ..diffusion.ddpm_process import check_choice
 from ..diffusion.pipeline import DDPMPipelineCustom
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import sum_over_processes
-from ..storage.checkpoint import MANIFEST
-from ..storage.files import check_writable, write_text_atomically
+from ..storage.files import write_text_atomically
 from .predictions import NoisyImages, Prediction, on_cpu
 
 MIN_IMAGES = 16  # below it the standard error itself is a guess
@@ -136,24 +135,6 @@ def steps_table(scheduler: DDPMSchedulerCustom, steps: Sequence[int] = (10, 25, 
         rates.append(expected_rate(scheduler, scheduler.optimal_timesteps(K)))
         rows.append(f"| {K} | " + " | ".join(f"{rate:.3f}" for rate in rates) + " |")
     return "\n".join(rows)
-
-
-def check_place(model: str, output_dir: str | None) -> Path:
-    """The folder that a calibrated model goes to: its own, unless `output_dir` names another one.
-
-    Raises:
-        ValueError: for a model without a folder of its own that could be changed, and for a folder that is taken.
-    """
-    place = Path(model if output_dir is None else output_dir)
-    if output_dir is None and (not (place / "model_index.json").is_file() or (place / MANIFEST).is_file()):
-        raise ValueError(
-            f"{model!r} is no saved pipeline on this machine that a calibration could be added to (checkpoints stay as "
-            "they are): pass --output_dir FOLDER for a calibrated copy."
-        )
-    if output_dir is not None and (place / "model_index.json").exists():
-        raise ValueError(f"`output_dir` {output_dir!r} holds a model: choose another --output_dir.")
-    check_writable(place)
-    return place
 
 
 def save_calibrated(pipe: DDPMPipelineCustom, place: Path) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from ..config.commands import EvaluateConfig
@@ -17,10 +18,9 @@ from ..data.pictures import check_plotting
 from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..sampling.generate import check_options
-from ..storage.checkpoint import MANIFEST
 from ..storage.files import check_writable, lock_output_dir
 from ..storage.weights import hash_weights
-from .metrics.features import CHANNELS, INCEPTION, open_extractor
+from .metrics.features import CHANNELS, INCEPTION, Extractor, open_extractor
 from .metrics.measure import INCEPTION_METRICS, OTHER_METRICS, check_metrics
 from .phases import (
     NEIGHBOURS,
@@ -31,112 +31,81 @@ from .phases import (
     measure_quality,
 )
 from .real_images import load_real_images
-from .results import MetricsFile, markdown_table
+from .results import RESULTS_FILE, Result, markdown_table, read_results
 
 SAMPLE_FREE = {"bpd"}  # metrics that need no samples
 EXTRACTOR_FREE = {"bpd", "nearest"}
 
 
-def evaluate(
-    pipeline: DDPMPipelineCustom,
-    place: Path,
-    config: EvaluateConfig,
-    call_options: dict[str, Any],
-    ema: bool | None = None,
-) -> MetricsFile:
-    """Measure a model, and write `metrics.json` and pictures.
+def evaluate(pipeline: DDPMPipelineCustom, config: EvaluateConfig, *, ema: bool | None = None) -> list[Result]:
+    """Measure a model; write `metrics.json`, plots and samples into `config.output_dir`.
 
-    What an earlier run with these options has finished is not measured again; one that was killed is gone on with.
-    All processes must call it; they share the work.
+    Results of an earlier run with the same options are reused, and an interrupted run resumes. All processes must call
+    it; they share the work.
 
     Args:
-        pipeline: on its device, with its weights as they are stored; they are cast to `config.dtype`.
-        place: the folder for the results.
-        config: what to measure, on what.
-        call_options: how samples are made: `num_inference_steps`, `timesteps`, `eta`, `solver_order`, `guidance_scale`.
-        ema: whether the weights are an average, where that is known.
+        pipeline: on its device; it stays unchanged.
+        config: what to measure, on what. `device`, `revision` and `update_card` are for the command `ddpm-hf evaluate`,
+            and play no part here.
+        ema: whether the weights are an average (EMA), to be noted beside the results.
 
     Returns:
-        The figures, as `metrics.json` has them.
+        All results of these weights in `config.output_dir`, in the order in which they were measured: `print` them, or
+        read `metric`, `value`, `title`, `warnings`, …
 
     Raises:
-        ValueError: before anything is measured, for all that can't work; says what to do.
-        OSError: where results can't be written.
+        ValueError: before anything is measured, for options, data and models that don't fit; states what to do.
+        OSError: if results can't be written.
     """
-    # 1. Everything that can be wrong
+    # 1. Check everything, and load the images
+    job = prepare(pipeline, config, ema)
     state = PartialState()
-    job = prepare(pipeline, place, config, call_options, ema)
+    distances = [name for name in job.metrics if name not in EXTRACTOR_FREE]
 
-    # 2. What it will cost
+    # 2. Say what it will cost
     if state.is_main_process:
         notes = dict.fromkeys(note for data in (job.train, job.unseen) if data for note in data.notes)
         tqdm.write("\n".join([*(f"Note: {note}." for note in notes), estimate(job)]))
-    state.wait_for_everyone()  # all know what is there, before it becomes more
+    state.wait_for_everyone()  # all have read the earlier results
 
-    # 3. Measure
-    lock = lock_output_dir(job.kept) if state.is_main_process else None
+    # 3. Measure what is missing
+    lock = lock_output_dir(job.cache) if state.is_main_process else None
     try:
         if "bpd" in job.metrics:
             measure_likelihood(job)
         if set(job.metrics) - SAMPLE_FREE:
             samples = make_samples(job)
-            if set(job.metrics) - EXTRACTOR_FREE:
-                measure_quality(job, samples)
+            if distances and job.extractor is not None:
+                measure_quality(job, samples, job.extractor, distances)
             if "nearest" in job.metrics:
                 measure_memorization(job, samples)
     finally:
         if lock is not None:
             lock.release()
 
-    # 4. Tell
+    # 4. Report
+    results = broadcast_object_list([job.results])[0]
     if state.is_main_process:
-        tqdm.write(markdown_table(job.figures.figures))
-    return job.figures
+        tqdm.write(markdown_table(results))
+    return results
 
 
-def evaluation_place(model: str, output_dir: str | None) -> Path:
-    """The folder for the results: the model's own, unless `output_dir` names another one.
-
-    Raises:
-        ValueError: for a model without a folder of its own that files could be added to, and for that of another model.
-    """
-    place = Path(model if output_dir is None else output_dir)
-    if (place / "model_index.json").is_file() and place.resolve() != Path(model).resolve():
-        raise ValueError(f"`output_dir` {str(output_dir)!r} holds another model: choose another --output_dir.")
-    if output_dir is None and (not (place / "model_index.json").is_file() or (place / MANIFEST).is_file()):
-        raise ValueError(
-            f"{model!r} is no saved pipeline on this machine that results could be added to (checkpoints stay as they "
-            "are): pass --output_dir FOLDER."
-        )
-    check_writable(place)
-    return place
-
-
-def prepare(
-    pipeline: DDPMPipelineCustom,
-    place: Path,
-    config: EvaluateConfig,
-    call_options: dict[str, Any],
-    ema: bool | None = None,
-) -> Evaluation:
+def prepare(pipeline: DDPMPipelineCustom, config: EvaluateConfig, ema: bool | None = None) -> Evaluation:
     """Check everything, cheap things first, and load the images.
 
     Raises:
         ValueError: for all that can't work.
     """
+    if config.output_dir is None:
+        raise ValueError("`output_dir` is not set: name the folder for results, as in output_dir='evaluated'.")
+    output_dir = Path(config.output_dir)
+    check_writable(output_dir)
     check_plotting()
-    figures = MetricsFile(place / "metrics.json", hash_weights(pipeline.unet))
-    torch.nn.Module.to(pipeline.unet, getattr(torch, config.dtype))  # diffusers' own warns, of no module at all
-    channels = pipeline.unet.config.in_channels
-    metrics = config.chosen_metrics or default_metrics(config.feature_extractor, channels)
-    extracted = [name for name in metrics if name not in EXTRACTOR_FREE]
-    check_metrics(extracted, config.feature_extractor, config.num_images)
-    needs_extractor = bool(extracted) or config.feature_extractor is not None
-    if needs_extractor and channels not in CHANNELS:
-        raise ValueError(
-            f"the model's images have {channels} channels, but feature extractors know 1 (grayscale) and 3 (RGB): pass "
-            "--metrics bpd,nearest, without --feature_extractor."
-        )
+    weights = hash_weights(pipeline.unet)
+    results = [r for r in read_results(output_dir / RESULTS_FILE) if r.settings.chain["weights"] == weights]
+    metrics = config.chosen_metrics or default_metrics(config.feature_extractor, pipeline.unet.config.in_channels)
+    distances = [name for name in metrics if name not in EXTRACTOR_FREE]
+    check_metrics(distances, config.feature_extractor, config.num_images)
     if "bpd" in metrics:
         _check_likelihood(pipeline, config)
     classes = pipeline.unet.config.num_class_embeds
@@ -144,29 +113,50 @@ def prepare(
         raise ValueError(
             f"the model is conditional on {classes} classes: name the column of the labels, as in --label_column label."
         )
-    extractor = None
-    if needs_extractor:
-        weights = config.inception_weights and Path(config.inception_weights)
-        extractor = open_extractor(config.feature_extractor, inception_weights=weights or None, device=pipeline.device)
+    needs_extractor = bool(distances) or config.feature_extractor is not None
+    extractor = _open_extractor(pipeline, config) if needs_extractor else None
     train, unseen = load_real_images(pipeline.unet, config, PartialState().is_main_process)
     for data in filter(None, (train, unseen)):
-        check_metrics(extracted, config.feature_extractor, config.num_images, len(data.pixels))
+        check_metrics(distances, config.feature_extractor, config.num_images, len(data.pixels))
         if len(data.pixels) <= NEIGHBOURS:
             raise ValueError(f"{data.name} ({data.split}) has {len(data.pixels)} images: an evaluation needs more.")
     labels = config.class_label
     if classes is not None and labels is None:
         labels = list(range(train.num_classes or classes))
-    for steps in (call_options["num_inference_steps"], config.likelihood_steps):
-        check_options(pipeline, labels, **call_options | {"num_inference_steps": steps})
-    return Evaluation(pipeline, place, config, metrics, train, unseen, extractor, call_options, labels, figures, ema)
+    pipeline = _with_options(pipeline, config)
+    for steps in (config.num_inference_steps, config.likelihood_steps):
+        check_options(pipeline, labels, **config.call_options() | {"num_inference_steps": steps})
+    return Evaluation(
+        pipeline, output_dir, config, metrics, train, unseen, extractor, labels, weights, results, ema
+    )  # fmt: skip
+
+
+def _with_options(pipeline: DDPMPipelineCustom, config: EvaluateConfig) -> DDPMPipelineCustom:
+    """A pipeline with the precision, the spacing and the variance of the options; the given one stays unchanged."""
+    unet, dtype = pipeline.unet, getattr(torch, config.dtype)
+    if unet.dtype != dtype:
+        unet = copy.deepcopy(unet)
+        torch.nn.Module.to(unet, dtype)  # diffusers' own method warns about float16 on a CPU
+    return DDPMPipelineCustom(unet, config.configure(pipeline.scheduler))
+
+
+def _open_extractor(pipeline: DDPMPipelineCustom, config: EvaluateConfig) -> Extractor:
+    channels = pipeline.unet.config.in_channels
+    if channels not in CHANNELS:
+        raise ValueError(
+            f"the model's images have {channels} channels, but feature extractors take 1 (grayscale) or 3 (RGB): pass "
+            "--metrics bpd,nearest, without --feature_extractor."
+        )
+    weights = Path(config.inception_weights) if config.inception_weights else None
+    return open_extractor(config.feature_extractor, inception_weights=weights, device=pipeline.device)
 
 
 def _check_likelihood(pipeline: DDPMPipelineCustom, config: EvaluateConfig) -> None:
     """Raise a ValueError for a model without a likelihood, and for an estimate by more calls than the chain has."""
     if not isinstance(pipeline.scheduler, DDPMSchedulerCustom):
         raise ValueError(
-            f"the model's scheduler is a {type(pipeline.scheduler).__name__}, but bits/dim are those of a "
-            "DDPMScheduler: leave bpd out, as in --metrics nearest, or name a DDPMScheduler in its model_index.json."
+            f"the model's scheduler is a {type(pipeline.scheduler).__name__}, but bits/dim need a DDPMScheduler: leave "
+            "bpd out, as in --metrics nearest, or name a DDPMScheduler in its model_index.json."
         )
     K, calls = config.likelihood_steps or len(pipeline.scheduler), config.calls_per_image
     if calls is not None and calls >= K:
@@ -177,7 +167,7 @@ def _check_likelihood(pipeline: DDPMPipelineCustom, config: EvaluateConfig) -> N
 
 
 def default_metrics(feature_extractor: str | None, channels: int) -> list[str]:
-    """What can be measured on images of so many channels, with what is installed and named."""
+    """The metrics that installed packages and the named extractor allow for images of this number of channels."""
     if feature_extractor is not None and feature_extractor != INCEPTION:
         return ["bpd", *OTHER_METRICS, "nearest"]
     has_inception = channels in CHANNELS and importlib.util.find_spec("torch_fidelity") is not None
@@ -185,7 +175,7 @@ def default_metrics(feature_extractor: str | None, channels: int) -> list[str]:
 
 
 def estimate(job: Evaluation) -> str:
-    """What the network calls of an evaluation will cost, from the time of one of them on this process."""
+    """How long the network calls of an evaluation will take, from the time of one of them on this process."""
     config, num_processes = job.config, PartialState().num_processes
     seconds = time_network_call(job.pipeline, config.batch_size)
     T = job.pipeline.scheduler.config.num_train_timesteps
@@ -194,18 +184,18 @@ def estimate(job: Evaluation) -> str:
         calls = config.calls_per_image or config.likelihood_steps or T
         rows.append(("Likelihood", job.num_likelihood_images, calls))
     if set(job.metrics) - SAMPLE_FREE:
-        steps = len(check_options(job.pipeline, job.class_labels, **job.call_options))
-        rows.append(("Samples", config.num_images, steps * (1 if job.call_options["guidance_scale"] == 1 else 2)))
+        calls = job.sampling["num_inference_steps"] * (1 if config.guidance_scale == 1 else 2)
+        rows.append(("Samples", config.num_images, calls))
     lines = [
         f"{name}: {images:,} images of {calls:,} network calls each, about "
         f"{math.ceil(images / config.batch_size / num_processes) * calls * seconds / 60:,.1f} minutes"
         for name, images, calls in rows
     ]
-    return "\n".join([*lines, "What an earlier run has finished is taken from there."])
+    return "\n".join([*lines, "Results of earlier runs with the same options are reused."])
 
 
 def time_network_call(pipeline: DDPMPipelineCustom, batch_size: int) -> float:
-    """Seconds of one call with a batch of images, the one before it not counted."""
+    """Seconds of one call with a batch of images, after one to warm up."""
     network = pipeline.unet
     shape = batch_size, network.config.in_channels, *image_size(network)
     x = torch.zeros(shape, device=network.device, dtype=network.dtype)

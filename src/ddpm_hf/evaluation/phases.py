@@ -1,11 +1,11 @@
-"""The phases of an evaluation. Each measures what is not there yet, and keeps it at once; all processes run it."""
+"""The phases of an evaluation: each measures what is missing and stores it at once. All processes run them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,113 +23,115 @@ from ..sampling.folder import sample_to_folder
 from ..sampling.generate import describe_sampling
 from .likelihood_report import likelihood_details, rate_distortion_table, resumable_bits_per_dim, save_likelihood
 from .metrics.features import Extractor, Features
-from .metrics.measure import Measurement, measure
+from .metrics.measure import measure
+from .metrics.measurement import Measurement
 from .metrics.memorization import memorization, nearest_neighbours
 from .metrics.reference_statistics import Reference, reference_statistics
 from .plots import save_neighbours
 from .predictions import draw_indices
 from .real_images import RealImages
-from .results import MetricsFile
+from .results import RESULTS_FILE, Result, Settings, files_of, write_results
 
 NEIGHBOURS = 3  # beside each sample in the picture
-MOST_HELD_OUT = 10_000  # real images whose distances to the training set are compared with those of samples
+MAX_HELD_OUT = 10_000  # real images whose distances to the training set are compared with those of samples
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that an evaluation needs, checked and fit for each other.
+    """All that an evaluation needs, checked and consistent.
 
     Args:
-        place: the folder for figures and pictures.
-        metrics: what is measured, of `command_config.METRICS`.
+        output_dir: the folder for results and plots.
+        metrics: what to measure, of `config.commands.METRICS`.
         train: the images that the model was trained on.
-        unseen: images that it was not trained on, where there are any.
-        extractor: for the figures that need one.
-        call_options: how samples are made: `timesteps`, `eta`, …
+        unseen: images that it was not trained on, if there are any.
+        extractor: of features, if a metric needs one.
         class_labels: of the samples, used in turn; None for an unconditional network.
-        figures: those that are there already, and where new ones go.
-        ema: whether the weights are an average, as far as is known.
+        weights: the hash of the weights as they are stored, before a cast to `config.dtype`.
+        results: those of earlier runs with these weights; new ones are added. On the main process alone.
+        ema: whether the weights are an average; None if unknown.
     """
 
     pipeline: DDPMPipelineCustom
-    place: Path
+    output_dir: Path
     config: EvaluateConfig
     metrics: Sequence[str]
     train: RealImages
     unseen: RealImages | None
     extractor: Extractor | None
-    call_options: dict[str, Any]
     class_labels: list[int] | None
-    figures: MetricsFile
+    weights: str
+    results: list[Result]
     ema: bool | None
 
     @property
-    def kept(self) -> Path:
-        """The folder of what a restart goes on with."""
-        return self.place / "evaluation"
+    def cache(self) -> Path:
+        """The folder of samples and partial results, which a restart reuses."""
+        return self.output_dir / "evaluation"
+
+    @property
+    def held_out(self) -> RealImages:
+        """The images that stand for new ones: unseen ones, or else the training images."""
+        return self.unseen or self.train
 
     @property
     def num_likelihood_images(self) -> int:
         """How many images the likelihood is measured on."""
-        return min(self.config.num_likelihood_images, len((self.unseen or self.train).pixels))
+        return min(self.config.num_likelihood_images, len(self.held_out.pixels))
+
+    @cached_property
+    def sampling(self) -> dict[str, Any]:
+        """The chain that makes the samples."""
+        return self.chain(**self.config.call_options())
 
     def chain(self, **options: Any) -> dict[str, Any]:
-        """A trajectory, and the model that follows it: all that figures depend on."""
-        said = describe_sampling(self.pipeline, self.config.seed, self.config.batch_size, self.class_labels, **options)
-        spacing = options.get("timesteps") or self.pipeline.scheduler.config.timestep_spacing
-        # A name and a hash say as much as a thousand numbers. The weights are the stored ones, not what a cast made.
-        short = {"timesteps": spacing, "timesteps_hash": _hash(said["timesteps"]), "weights": self.figures.weights}
-        return said | short
+        """A trajectory and the model that follows it, as `Settings.chain` has them."""
+        config = self.config
+        described = describe_sampling(
+            self.pipeline, config.seed, config.batch_size, self.class_labels, weights=self.weights, **options
+        )
+        spacing = options["timesteps"] or self.pipeline.scheduler.config.timestep_spacing
+        # A name and a hash stand for a thousand numbers.
+        described |= {"timesteps": spacing, "timesteps_hash": _hash(described["timesteps"])}
+        return json.loads(json.dumps(described))
 
-    def lacks(self, metric: str, settings: dict[str, Any]) -> bool:
-        """Whether a figure is still to be measured. All processes must ask, and go by what the main one finds."""
-        return broadcast_object_list([self.figures.find(metric, settings) is None])[0]
+    def is_missing(self, metric: str, settings: Settings) -> bool:
+        """Whether a result is still to be measured, as the main process finds it. All processes must call it."""
+        is_stored = any(r.metric == metric and r.settings == settings for r in self.results)
+        return broadcast_object_list([not is_stored])[0]
 
-    def keep(self, figure: dict[str, Any]) -> None:
-        """Add a figure to those that are there; the main process does."""
+    def add(self, measurement: Measurement, settings: Settings) -> None:
+        """Store a result in `metrics.json`, in place of that in the same slot; on the main process."""
         if PartialState().is_main_process:
-            self.figures.add(figure | {"ema": self.ema})
+            result = Result(**vars(measurement), settings=settings, ema=self.ema)
+            self.results[:] = [*(r for r in self.results if r.slot != result.slot), result]
+            write_results(self.output_dir / RESULTS_FILE, self.results)
 
     def folder(self, name: str, settings: dict[str, Any]) -> Path:
-        """Where a restart finds what was made with these settings."""
-        return self.kept / f"{name}-{_hash(settings)}"
+        """The folder in the cache for what depends on these settings."""
+        return self.cache / f"{name}-{_hash(settings)}"
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Samples, uint8 (N, C, H, W), and their features where they are asked for."""
-
-    pixels: Tensor
-    extractor: Extractor | None
-    batch_size: int
-
-    @cached_property
-    def features(self) -> Features:
-        """What the extractor says of them; all processes must ask."""
-        assert self.extractor is not None
-        return self.extractor(self.pixels, self.batch_size)
+# --- likelihood ----------------------------------------------------------------------------------------------------
 
 
 def measure_likelihood(job: Evaluation) -> None:
     """Bits/dim of unseen images, or else of training images."""
-    config, data = job.config, job.unseen or job.train
-    options = {"num_inference_steps": config.likelihood_steps, "timesteps": job.call_options["timesteps"]}
-    settings = {
-        "data": data.identity(),
-        "chain": job.chain(**options),
-        "num_images": job.num_likelihood_images,
-        "calls_per_image": config.calls_per_image,
-    }
-    if not job.lacks("bpd", settings):
+    config, data = job.config, job.held_out
+    options = {"num_inference_steps": config.likelihood_steps, "timesteps": config.call_options()["timesteps"]}
+    settings = Settings(
+        data.identity(), job.chain(**options), job.num_likelihood_images, calls_per_image=config.calls_per_image
+    )
+    if not job.is_missing("bpd", settings):
         return
     bits = resumable_bits_per_dim(
         job.pipeline,
         data.pixels,
-        job.folder("likelihood", settings),
+        job.folder("likelihood", asdict(settings)),
         num_images=job.num_likelihood_images,
         seed=config.seed,
         batch_size=config.batch_size,
@@ -138,32 +140,44 @@ def measure_likelihood(job: Evaluation) -> None:
         **options,
     )
     if PartialState().is_main_process:
-        save_likelihood(bits, job.place)
+        save_likelihood(bits, job.output_dir)
         tqdm.write(rate_distortion_table(bits))
-    job.keep(
-        {
-            "metric": "bpd",
-            "value": bits.total,
-            "standard_error": bits.standard_error,
-            "num_images": bits.num_images,
-            "details": likelihood_details(bits),
-            "warnings": data.notes + ([] if job.unseen else ["of images that the model was trained on"]),
-            "settings": settings,
-        }
-    )
+    warnings = data.notes if job.unseen else (*data.notes, "of images that the model was trained on")
+    found = Measurement(
+        "bpd", bits.total, bits.num_images,
+        standard_error=bits.standard_error, warnings=warnings, details=likelihood_details(bits),
+    )  # fmt: skip
+    job.add(found, settings)
+
+
+# --- samples -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Samples:
+    """Samples, uint8 (N, C, H, W), and their features, computed once."""
+
+    pixels: Tensor
+    _features: Features | None = None
+
+    def features(self, extractor: Extractor, batch_size: int) -> Features:
+        """The features of the samples. All processes must call it."""
+        if self._features is None:
+            self._features = extractor(self.pixels, batch_size)
+        return self._features
 
 
 def make_samples(job: Evaluation) -> Samples:
-    """The samples: made now, or found where an earlier run has left them."""
-    config, options = job.config, {"class_labels": job.class_labels, **job.call_options}
-    folder = job.folder("samples", describe_sampling(job.pipeline, config.seed, config.batch_size, **options))
+    """The samples: those of an earlier run, or new ones."""
+    config, folder = job.config, job.folder("samples", job.sampling)
     pixels = _stored_samples(folder)
     if len(pixels) < config.num_images:
         sample_to_folder(
-            job.pipeline, folder, config.num_images, config.seed, config.batch_size, format="npz", **options
-        )
+            job.pipeline, folder, config.num_images, config.seed, config.batch_size,
+            format="npz", class_labels=job.class_labels, **config.call_options(),
+        )  # fmt: skip
         pixels = _stored_samples(folder)
-    return Samples(pixels[: config.num_images], job.extractor, config.batch_size)
+    return Samples(pixels[: config.num_images])
 
 
 def _stored_samples(folder: Path) -> Tensor:
@@ -174,123 +188,98 @@ def _stored_samples(folder: Path) -> Tensor:
         return torch.from_numpy(stored["arr_0"]).permute(0, 3, 1, 2).contiguous()
 
 
-def measure_quality(job: Evaluation, samples: Samples) -> None:
-    """FID, KID and their like, against the training set and, where there are any, against unseen images."""
-    assert job.extractor is not None
+# --- quality -------------------------------------------------------------------------------------------------------
+
+
+def measure_quality(job: Evaluation, samples: Samples, extractor: Extractor, metrics: Sequence[str]) -> None:
+    """FID, KID and their like, against the training images and, if there are any, against unseen ones."""
     for data in filter(None, (job.train, job.unseen)):
-        settings = {
-            "data": data.identity(),
-            "chain": job.chain(**job.call_options),
-            "num_images": job.config.num_images,
-            "extractor": job.extractor.identity,
-        }
-        names = [name for name in job.metrics if name not in ("bpd", "nearest")]
-        if data is job.unseen and "isc" in names:  # which compares with nothing
-            names.remove("isc")
-        missing = [name for name in names if job.lacks("recall" if name == "prc" else name, settings)]
+        settings = Settings(data.identity(), job.sampling, job.config.num_images, extractor.identity)
+        names = [name for name in metrics if name != "isc" or data is job.train]  # isc compares with no real images
+        missing = [name for name in names if job.is_missing("recall" if name == "prc" else name, settings)]
         if not missing:
             continue
-        features, reference = samples.features, real_features(job, data)
+        features = samples.features(extractor, job.config.batch_size)
+        reference = _real_features(job, data, extractor)
         for name in missing if PartialState().is_main_process else ():
-            for measurement in measure([name], features, reference, job.extractor):
-                job.keep(_figure(measurement, data, settings))
+            for found in measure([name], features, reference, extractor):
+                job.add(replace(found, warnings=found.warnings + data.notes), settings)
 
 
-def _figure(measurement: Measurement, data: RealImages, settings: dict[str, Any]) -> dict[str, Any]:
-    known = {name: value for name, value in asdict(measurement).items() if value is not None}
-    del known["extractor"]  # which is in the settings
-    metric, value, warnings = (known.pop(name) for name in ("name", "value", "warnings"))
-    return {"metric": metric, "value": value, **known, "warnings": [*warnings, *data.notes], "settings": settings}
-
-
-def real_features(job: Evaluation, data: RealImages) -> Reference:
-    """The features of real images, from the cache where they are there."""
-    assert job.extractor is not None
+def _real_features(job: Evaluation, data: RealImages, extractor: Extractor) -> Reference:
     return reference_statistics(
         data.pixels,
-        job.extractor,
-        dataset=data.name,
-        split=data.split,
-        resize=data.preparation["resize"],
+        extractor,
+        pixels_hash=data.pixels_hash,
         cache_dir=Path(job.config.cache_dir) if job.config.cache_dir else None,
         batch_size=job.config.batch_size,
     )
 
 
-def all_real_features(job: Evaluation, data: RealImages) -> Tensor:
-    """The features of all real images, (M, D): statistics keep a part of large sets."""
-    assert job.extractor is not None
-    kept = real_features(job, data).features
-    return kept if len(kept) == len(data.pixels) else job.extractor(data.pixels, job.config.batch_size).pooled
+# --- memorization --------------------------------------------------------------------------------------------------
 
 
 def measure_memorization(job: Evaluation, samples: Samples) -> None:
-    """Whether samples lie nearer to training images than unseen images do: in pixels and in features, with pictures."""
-    real = job.unseen or job.train
-    chosen = draw_indices(len(real.pixels), min(len(real.pixels), MOST_HELD_OUT), job.config.seed)
-    settings: dict[str, Any] = {
-        "data": job.train.identity(),
-        "held_out": real.identity() | {"used": len(chosen)},
-        "chain": job.chain(**job.call_options),
-        "num_images": job.config.num_images,
-    }
-    own = None if job.unseen else chosen
-    if job.lacks("nearest", settings):
-        points = samples.pixels, job.train.pixels, real.pixels[chosen]
-        compare(job, samples.pixels, points, own, settings, "nearest.png")
+    """Whether samples lie nearer to training images than new images do: in pixels and in features, with pictures."""
+    pixels = job.held_out.pixels
+    chosen = draw_indices(len(pixels), min(len(pixels), MAX_HELD_OUT), job.config.seed)
+    settings = Settings(
+        job.train.identity(),
+        job.sampling,
+        job.config.num_images,
+        held_out=job.held_out.identity() | {"used": len(chosen)},
+    )
+    if job.is_missing("nearest", settings):
+        _compare(job, settings, samples, (samples.pixels, job.train.pixels, pixels[chosen]), chosen)
     if job.extractor is None:
         return
-    settings = settings | {"extractor": job.extractor.identity}
-    if job.lacks("nearest", settings):
-        train = all_real_features(job, job.train)
-        held_out = (all_real_features(job, job.unseen) if job.unseen else train)[chosen]
-        points = samples.features.pooled, train, held_out
-        compare(job, samples.pixels, points, own, settings, "nearest_features.png")
+    settings = replace(settings, extractor=job.extractor.identity)
+    if job.is_missing("nearest", settings):
+        features = samples.features(job.extractor, job.config.batch_size).pooled
+        train = _all_real_features(job, job.train, job.extractor)
+        held_out = _all_real_features(job, job.unseen, job.extractor) if job.unseen else train
+        _compare(job, settings, samples, (features, train, held_out[chosen]), chosen)
 
 
-def compare(
-    job: Evaluation,
-    samples: Tensor,
-    points: tuple[Tensor, Tensor, Tensor],
-    own: Tensor | None,
-    settings: dict[str, Any],
-    picture: str,
+def _all_real_features(job: Evaluation, data: RealImages, extractor: Extractor) -> Tensor:
+    """The features of all real images, (M, D), of which the reference of a large set holds only some."""
+    stored = _real_features(job, data, extractor).features
+    return stored if len(stored) == len(data.pixels) else extractor(data.pixels, job.config.batch_size).pooled
+
+
+def _compare(
+    job: Evaluation, settings: Settings, samples: Samples, points: tuple[Tensor, Tensor, Tensor], chosen: Tensor
 ) -> None:
-    """One figure of `measure_memorization`, and its picture.
+    """One result of `measure_memorization`, and its picture.
 
     Args:
-        samples: uint8 (N, C, H, W), for the picture.
-        points: what distances are between: those of the samples, of the training images, and of the held-out ones.
-        own: which training images the held-out ones are, if they are some.
+        points: what distances are between: the samples, the training images, and the held-out ones.
+        chosen: the indices of the latter in their set.
     """
-    queries, train, real = points
-    found = nearest_neighbours(queries, train, NEIGHBOURS, title="Training images nearest to samples")
-    held_out = nearest_neighbours(real, train, 1, own=own, title="… and to real images")
-    distances = found.distances[:, 0]
-    result = memorization(distances, held_out.distances[:, 0])
-    warnings = list(dict.fromkeys(job.train.notes + (job.unseen or job.train).notes))
+    queries, train, held_out = points
+    exclude = None if job.unseen else chosen  # a training image is not its own neighbour
+    found = nearest_neighbours(queries, train, NEIGHBOURS, title="Nearest training images of samples")
+    expected = nearest_neighbours(held_out, train, 1, exclude=exclude, title="… and of real images")
+    distances, expected_distances = found.distances[:, 0], expected.distances[:, 0]
+    test = memorization(distances, expected_distances)
+    warnings = list(dict.fromkeys(job.train.notes + job.held_out.notes))
     if job.unseen is None:
         warnings.append("held-out images are training images, each compared with all the others")
-    if result.threshold == 0:
+    if test.threshold == 0:
         warnings.append(
-            f"{result.expected:.0%} of the held-out images are copies of training images: the share is that of copies "
-            f"among the samples, and {result.expected:.2g}, not 0.05, for new ones"
+            f"{test.expected:.0%} of the held-out images are copies of training images: the value is the share of "
+            f"copies among the samples, to be compared with {test.expected:.2g} instead of 0.05"
         )
     if PartialState().is_main_process:
-        save_neighbours(samples, job.train.pixels, found.indices, distances, job.place / picture)
-    job.keep(
-        {
-            "metric": "nearest",
-            "value": result.share,
-            "standard_error": result.standard_error,
-            "num_images": len(samples),
-            "num_reference": len(train),
-            "details": {
-                "threshold": result.threshold,
-                "median": float(distances.median()),
-                "median_of_held_out": float(held_out.distances.median()),
-            },
-            "warnings": warnings,
-            "settings": settings,
-        }
-    )
+        (picture,) = files_of("nearest", settings)
+        save_neighbours(samples.pixels, job.train.pixels, found.indices, distances, job.output_dir / picture)
+    details = {
+        "threshold": test.threshold,
+        "median": float(distances.median()),
+        "median_of_held_out": float(expected_distances.median()),
+    }
+    result = Measurement(
+        "nearest", test.share, len(queries), len(train),
+        standard_error=test.standard_error, warnings=tuple(warnings), details=details,
+    )  # fmt: skip
+    job.add(result, settings)

@@ -16,6 +16,7 @@ from ..config.training import TrainConfig
 from ..data.dataset import StoredImages, load_images
 from ..data.sources import Source, open_source, public_name
 from ..data.transform import image_format
+from .metrics.reference_statistics import hash_pixels
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class RealImages:
     """A set of real images.
 
     Args:
-        name: of the data, for others to read.
+        name: of the data, without a path of this machine.
         hub_id: its id, if it is a dataset of the Hub.
-        split: `train`, or what the model has not seen.
+        split: `train`, or the split that the model has not seen.
         pixels: uint8 (N, C, H, W).
-        labels: int64 (N,) of a labelled set.
+        labels: int64 (N,), if there is a label column.
         num_classes: how many labels there are.
         preparation: how files became pixels.
-        notes: what was changed about the images that a reader of figures should know.
+        notes: changes to the images that a reader of results should know of.
     """
 
     name: str
@@ -40,29 +41,26 @@ class RealImages:
     labels: Tensor | None
     num_classes: int | None
     preparation: dict[str, Any]
-    notes: list[str]
+    notes: tuple[str, ...]
 
     @cached_property
     def pixels_hash(self) -> str:
-        """Tells any other set of images from this one."""
-        digest = hashlib.sha256(str(tuple(self.pixels.shape)).encode())
-        for part in self.pixels.split(4096):
-            digest.update(part.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """See `hash_pixels`."""
+        return hash_pixels(self.pixels)
 
     def identity(self) -> dict[str, Any]:
-        """What a figure depends on, as JSON."""
+        """All that a result depends on, in types of JSON."""
         return {
             "name": self.name, "hub_id": self.hub_id, "split": self.split, "images": len(self.pixels),
-            "hash": self.pixels_hash, **self.preparation,
+            "hash": self.pixels_hash[:16], **self.preparation,
         }  # fmt: skip
 
 
 def images_of_model(network: UNet2DModel, options: ImageOptions, seed: int) -> TrainConfig:
-    """How to load images for a network.
+    """The options that load images at the size of a network, and with its channels.
 
     Raises:
-        ValueError: for a network that says no size, or none that images are loaded in.
+        ValueError: for a network of images that are not square, or of unknown size.
     """
     size = network.config.sample_size
     if not isinstance(size, int):
@@ -84,10 +82,10 @@ def images_of_model(network: UNet2DModel, options: ImageOptions, seed: int) -> T
 def load_real_images(
     network: UNet2DModel, config: EvaluateConfig, show_progress: bool
 ) -> tuple[RealImages, RealImages | None]:
-    """The training set of a model, and the images that it has not seen where the configuration names them.
+    """The training images of a model, and the images that it has not seen, if the options name any.
 
     Raises:
-        ValueError: for sets that do not exist, can't be read, or are empty; for training images that are called unseen.
+        ValueError: for sets that do not exist, can't be read, or are empty; for unseen images that are training images.
     """
     images = images_of_model(network, config, config.seed)
     train = _load(images, "train", "train", show_progress)
@@ -101,45 +99,45 @@ def load_real_images(
 
 
 def _unseen(train: RealImages, other: RealImages, option: str) -> RealImages:
-    """The other images, unless all are training images; with a note where some are."""
+    """The other images, with a note if some of them are training images; raises a ValueError if all are."""
     known = set(_image_hashes(train.pixels))
     seen = sum(image in known for image in _image_hashes(other.pixels))
     if seen == len(other.pixels):
         raise ValueError(
-            f"`{option}` gives {seen:,} images, but all of them are training images: name images that the model has "
+            f"`{option}` names {seen:,} images, but all of them are training images: name images that the model has "
             f"not seen, or leave --{option} out."
         )
     if not seen:
         return other
     note = f"{seen:,} of the {len(other.pixels):,} images of {other.name} ({other.split}) are training images, too"
-    return replace(other, notes=[*other.notes, note])
+    return replace(other, notes=(*other.notes, note))
 
 
 def _image_hashes(pixels: Tensor) -> Iterator[bytes]:
     return (hashlib.sha256(image.contiguous().numpy()).digest() for image in pixels)
 
 
-def _load(config: TrainConfig, split: str, called: str, show_progress: bool) -> RealImages:
+def _load(config: TrainConfig, split: str, title: str, show_progress: bool) -> RealImages:
     source = open_source(config, split)
     images = load_images(config, source, show_progress)
     if not isinstance(images, StoredImages):
         raise ValueError(
-            f"the {len(images):,} decoded images of {source.name} do not fit the disk of the cache: pass --cache_dir "
-            "FOLDER on a larger one."
+            f"the {len(images):,} decoded images of {source.name} do not fit on the disk of the cache: pass "
+            "--cache_dir FOLDER on a larger one."
         )
     name, hub_id = public_name(config, source.name)
     crop = "centre" if config.center_crop else f"seed {config.seed}"
     preparation = {"resolution": config.resolution, "mode": config.image_mode, "resize": config.resize, "crop": crop}
     return RealImages(
-        name, hub_id, called, images.pixels, images.labels, images.num_classes, preparation, _notes(source, config)
+        name, hub_id, title, images.pixels, images.labels, images.num_classes, preparation, _notes(source, config)
     )
 
 
-def _notes(source: Source, config: TrainConfig) -> list[str]:
-    """What becomes of the first image, where that is more than making it smaller."""
+def _notes(source: Source, config: TrainConfig) -> tuple[str, ...]:
+    """How the first image is changed, other than by making it smaller."""
     stored = image_format(source.read([0])[0])
     if stored is None:
-        return []
+        return ()
     width, height, mode = stored
     notes = [note.rstrip(".") for note in source.notes]
     if min(width, height) < config.resolution:
@@ -151,4 +149,4 @@ def _notes(source: Source, config: TrainConfig) -> list[str]:
         notes.append(
             f"the images of {source.name} are of mode {mode}, and converted to the model's {config.image_mode}"
         )
-    return notes
+    return tuple(notes)

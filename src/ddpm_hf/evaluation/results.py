@@ -1,10 +1,11 @@
-"""`metrics.json`: the figures of a model, each beside all that it depends on; and the same for the model's card."""
+"""Results: measured numbers with all that they depend on; as `metrics.json`, as a table, and for the model's card."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from ..diffusion.ddpm_repository import EVALUATION_FILES
-from ..storage.files import write_text_atomically
+from ..storage.checkpoint import MANIFEST
+from ..storage.files import check_writable, write_text_atomically
 from ..storage.weights import values_digest
+from .metrics.measurement import Measurement
 
+RESULTS_FILE = "metrics.json"
 TITLES = {
     "bpd": "bits/dim",
     "fid": "FID",
@@ -28,82 +32,103 @@ TITLES = {
 }
 
 
-class MetricsFile:
-    """The figures of one model, in the order in which they were measured, as JSON objects.
-
-    Each has `metric`, `value`, what is known of its error, `num_images`, `warnings`, and `settings`: all that it
-    depends on, by which a later run knows what it need not measure again.
+@dataclass(frozen=True)
+class Settings:
+    """All that a result depends on, in types of JSON. A result with equal settings need not be measured again.
 
     Args:
-        path: of the file; what is there of other weights is dropped when the file is next written.
-        weights: the hash of the model's weights as they are stored.
-
-    Raises:
-        ValueError: for a file that is none of ours.
+        data: the real images: `name`, `hub_id`, `split`, their number and hash, how files became pixels.
+        chain: the hash of the stored weights, the trajectory, the scheduler, seeds, precision and versions.
+        num_images: how many images or samples were requested.
+        extractor: the network that features are from.
+        calls_per_image: network calls, of an estimate of bits/dim.
+        held_out: the real images whose distances to the training images are those of new ones.
     """
 
-    def __init__(self, path: Path, weights: str) -> None:
-        self.path, self.weights = path, weights
-        try:
-            stored = json.loads(path.read_text("utf-8"))["figures"] if path.is_file() else []
-            self.figures: list[dict[str, Any]] = [f for f in stored if f["settings"]["chain"]["weights"] == weights]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{str(path)!r} was not written by `ddpm-hf evaluate`, or is damaged ({error!r}): move it away."
-            ) from error
-
-    def find(self, metric: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """The figure of just these settings, if it is there."""
-        wanted = json.loads(json.dumps(settings))  # tuples are lists there
-        return next((f for f in self.figures if f["metric"] == metric and f["settings"] == wanted), None)
-
-    def add(self, figure: dict[str, Any]) -> None:
-        """Add a figure, in place of that of the same data and title. The file is always whole."""
-        self.figures = [f for f in self.figures if _place(f) != _place(figure)] + [figure]
-        content = {"written": datetime.now(UTC).isoformat(timespec="seconds"), "figures": self.figures}
-        write_text_atomically(self.path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    data: dict[str, Any]
+    chain: dict[str, Any]
+    num_images: int
+    extractor: str | None = None
+    calls_per_image: int | None = None
+    held_out: dict[str, Any] | None = None
 
 
-def _place(figure: dict[str, Any]) -> tuple[str, str, str]:
-    data = figure["settings"]["data"]
-    return data["name"], data["split"], title(figure)
+@dataclass(frozen=True, kw_only=True)
+class Result(Measurement):
+    """A measured number of a model, with all that it depends on.
 
+    Args:
+        settings: what it depends on.
+        ema: whether the weights are an average (EMA); None if unknown. Not a setting: it changes no number.
+    """
 
-def eval_result(figure: dict[str, Any]) -> EvalResult:
-    """A figure as the `model-index` of a card has it."""
-    data = figure["settings"]["data"]
-    return EvalResult(
-        task_type="unconditional-image-generation",
-        dataset_type=data["hub_id"] or data["name"],
-        dataset_name=data["name"],
-        dataset_split=data["split"],
-        metric_type=figure["metric"],
-        metric_value=float(f"{figure['value']:.4g}"),
-        metric_name=title(figure),
-        metric_args=circumstances(figure),
-    )
+    settings: Settings = field(repr=False)
+    ema: bool | None = None
 
+    def __str__(self) -> str:
+        return f"{self.title}: {self.numbers()}"
 
-def title(figure: dict[str, Any]) -> str:
-    """What a figure is called: its metric, and all in which figures differ that stand side by side."""
-    settings, chain = figure["settings"], figure["settings"]["chain"]
-    K, calls, extractor = chain["num_inference_steps"], settings.get("calls_per_image"), settings.get("extractor")
-    eta, order, guidance = chain.get("eta"), chain.get("solver_order", 1), chain.get("guidance_scale", 1)
-    said = {
-        TITLES[figure["metric"]]: True,
-        f"K = {K}": True,
-        chain["timesteps"]: chain["num_train_timesteps"] > K,
-        f"η = {eta}": eta not in (None, 1),
-        f"order {order}": order != 1,
-        f"σ² {chain.get('variance_type')}": "variance_type" in chain,
-        f"guidance {guidance}": guidance != 1,
-        f"N = {settings['num_images']:,}": True,
-        f"{calls} calls per image": calls is not None,
-        f"{chain['dtype']}": chain["dtype"] != "float32",
-        f"held out {settings.get('held_out', {}).get('split')}": "held_out" in settings,
-        _short_name(extractor or ""): extractor is not None,
-    }
-    return ", ".join(words for words, is_said in said.items() if is_said)
+    @property
+    def title(self) -> str:
+        """The metric, and whatever makes results of one data set incomparable."""
+        settings, chain = self.settings, self.settings.chain
+        K, eta = chain["num_inference_steps"], chain.get("eta")
+        order, guidance = chain.get("solver_order", 1), chain.get("guidance_scale", 1)
+        parts = {
+            TITLES[self.metric]: True,
+            f"K = {K}": True,
+            chain["timesteps"]: chain["num_train_timesteps"] > K,
+            f"η = {eta}": eta not in (None, 1),
+            f"order {order}": order != 1,
+            f"σ² {chain.get('variance_type')}": "variance_type" in chain,
+            f"guidance {guidance}": guidance != 1,
+            f"N = {settings.num_images:,}": True,
+            f"{settings.calls_per_image} calls per image": settings.calls_per_image is not None,
+            chain["dtype"]: chain["dtype"] != "float32",
+            f"held out {(settings.held_out or {}).get('split')}": settings.held_out is not None,
+            _short_name(settings.extractor or ""): settings.extractor is not None,
+        }
+        return ", ".join(part for part, is_shown in parts.items() if is_shown)
+
+    @property
+    def slot(self) -> tuple[str, str, str]:
+        """Data, split and title: a new result replaces an earlier one in its slot."""
+        return self.settings.data["name"], self.settings.data["split"], self.title
+
+    def circumstances(self) -> dict[str, Any]:
+        """What a card states beside the value: its error, the number of images, how they were made, and by what."""
+        settings, chain = self.settings, self.settings.chain
+        sampling = ("timesteps", "eta", "solver_order", "variance_type", "guidance_scale", "seed", "dtype")
+        packages = ("ddpm-hf", "diffusers", "torch")
+        known = {
+            "standard_error": _short(self.standard_error),
+            "95 % interval": None if self.low is None else [_short(self.low), _short(self.high)],
+            "std": _short(self.std),
+            "finite-sample bias": _short(self.bias),
+            "images": self.num_images,
+            "real_images": self.num_reference,
+            **{name: chain.get(name) for name in sampling},
+            "calls_per_image": settings.calls_per_image,
+            "ema": self.ema,
+            "extractor": settings.extractor,
+            **{package: chain.get(package) for package in packages},
+            "notes": "; ".join(self.warnings) or None,
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
+    def for_card(self) -> EvalResult:
+        """The result as the `model-index` of a card has it."""
+        data = self.settings.data
+        return EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=data["hub_id"] or data["name"],
+            dataset_name=data["name"],
+            dataset_split=data["split"],
+            metric_type=self.metric,
+            metric_value=float(f"{self.value:.4g}"),
+            metric_name=self.title,
+            metric_args=self.circumstances(),
+        )
 
 
 def _short_name(extractor: str) -> str:
@@ -111,74 +136,100 @@ def _short_name(extractor: str) -> str:
     return f"{extractor.split(',')[0]} [{hashlib.sha256(extractor.encode()).hexdigest()[:6]}]"
 
 
-def circumstances(figure: dict[str, Any]) -> dict[str, Any]:
-    """What stands beside a figure: its error, how many images, how they were made, and by what."""
-    settings, chain = figure["settings"], figure["settings"]["chain"]
-    names = ("timesteps", "eta", "solver_order", "variance_type", "guidance_scale", "seed", "dtype")
-    packages = ("ddpm-hf", "diffusers", "torch")
-    interval = [_short(figure[name]) for name in ("low", "high") if name in figure]
-    said = {
-        "standard_error": _short(figure.get("standard_error")),
-        "95 % interval": interval or None,
-        "std": _short(figure.get("std")),
-        "images": figure["num_images"],
-        "real_images": figure.get("num_reference"),
-        **{name: chain.get(name) for name in names},
-        "calls_per_image": settings.get("calls_per_image"),
-        "ema": figure.get("ema"),
-        "extractor": settings.get("extractor"),
-        **{package: chain.get(package) for package in packages},
-        "notes": "; ".join(figure["warnings"]) or None,
-    }
-    return {name: value for name, value in said.items() if value is not None}
-
-
-def markdown_table(figures: Sequence[dict[str, Any]]) -> str:
-    """The figures for people, with the warnings that stand beside them as numbered notes."""
-    notes = list(dict.fromkeys(warning for figure in figures for warning in figure["warnings"]))
-    rows = ["| data | metric | value | error | notes |", "|---|---|---:|---:|---|"]
-    for figure in figures:
-        data = figure["settings"]["data"]
-        numbers = ", ".join(str(notes.index(warning) + 1) for warning in figure["warnings"])
-        rows.append(
-            f"| {data['name']}, {data['split']} | {title(figure)} | {figure['value']:.4g} | {_error(figure)} "
-            f"| {numbers} |"
-        )
-    return "\n".join([*rows, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
-
-
-def _error(figure: dict[str, Any]) -> str:
-    if "standard_error" in figure:
-        return f"± {figure['standard_error']:.2g}"
-    return f"{figure['low']:.4g} to {figure['high']:.4g}" if "low" in figure else ""
-
-
 def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.3g}")
 
 
-def evaluation_files(folder: Path) -> list[str]:
-    """The files that evaluations of the very weights in a folder have left there, `metrics.json` first.
+# --- on disk -------------------------------------------------------------------------------------------------------
 
-    Training on leaves those of the earlier weights, and an evaluation of some metrics the pictures of the others.
+
+def read_results(file: Path) -> list[Result]:
+    """The results in a `metrics.json` of this version or of 0.1.0, in the order in which they were measured.
+
+    Raises:
+        ValueError: for a file of another kind.
     """
     try:
-        figures = json.loads((folder / "metrics.json").read_text("utf-8"))["figures"]
-        measured = {figure["settings"]["chain"]["weights"] for figure in figures}
-        names = {"metrics.json"}.union(*(_files_of(figure) for figure in figures))
-    except (OSError, ValueError, TypeError, KeyError):  # never evaluated, or somebody's own file
+        stored = json.loads(file.read_text("utf-8"))["figures"] if file.is_file() else []
+        return [Result(**r | {"settings": Settings(**r["settings"]), "warnings": tuple(r["warnings"])}) for r in stored]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{str(file)!r} was not written by `ddpm-hf evaluate`, or is damaged ({error!r}): move it away."
+        ) from error
+
+
+def write_results(file: Path, results: Sequence[Result]) -> None:
+    """Write `metrics.json` atomically."""
+    figures = [_without_none(asdict(result)) for result in results]
+    content = {"written": datetime.now(UTC).isoformat(timespec="seconds"), "figures": figures}
+    write_text_atomically(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _without_none(result: dict[str, Any]) -> dict[str, Any]:
+    settings = {name: value for name, value in result["settings"].items() if value is not None}
+    return {name: value for name, value in (result | {"settings": settings}).items() if value is not None}
+
+
+def choose_output_dir(model: str, output_dir: str | None) -> Path:
+    """The folder for what is measured of a model: its own, unless `output_dir` names another one.
+
+    Raises:
+        ValueError: for a model that has no folder of its own to which files may be added, for a folder with another
+            model, and for one that can't be written to.
+    """
+    place = Path(model if output_dir is None else output_dir)
+    holds_model, is_own = (place / "model_index.json").is_file(), place.resolve() == Path(model).resolve()
+    if holds_model and not is_own:
+        raise ValueError(f"`output_dir` {str(output_dir)!r} holds another model: choose another --output_dir.")
+    if (output_dir is None and not holds_model) or (is_own and (place / MANIFEST).is_file()):
+        raise ValueError(
+            f"nothing can be added to {model!r}: it is not a saved pipeline on this machine, or it is a training "
+            "checkpoint, which must not change. Pass --output_dir FOLDER."
+        )
+    check_writable(place)
+    return place
+
+
+def files_of(metric: str, settings: Settings) -> list[str]:
+    """The files that are written beside `metrics.json` when a metric is measured."""
+    if metric == "nearest":
+        return ["nearest_features.png" if settings.extractor else "nearest.png"]
+    if metric == "bpd":
+        curve = [] if settings.calls_per_image else ["rate_distortion.png"]  # an estimate leaves timesteps out
+        return ["likelihood.json", "bits_per_dim.png", *curve]
+    return []
+
+
+def evaluation_files(folder: Path) -> list[str]:
+    """The files from evaluations of the very weights in a folder, `metrics.json` first.
+
+    Not those of earlier weights, which training leaves behind, and no plot that belongs to none of the results.
+    """
+    try:
+        results = read_results(folder / RESULTS_FILE)
+        if {result.settings.chain["weights"] for result in results} != {values_digest(folder)}:
+            return []
+    except (OSError, ValueError, TypeError, KeyError):  # a file of the user's own
         return []
-    if measured != {values_digest(folder)}:
-        return []
+    names = {RESULTS_FILE}.union(*(files_of(result.metric, result.settings) for result in results))
     return [name for name in EVALUATION_FILES if name in names and (folder / name).is_file()]
 
 
-def _files_of(figure: dict[str, Any]) -> list[str]:
-    """What is written beside a figure."""
-    settings = figure["settings"]
-    if figure["metric"] == "nearest":
-        return ["nearest_features.png" if settings.get("extractor") else "nearest.png"]
-    if figure["metric"] == "bpd":
-        curve = [] if settings.get("calls_per_image") else ["rate_distortion.png"]  # an estimate leaves timesteps out
-        return ["likelihood.json", "bits_per_dim.png", *curve]
-    return []
+# --- for people ----------------------------------------------------------------------------------------------------
+
+
+def markdown_table(results: Sequence[Result]) -> str:
+    """The results as a table, with their warnings as numbered notes below it."""
+    notes = list(dict.fromkeys(warning for result in results for warning in result.warnings))
+    rows = ["| data | metric | value | error | notes |", "|---|---|---:|---:|---|"]
+    for result in results:
+        numbers = ", ".join(str(notes.index(warning) + 1) for warning in result.warnings)
+        data, split, title = result.slot
+        rows.append(f"| {data}, {split} | {title} | {result.value:.4g} | {_error(result)} | {numbers} |")
+    return "\n".join([*rows, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
+
+
+def _error(result: Result) -> str:
+    if result.standard_error is not None:
+        return f"± {result.standard_error:.2g}"
+    return "" if result.low is None else f"{result.low:.4g} to {result.high:.4g}"

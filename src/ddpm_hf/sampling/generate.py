@@ -193,17 +193,21 @@ def describe_sampling(
     seed: int,
     batch_size: int,
     class_labels: Sequence[int] | None = None,
+    weights: str | None = None,
     **call_options: Any,
 ) -> dict[str, Any]:
     """All that decides the bits of image i, for JSON: hashes of the weights and the calibration, the timesteps, the
     other options of the call, the scheduler's configuration, the precision and the versions.
+
+    Args:
+        weights: the hash of the weights; by default of those of the network.
     """
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     is_calibrated = scheduler.get("variance_type") == "optimal"
     calibration = json.dumps(pipeline.scheduler.config["_calibration"], sort_keys=True) if is_calibrated else None
     timesteps = check_options(pipeline, class_labels, **call_options)
     return {
-        "weights": hash_weights(pipeline.unet),
+        "weights": weights or hash_weights(pipeline.unet),
         "seed": seed,
         "batch_size": batch_size,
         "class_labels": list(class_labels) if class_labels else None,

@@ -23,7 +23,7 @@ from ddpm_hf.evaluation.metrics.distances import frechet_distance, moments, prec
 from ddpm_hf.evaluation.metrics.features import open_extractor  # noqa: E402
 from ddpm_hf.evaluation.metrics.measure import measure  # noqa: E402
 from ddpm_hf.evaluation.metrics.reference_statistics import reference_statistics  # noqa: E402
-from support.evaluation import figures, save_model  # noqa: E402
+from support.evaluation import save_model, stored_results  # noqa: E402
 
 N, M, BATCH = 20, 24, 8
 
@@ -69,10 +69,8 @@ def save(images, folder):
 def test_metrics_are_those_of_torch_fidelity_on_the_same_files(channels, names, weights, tmp_path):
     fake, real = photographs(N, channels, 1), photographs(M, channels, 2) // 2
     extractor = open_extractor(inception_weights=weights, device=torch.device("cpu"))
-    reference = reference_statistics(
-        real, extractor, dataset="photographs", split="train", resize="none", cache_dir=tmp_path, batch_size=BATCH
-    )
-    found = {m.name: m for m in measure(names, extractor(fake, BATCH), reference, extractor)}
+    reference = reference_statistics(real, extractor, cache_dir=tmp_path, batch_size=BATCH)
+    found = {m.metric: m for m in measure(names, extractor(fake, BATCH), reference, extractor)}
     direct = torch_fidelity.calculate_metrics(
         input1=save(fake, tmp_path / "fake"), input2=save(real, tmp_path / "real"), batch_size=BATCH, cuda=False,
         fid="fid" in names, kid=True, isc=True, prc=True, feature_extractor="inception-v3-compat",
@@ -87,7 +85,7 @@ def test_metrics_are_those_of_torch_fidelity_on_the_same_files(channels, names, 
     assert found["recall"].value == pytest.approx(direct["recall"], rel=1e-6)
     if "fid" in names:  # which is slow; with fewer images than features, its eigenvalues that should be zero are not
         assert found["fid"].value == pytest.approx(direct["frechet_inception_distance"], rel=1e-4)
-    assert "not those of publications" in " ".join(found["kid"].warnings)
+    assert "not the published ones" in " ".join(found["kid"].warnings)
     assert (found["kid"].num_images, found["kid"].num_reference) == (N, M)
 
 
@@ -185,7 +183,7 @@ def test_without_internet_the_error_says_what_to_get_and_where_to_put_it(offline
 
 
 @pytest.mark.slow
-def test_figures_are_those_of_torch_fidelity(make_unet, weights, tmp_path, monkeypatch):
+def test_results_are_those_of_torch_fidelity(make_unet, weights, tmp_path, monkeypatch):
     monkeypatch.setattr("ddpm_hf.evaluation.metrics.reference_statistics.HF_HOME", str(tmp_path / "hf"))
     model = save_model(make_unet(channels=3), tmp_path / "model")
     real = save(photographs(24, 3, 2)[..., ::2, ::2], tmp_path / "real")
@@ -197,6 +195,6 @@ def test_figures_are_those_of_torch_fidelity(make_unet, weights, tmp_path, monke
         input1=fake, input2=real, fid=True, isc=True, cuda=False, verbose=False, cache=False, batch_size=8,
         feature_extractor_weights_path=str(weights),
     )  # fmt: skip
-    found = {figure["metric"]: figure["value"] for figure in figures(model)}
+    found = {result["metric"]: result["value"] for result in stored_results(model)}
     assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
     assert found["isc"] == pytest.approx(expected["inception_score_mean"], rel=1e-4)

@@ -43,7 +43,7 @@ def test_an_image_is_not_its_own_neighbour_but_its_copy_is(monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 4)
     images = photographs(10, 0)
     images[8] = images[2]
-    found = nearest_neighbours(images, images, 1, own=torch.arange(10), **QUIET)
+    found = nearest_neighbours(images, images, 1, exclude=torch.arange(10), **QUIET)
     assert (found.indices[:, 0] != torch.arange(10)).all()
     assert found.indices[[2, 8], 0].tolist() == [8, 2]
     assert found.distances[[2, 8], 0].tolist() == [0, 0]
@@ -56,7 +56,7 @@ def test_a_model_that_memorises_is_told_from_one_that_does_not():
     def share(samples, unseen=held_out):
         to_train = nearest_neighbours(samples, train, 1, **QUIET)
         if unseen is None:
-            known = nearest_neighbours(train, train, 1, own=torch.arange(400), **QUIET)
+            known = nearest_neighbours(train, train, 1, exclude=torch.arange(400), **QUIET)
         else:
             known = nearest_neighbours(unseen, train, 1, **QUIET)
         return memorization(to_train.distances[:, 0], known.distances[:, 0])
@@ -121,4 +121,4 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="3 nearest.*only 2"):
         nearest_neighbours(photographs(2, 0), photographs(2, 0), 3)
     with pytest.raises(ValueError, match="3 nearest.*only 2"):
-        nearest_neighbours(photographs(3, 0), photographs(3, 0), 3, own=torch.arange(3))
+        nearest_neighbours(photographs(3, 0), photographs(3, 0), 3, exclude=torch.arange(3))

@@ -24,10 +24,15 @@ CHANNELS = (1, 3)  # of images that networks look at: grayscale and RGB
 
 
 class Features(NamedTuple):
-    """What a network says of N images: float32 on the CPU."""
+    """The features of N images: float32 on the CPU."""
 
     pooled: Tensor  # (N, D)
-    logits: Tensor | None  # (N, 1008), Inception's, without their bias; None from other networks
+    logits: Tensor  # (N, 1008), Inception's, without their bias; (N, 0) from other networks
+
+    @property
+    def is_inception(self) -> bool:
+        """Whether they are by Inception, which names its distances."""
+        return self.logits.shape[1] > 0
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ class Extractor:
         identity: all that the features of an image depend on: network, hash of its weights, how it resizes.
         num_features: D.
         network: uint8 (B, 3, H, W) on the CPU → (B, D + num_logits), on any device.
-        num_logits: behind the features; 0 from other networks than Inception.
-        warnings: what must be said beside every number that it leads to.
+        num_logits: how many logits follow the features; 0 for other networks than Inception.
+        warnings: caveats that belong beside every number measured with it.
     """
 
     identity: str
@@ -52,8 +57,8 @@ class Extractor:
     def __call__(self, images: Tensor, batch_size: int = 64, show_progress: bool = True) -> Features:
         """The features of images, uint8 of shape (N, 1 or 3, H, W); grayscale is repeated in all three channels.
 
-        Every process has all the images, and ends with all the features: the batches in between are shared out. Which
-        images make a batch does not depend on the number of processes, and so neither does any feature.
+        Every process passes all the images and gets all the features; the batches are distributed among them. The
+        batches are the same for any number of processes, and so is every feature.
 
         Raises:
             ValueError: for images of another kind, before anything is computed; for features that are not finite.
@@ -70,8 +75,7 @@ class Extractor:
             table = reduce(table.to(state.device), "sum").cpu()  # of one row and zeros, which is exact
         if not table.isfinite().all():
             raise ValueError(f"features hold NaN or infinity: the weights of {self.identity} are damaged.")
-        pooled, logits = table.split([self.num_features, self.num_logits], dim=1)
-        return Features(pooled, logits if self.num_logits else None)
+        return Features(*table.split([self.num_features, self.num_logits], dim=1))
 
 
 def check_images(images: Tensor) -> None:
@@ -81,8 +85,8 @@ def check_images(images: Tensor) -> None:
         raise ValueError(f"`images` are {found}, but must be a uint8 tensor of shape (N, C, H, W), N at least 1.")
     if images.shape[1] not in CHANNELS:
         raise ValueError(
-            f"`images` have {images.shape[1]} channels, but feature extractors know 1 (grayscale) and 3 (RGB): lay "
-            "them over a background, or measure the channels of colour alone."
+            f"`images` have {images.shape[1]} channels, but feature extractors take 1 (grayscale) or 3 (RGB): "
+            "composite them over a background, or measure the colour channels only."
         )
 
 
@@ -94,12 +98,12 @@ def open_extractor(
     Args:
         name: "inception", or None for the same: the network that FID, KID and IS are defined by. Anything else is a
             model of transformers with an image processor, a name on the Hub or a folder: its pooled output, or the mean
-            of its last hidden state where it has none; the image embedding where it has text, too (CLIP and kin).
+            of its last hidden state if it has none; the image embedding of models of images and text (CLIP and kin).
         inception_weights: torch-fidelity's file of weights, for machines that can't download it.
-        device: where the network computes; by default that of this process.
+        device: of the network; by default that of this process.
 
     Raises:
-        ValueError: for a missing package, model or file; says what was looked for, and where to get it.
+        ValueError: for a missing package, model or file; states what was looked for, and where to get it.
     """
     device = PartialState().device if device is None else device
     if name is not None and name != INCEPTION:
@@ -111,13 +115,13 @@ def open_extractor(
         return _open_transformers(name, device)
     network, title, digest = open_inception(inception_weights, device)
     identity = f"{title}, weights {digest[:SHORT]}, resized to 299 as by TensorFlow 1"
-    foreign = f"Inception's weights are not those of publications, {WEIGHTS}: compare with no published figure"
+    foreign = f"Inception's weights are not the published ones, {WEIGHTS}: not comparable to published values"
     warnings = () if digest == WEIGHTS_SHA256 else (foreign,)
     return Extractor(identity, NUM_FEATURES, network, NUM_CLASSES, warnings)
 
 
 def _open_transformers(name: str, device: torch.device) -> Extractor:
-    # Pillow resizes where the processor knows how to use it, so that features do not depend on what else is installed.
+    # Resized by Pillow if the processor supports it, so that features do not depend on what else is installed.
     try:
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
         model, report = AutoModel.from_pretrained(
@@ -130,7 +134,7 @@ def _open_transformers(name: str, device: torch.device) -> Extractor:
             "transformers with safetensors weights and an image processor, without code of its own; on the Hub or in a "
             "folder."
         ) from error
-    untrained = sorted(report["missing_keys"])  # what from_pretrained has filled with random numbers
+    untrained = sorted(report["missing_keys"])  # which from_pretrained has initialized randomly
     has_pooler = not any("pooler" in key for key in untrained)
     if any("pooler" not in key for key in untrained):
         raise ValueError(f"`feature_extractor` is {name!r}, whose weights have no {untrained[0]}: they are incomplete.")
@@ -144,7 +148,9 @@ def _open_transformers(name: str, device: torch.device) -> Extractor:
         features, taken = outputs(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     if features.ndim != 2:
         shape = tuple(features.shape)
-        raise ValueError(f"`feature_extractor` is {name!r}, whose {taken} of shape {shape} is no vector per image.")
+        raise ValueError(
+            f"`feature_extractor` is {name!r}, whose {taken} of shape {shape} is not one vector per image."
+        )
     identity = (
         f"{Path(name).name if Path(name).is_dir() else name}, {taken} of {type(model).__name__}, weights "
         f"{_hash_of_weights(model)}, resized by {type(processor).__name__} {_hash_of_settings(processor)}"
@@ -153,7 +159,7 @@ def _open_transformers(name: str, device: torch.device) -> Extractor:
 
 
 def _pool(model: Any, pixels: Tensor, has_pooler: bool) -> tuple[Tensor, str]:
-    """One vector per image, and what it is."""
+    """One vector per image, and a description of it."""
     if hasattr(model, "get_image_features"):
         embedding = model.get_image_features(pixel_values=pixels)
         return embedding if isinstance(embedding, Tensor) else embedding.pooler_output, "image embedding"
@@ -165,6 +171,7 @@ def _pool(model: Any, pixels: Tensor, has_pooler: bool) -> tuple[Tensor, str]:
 
 
 def _hash_of_weights(model: nn.Module) -> str:
+    # Not `hash_weights` of storage: this hash names the extractor in results and caches of version 0.1.0, too.
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -4,57 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from .distances import frechet_estimate, kernel_distance, precision_recall
 from .features import INCEPTION, Extractor, Features
+from .measurement import Measurement
 from .reference_statistics import Reference, evenly_spaced
 
 INCEPTION_METRICS = ("fid", "kid", "isc", "prc")
 OTHER_METRICS = ("fd", "kd", "prc")
 SMALLEST_SET = {"fid": 4, "fd": 4, "kid": 4, "kd": 3, "isc": 10, "prc": 4}
-USUAL = 10_000  # images from which on bias is small, and figures of different authors compare
+USUAL = 10_000  # images from which on bias is small, and values of different authors compare
 NEIGHBOURS = 3
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 ISC_SPLITS = 10
-SEED = 2020  # torch-fidelity's own: it draws subsets and splits
+SEED = 2020  # torch-fidelity's default: it draws subsets and splits
 MAX_PAIRED = 10_000  # images of either set in sums over all pairs
 NORMAL_95, T9_95 = 1.96, 2.262  # two-sided quantiles: of the normal distribution, and of Student's with ten splits
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A number, and what must be known to compare it with another one.
-
-    Args:
-        name: fid, kid, isc, precision, recall; fd and kd in the features of other networks than Inception.
-        value: the number; higher is better for isc, precision and recall.
-        num_images: N, how many samples it is of.
-        num_reference: M, how many real images they are compared with; 0 for isc.
-        low, high: an interval that holds, with 95 % confidence, what N other samples would give on average; for fid,
-            fd, kid and kd also with M other real images. None where no sound interval is known.
-        std: over subsets (kid) or splits (isc), as it is published beside them; it is no error of the value.
-        bias: how far the value lies above that of endlessly many samples, by estimate (fid, fd).
-        warnings: what must be said beside the number.
-        extractor: the network, the hash of its weights, and how it resizes.
-    """
-
-    name: str
-    value: float
-    num_images: int
-    num_reference: int
-    low: float | None = None
-    high: float | None = None
-    std: float | None = None
-    bias: float | None = None
-    warnings: tuple[str, ...] = ()
-    extractor: str = ""
-
-    def __str__(self) -> str:
-        std = "" if self.std is None else f" ± {self.std:.2g}"
-        interval = "" if self.low is None else f", 95 %: {self.low:.4g} to {self.high:.4g}"
-        bias = "" if self.bias is None else f", about {self.bias:.2g} of it for want of samples"
-        return f"{self.name} {self.value:.4g}{std} (N = {self.num_images}{interval}{bias})"
 
 
 def check_metrics(
@@ -66,7 +32,7 @@ def check_metrics(
         names: `fid`, `kid`, `isc` and `prc` with Inception; `fd`, `kd` and `prc` with another extractor.
         feature_extractor: as `open_extractor` takes it.
         num_images: N.
-        num_reference: M, where it is known already.
+        num_reference: M, if it is known already.
 
     Raises:
         ValueError: for a metric that this extractor does not have, and for too few images.
@@ -76,13 +42,15 @@ def check_metrics(
     for name in names:
         if name not in known:
             network = "Inception" if is_inception else repr(feature_extractor)
-            raise ValueError(f"`metrics` has {name!r}, but in the features of {network} there are {', '.join(known)}.")
+            raise ValueError(
+                f"`metrics` has {name!r}, but the metrics in the features of {network} are {', '.join(known)}."
+            )
         counts = {"num_images": num_images} if name == "isc" else {"num_images": num_images, "reference": num_reference}
         for option, count in counts.items():
             if count is not None and count < SMALLEST_SET[name]:
                 raise ValueError(
-                    f"`{option}` has {count} images, but {name} needs at least {SMALLEST_SET[name]}, and means "
-                    f"something from some thousands on: use more of them, or leave {name} out of the metrics."
+                    f"`{option}` has {count} images, but {name} needs at least {SMALLEST_SET[name]}, and thousands to "
+                    f"be meaningful: use more of them, or leave {name} out of the metrics."
                 )
 
 
@@ -105,10 +73,10 @@ def measure(names: Sequence[str], features: Features, reference: Reference, extr
             f"the reference statistics are by {reference.key['extractor']}, but the features of the samples by "
             f"{extractor.identity}: compute both with one extractor."
         )
-    network = extractor.identity if features.logits is None else INCEPTION
+    network = INCEPTION if features.is_inception else extractor.identity
     check_metrics(names, network, len(features.pooled), len(reference.features))
     found = [m for name in names for m in METHODS[name](features, reference)]
-    return [replace(m, extractor=extractor.identity, warnings=m.warnings + extractor.warnings) for m in found]
+    return [replace(m, warnings=m.warnings + extractor.warnings) for m in found]
 
 
 def _frechet(features: Features, reference: Reference) -> list[Measurement]:
@@ -121,21 +89,25 @@ def _frechet(features: Features, reference: Reference) -> list[Measurement]:
         if count <= x.shape[1]
     ]
     if n < USUAL:
-        warnings.append(f"N = {n} raises it: compare it with figures of the same N only")
-    name = "fid" if features.logits is not None else "fd"
-    return [Measurement(name, value, n, m, max(0.0, value - margin), value + margin, None, bias, tuple(warnings))]
+        warnings.append(f"N = {n} raises it: compare only values of equal N")
+    name = "fid" if features.is_inception else "fd"
+    return [
+        Measurement(
+            name, value, n, m, low=max(0.0, value - margin), high=value + margin, bias=bias, warnings=tuple(warnings)
+        )
+    ]
 
 
 def _kernel(features: Features, reference: Reference) -> list[Measurement]:
-    """Over all pairs. It has no bias, whatever N is."""
+    """Over all pairs, and unbiased at every N."""
     x, y = evenly_spaced(features.pooled, MAX_PAIRED), evenly_spaced(reference.features, MAX_PAIRED)
     value, error = kernel_distance(x, y)
     margin = NORMAL_95 * error
-    return [Measurement("kd", value, len(x), len(y), value - margin, value + margin)]
+    return [Measurement("kd", value, len(x), len(y), low=value - margin, high=value + margin)]
 
 
 def _kernel_inception(features: Features, reference: Reference) -> list[Measurement]:
-    """The mean over random subsets, as it is published. The interval is that over all pairs, wider by their draw."""
+    """The mean over random subsets, as published. The interval is that over all pairs, widened by the subsets' draw."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     n, m = len(features.pooled), len(reference.features)
@@ -149,30 +121,30 @@ def _kernel_inception(features: Features, reference: Reference) -> list[Measurem
     )
     margin = NORMAL_95 * math.hypot(error, std / math.sqrt(KID_SUBSETS))
     warnings = () if size == KID_SUBSET_SIZE else (f"± is over subsets of {size} images, not the usual 1000",)
-    return [Measurement("kid", value, n, m, value - margin, value + margin, std, warnings=warnings)]
+    return [Measurement("kid", value, n, m, low=value - margin, high=value + margin, std=std, warnings=warnings)]
 
 
 def _inception_score(features: Features, reference: Reference) -> list[Measurement]:
     """The mean over ten splits of exp E KL(p(y|x) ‖ p(y)) (Salimans et al. 2016, arXiv 1606.03498, Section 4)."""
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
-    assert features.logits is not None
     result = isc_features_to_metric(features.logits, ISC_SPLITS, rng_seed=SEED)
     value, std = result[KEY_METRIC_ISC_MEAN], result[KEY_METRIC_ISC_STD]
     margin = T9_95 * std / math.sqrt(ISC_SPLITS - 1)  # the splits have no image in common
     n = len(features.logits)
-    warnings = () if n >= USUAL else (f"N = {n} lowers it: compare it with figures of the same N only",)
-    return [Measurement("isc", value, n, 0, value - margin, value + margin, std, warnings=warnings)]
+    warnings = () if n >= USUAL else (f"N = {n} lowers it: compare only values of equal N",)
+    return [Measurement("isc", value, n, low=value - margin, high=value + margin, std=std, warnings=warnings)]
 
 
 def _precision_recall(features: Features, reference: Reference) -> list[Measurement]:
     n, m = len(features.pooled), len(reference.features)
     precision, recall = precision_recall(features.pooled, reference.features, NEIGHBOURS)
-    warnings = () if min(n, m) >= USUAL else (f"depends on N and M: compare it with figures of N = {n}, M = {m} only",)
-    # Samples fall independently among real images that stay the same; but they are what recall's regions are made of.
+    warnings = () if min(n, m) >= USUAL else (f"depends on N and M: compare only values of N = {n}, M = {m}",)
+    # An interval for precision alone: samples fall independently into fixed regions around real images, but it is
+    # samples that recall's regions are made of.
     low, high = _wilson(precision, n)
     return [
-        Measurement("precision", precision, n, m, low, high, warnings=warnings),
+        Measurement("precision", precision, n, m, low=low, high=high, warnings=warnings),
         Measurement("recall", recall, n, m, warnings=warnings),
     ]
 
