@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult
 from ..diffusion.ddpm_repository import EVALUATION_FILES
 from ..storage.checkpoint import MANIFEST
 from ..storage.files import check_writable, write_text_atomically
-from ..storage.weights import values_digest
+from ..storage.weights import hash_loaded_weights
 from .metrics.measurement import Measurement
 
 RESULTS_FILE = "metrics.json"
@@ -207,7 +207,7 @@ def evaluation_files(folder: Path) -> list[str]:
     """
     try:
         results = read_results(folder / RESULTS_FILE)
-        if {result.settings.chain["weights"] for result in results} != {values_digest(folder)}:
+        if {result.settings.chain["weights"] for result in results} != {hash_loaded_weights(folder)}:
             return []
     except (OSError, ValueError, TypeError, KeyError):  # a file of the user's own
         return []

@@ -24,7 +24,7 @@ from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..evaluation.calibration import recommended_steps, steps_table
 from ..evaluation.results import evaluation_files
 from ..storage.files import write_text_atomically
-from ..storage.weights import weights_digest
+from ..storage.weights import hash_weight_files
 from .card_merge import merge_cards, parse_card, stamp
 
 PICTURES = ("samples.png", "real.png", "loss.png")
@@ -98,7 +98,7 @@ def read_card(folder: Path) -> str | None:
 
 def update_card(existing: str | None, folder: Path, facts: CardFacts) -> str:
     """The text of the card of the pipeline in `folder`, made from the existing one and from `facts`."""
-    weights = weights_digest(folder)
+    weights = hash_weight_files(folder)
     known = known_facts(existing, weights) if existing is not None else CardFacts()
     facts = combine_facts(known, replace(facts, options=_public_options(facts.options)))
     new = stamp(render_card(folder, facts), {"facts": asdict(facts), "weights": weights})
@@ -266,5 +266,5 @@ def is_average(model: Path) -> bool | None:
         ValueError: for a card that can't be read.
     """
     card = read_card(model) if (model / "model_index.json").is_file() else None
-    options = None if card is None else known_facts(card, weights_digest(model)).options
+    options = None if card is None else known_facts(card, hash_weight_files(model)).options
     return None if options is None else options.get("use_ema")

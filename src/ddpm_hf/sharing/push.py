@@ -21,7 +21,7 @@ from PIL import Image
 from ..diffusion.ddpm_repository import EVALUATION_FILES, REAL_IMAGES, SHARED_FILES
 from ..evaluation.results import evaluation_files
 from ..storage.loading import load_pipeline, stored_dtype
-from ..storage.weights import weights_digest
+from ..storage.weights import hash_weight_files
 from .card import CardFacts, combine_facts, known_facts, write_card
 from .card_merge import merge_cards, parse_card
 from .hub import DEFAULT_RETRY, HubTarget, Log, PushError, Retry, check_push_access, explain, readable_errors
@@ -167,7 +167,7 @@ def _commit(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, messag
     repo_id, revision = target.repo_id, target.revision
     pull = None
     if target.create_pr:
-        message = f"{message}, weights {weights_digest(stage)}"
+        message = f"{message}, weights {hash_weight_files(stage)}"
         pull = _open_pull(api, repo_id, message)
         revision = f"refs/pr/{pull}" if pull else None
     head = api.model_info(repo_id, revision=revision)
@@ -212,7 +212,7 @@ def _update_card(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, h
     except ValueError as error:
         raise ValueError(f"the card of {target.repo_id!r} on the Hub can't be read: {error}") from error
     local = stage / "README.md"
-    weights = weights_digest(stage)
+    weights = hash_weight_files(stage)
     here = known_facts(local.read_text("utf-8-sig"), weights) if local.is_file() else CardFacts()
     write_card(stage, combine_facts(combine_facts(known_facts(remote, weights), here), facts))
     if edited:

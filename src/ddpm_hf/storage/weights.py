@@ -1,4 +1,4 @@
-"""The weights in a saved pipeline's folder, and which figures and pictures there were measured with them."""
+"""Hashes that identify the weights of a network, and of a saved one."""
 
 from __future__ import annotations
 
@@ -9,20 +9,6 @@ import torch
 from diffusers import UNet2DModel
 
 
-def weights_digest(folder: Path) -> str:
-    """A hash that tells one set of weights from another."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("unet/*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def values_digest(folder: Path) -> str:
-    """The hash of the weights as they load, which does not depend on how they are stored."""
-    return hash_weights(UNet2DModel.from_pretrained(folder, subfolder="unet"))
-
-
 def hash_weights(network: torch.nn.Module) -> str:
     """SHA-256 over the names, types, shapes and values of a network's weights."""
     digest = hashlib.sha256()
@@ -30,3 +16,17 @@ def hash_weights(network: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def hash_loaded_weights(folder: Path) -> str:
+    """`hash_weights` of a saved pipeline's network, which does not depend on how its files divide the weights."""
+    return hash_weights(UNet2DModel.from_pretrained(folder, subfolder="unet"))
+
+
+def hash_weight_files(folder: Path) -> str:
+    """A hash of a saved pipeline's weight files as they are, without loading them."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("unet/*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
