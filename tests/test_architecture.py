@@ -22,6 +22,7 @@ FOLDERS = {
     "sampling": {"data", "diffusion", "distributed", "storage"},
     "evaluation.metrics": {"data", "diffusion", "distributed"},
     "evaluation": {"config", "data", "diffusion", "distributed", "evaluation.metrics", "sampling", "storage"},
+    "restoration": {"diffusion"},
     "sharing": {"diffusion", "evaluation", "storage"},
     "sharing.conversion": {"config", "diffusion", "sharing", "storage"},
     "training": {
@@ -36,6 +37,9 @@ FOLDERS = {
 
 # Within a folder. A file that is not named here imports none of its neighbours.
 FILES = {
+    "restoration.methods": {"operators"},
+    "restoration.restore": {"methods", "operators"},
+    "restoration.edit": {"restore"},
     "config.commands": {"options"},
     "config.launch": {"options"},
     "config.parsing": {"launch", "training"},

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .evaluation.calibration import calibrate
     from .evaluation.evaluate import evaluate
     from .evaluation.likelihood import bits_per_dim, rate_distortion
+    from .restoration.edit import edit, interpolate, invert, variations
+    from .restoration.operators import Blur, Compose, Downsample, Grayscale, Inpaint
+    from .restoration.restore import restore
     from .sampling.folder import sample_to_folder
     from .sharing.conversion.convert import convert_model
     from .sharing.push import push_folder
@@ -26,38 +29,58 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _MODULES = {
+    "Blur": "restoration.operators",
+    "Compose": "restoration.operators",
     "DDPMPipelineCustom": "diffusion.pipeline",
     "DDPMProcess": "diffusion.ddpm_process",
     "DDPMSchedulerCustom": "diffusion.scheduling_ddpm_custom",
+    "Downsample": "restoration.operators",
     "EvaluateConfig": "config.commands",
+    "Grayscale": "restoration.operators",
+    "Inpaint": "restoration.operators",
     "TrainConfig": "config.training",
     "bits_per_dim": "evaluation.likelihood",
     "calibrate": "evaluation.calibration",
     "convert_model": "sharing.conversion.convert",
+    "edit": "restoration.edit",
     "evaluate": "evaluation.evaluate",
+    "interpolate": "restoration.edit",
+    "invert": "restoration.edit",
     "load_pipeline": "storage.loading",
     "push_folder": "sharing.push",
     "rate_distortion": "evaluation.likelihood",
+    "restore": "restoration.restore",
     "sample_to_folder": "sampling.folder",
     "train": "training.loop",
+    "variations": "restoration.edit",
 }
 
 __all__ = [
+    "Blur",
+    "Compose",
     "DDPMPipelineCustom",
     "DDPMProcess",
     "DDPMSchedulerCustom",
+    "Downsample",
     "EvaluateConfig",
+    "Grayscale",
+    "Inpaint",
     "TrainConfig",
     "__version__",
     "bits_per_dim",
     "calibrate",
     "convert_model",
+    "edit",
     "evaluate",
+    "interpolate",
+    "invert",
     "load_pipeline",
     "push_folder",
     "rate_distortion",
+    "restore",
     "sample_to_folder",
     "train",
+    "variations",
 ]
 
 

@@ -114,6 +114,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
+        latents: Tensor | None = None,
         timesteps: Sequence[int] | Tensor | str | None = None,
         eta: float | None = None,
         solver_order: int = 1,
@@ -134,6 +135,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
             num_inference_steps: K, 1 ≤ K ≤ T; by default T. The trajectory is spread by the scheduler's
                 `timestep_spacing`.
             output_type: "pil", "np" (B, H, W, C), "pt" (B, C, H, W), or "latent": x_0 as it is, (B, C, H, W).
+            latents: x_t of the first timestep, (B, C, H, W), to start from; by default x_T ~ N(0, I).
             timesteps: the trajectory itself, strictly descending, instead of `num_inference_steps`; or the name of a
                 spacing for them: "optimal", "linspace", "trailing" or "leading".
             eta: in [0, 1], from DDIM (0) to ancestral DDPM (1); by default the scheduler's own: 1 for ours, 0 for DDIM.
@@ -169,7 +171,12 @@ class DDPMPipelineCustom(DiffusionPipeline):
         # 3. x_T ~ N(0, I), in float32 whatever the network's precision
         device = self._execution_device
         shape = (batch_size, self.unet.config.in_channels, *image_size(self.unet))
-        x_t = draw_noise(shape, generator, device, torch.float32) * scheduler.init_noise_sigma
+        if latents is None:
+            x_t = draw_noise(shape, generator, device, torch.float32) * scheduler.init_noise_sigma
+        elif latents.shape == shape:
+            x_t = latents.to(device, torch.promote_types(latents.dtype, torch.float32))
+        else:
+            raise ValueError(f"`latents` have shape {tuple(latents.shape)}, but must have {shape}.")
 
         # 4. Denoise step by step
         recorded: list[tuple[Tensor, Tensor | None, int]] = []
