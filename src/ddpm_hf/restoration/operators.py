@@ -86,6 +86,7 @@ class SeparableMap(SpectralMap):
         self.vectors = [v.to(device, dtype) for v in vectors]
 
     def __call__(self, x: Tensor) -> Tensor:
+        """A x."""
         return _on_each_axis(x, self.matrices)
 
     def adjoint(self, y: Tensor) -> Tensor:
@@ -111,6 +112,7 @@ class MaskMap(SpectralMap):
         self.mask = mask
 
     def __call__(self, x: Tensor) -> Tensor:
+        """A x."""
         return self.mask * x
 
     def adjoint(self, y: Tensor) -> Tensor:
@@ -139,6 +141,7 @@ class ConvolutionMap(SpectralMap):
         self.eigenvalues = eigenvalues.where(eigenvalues > smallest, 0).to(device, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """A x."""
         return self._multiply(x, self.transfer)
 
     def adjoint(self, y: Tensor) -> Tensor:
@@ -167,6 +170,7 @@ class IterativeMap(LinearMap):
         self._forward, self._adjoint = forward, adjoint
 
     def __call__(self, x: Tensor) -> Tensor:
+        """A x."""
         return self._forward(x)
 
     def adjoint(self, y: Tensor) -> Tensor:
