@@ -11,9 +11,10 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 
 import ddpm_hf
 from support.hub_server import point_client_at, serve_hub
-from support.reader import ROOT, furnish, run_shell
+from support.reader import ROOT, furnish, run_shell, write_yaml
 
-PAGES = sorted(file for file in (ROOT / "docs" / "pages").glob("*.md"))
+PAGES = sorted((ROOT / "docs" / "pages").glob("*.md"))
+SLOW = {"train"}
 MAY_BE_SKIPPED = 12  # blocks, of all pages together
 
 
@@ -35,10 +36,13 @@ def hub(monkeypatch, tmp_path_factory):
 
 def parse(page: Path) -> Document:
     bash = CodeBlockParser("bash", lambda example: run_shell(example.parsed))
-    return Document.parse(str(page), PythonCodeBlockParser(), bash, SkipParser())
+    yaml = CodeBlockParser("yaml", lambda example: write_yaml(example.parsed))
+    return Document.parse(str(page), PythonCodeBlockParser(), bash, yaml, SkipParser())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in PAGES]
+)
 def test_code_of_the_page_runs(page, reader_folder, hub, tmp_path, monkeypatch):
     shutil.copytree(reader_folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)

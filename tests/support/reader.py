@@ -3,6 +3,7 @@
 import json
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from accelerate.commands.launch import launch_command_parser
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
-from ddpm_hf import TrainConfig, train
 from ddpm_hf.cli import main
-from ddpm_hf.config.parsing import parse_train_config
+from ddpm_hf.config.parsing import parse_train_command
+from ddpm_hf.training.__main__ import main as train_here
 from support.models import tiny_unet
 from support.runs import ROOT, TINY_UNET
 
@@ -32,15 +33,10 @@ SMALL = {  # added to what the page says; later options win
 
 
 def furnish(folder: Path) -> None:
-    """A trained model with a checkpoint, a folder of images, a data set and a stock model of the Hub's names."""
-    options = {
-        "dataset_name": "digits", "resolution": 16, "channels": 1, "unet": TINY_UNET, "use_ema": True,
-        "ddpm_num_steps": 100, "ddpm_beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction",
-        "max_train_steps": 2, "train_batch_size": 4, "eval_batch_size": 4, "ddpm_num_inference_steps": 2,
-        "report_to": ["none"], "calibration_images": 0,
-    }  # fmt: skip
-    train(TrainConfig(**options, output_dir=str(folder / "ddpm-digits")))
-    (folder / "ddpm-digits" / "checkpoint-2").rename(folder / "ddpm-digits" / "checkpoint-3400")
+    """A trained model, a folder of images, a data set and a stock model that have the names of those of the Hub."""
+    output_dir = folder / "ddpm-digits"  # of a reader who has typed `ddpm-hf train`
+    train_here([*SMALL_RUN, "--ddpm_num_steps", "100", "--output_dir", str(output_dir)])
+    (output_dir / "checkpoint-2").rename(output_dir / "checkpoint-3400")
 
     pixels = np.random.default_rng(0).integers(256, size=(64, 32, 32, 3), dtype=np.uint8)
     pictures = [Image.fromarray(p) for p in pixels]
@@ -52,8 +48,16 @@ def furnish(folder: Path) -> None:
     rows = datasets.Dataset.from_dict({"img": pictures, "label": [0, 1] * 32}, features)
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(folder / "uoft-cs" / "cifar10")
 
+    shutil.copytree(ROOT / "training" / "accelerate", folder / "training" / "accelerate")
+
     stock = DDPMPipeline(tiny_unet(sample_size=32), DDPMScheduler(100, beta_schedule="squaredcos_cap_v2"))
     stock.save_pretrained(folder / "google" / "ddpm-cifar10-32")
+
+
+def write_yaml(content: str) -> None:
+    """Write a file that the page shows, under the name in its first line."""
+    name = content.splitlines()[0].removeprefix("# ")
+    Path(name).write_text(content, "utf-8")
 
 
 def run_shell(script: str) -> None:
@@ -73,13 +77,11 @@ def run_command(command: list[str]) -> None:
     program, *arguments = command
     if program == "accelerate" and arguments[0] == "launch":
         launcher = launch_command_parser().parse_args(arguments[1:])
-        arguments = launcher.training_script_args
         if launcher.module:
-            arguments = [] if launcher.training_script == "ddpm_hf" else [launcher.training_script.split(".")[-1]]
-            arguments += launcher.training_script_args
-            run_ddpm_hf(arguments)
+            command = {"ddpm_hf": [], "ddpm_hf.training": ["train"]}[launcher.training_script]
+            run_ddpm_hf([*command, *launcher.training_script_args])
         else:
-            run_script(launcher.training_script, arguments)
+            run_script(launcher.training_script, launcher.training_script_args)
     elif program == "ddpm-hf":
         run_ddpm_hf(arguments)
     elif program == "python":
@@ -102,9 +104,15 @@ def run_script(script: str, arguments: list[str]) -> None:
         sys.argv = before
 
 
-def run_ddpm_hf(arguments: list[str]) -> None:
-    arguments = [*arguments, *SMALL.get(arguments[0], ())]
-    if arguments[0] == "train":
-        train(parse_train_config(arguments[1:]))
+def run_ddpm_hf(given: list[str]) -> None:
+    arguments = [*given, *SMALL.get(given[0], ())]
+    if given[0] in ("sample", "evaluate") and "--steps" not in given:
+        arguments += ["--steps", "4"]
+    if given == ["train"]:  # `furnish` has done it
+        return
+    if given[0] == "train":  # this process stands for all of them
+        launch_options, options = parse_train_command(arguments[1:])
+        if not launch_options.machine_rank:
+            train_here(options)
     else:
         main(arguments)
