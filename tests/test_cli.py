@@ -98,7 +98,7 @@ def test_bad_options_of_the_launcher_are_refused(flags, message):
 
 def test_a_launched_process_starts_no_others(monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(SystemExit, match="--num_processes is for the launcher"):
+    with pytest.raises(SystemExit, match="--num_processes configures a launcher"):
         main(["train", "--num_processes", "2"])
 
 

@@ -1,4 +1,4 @@
-"""What the commands of `ddpm-hf` do. Imports that take seconds wait until they are needed."""
+"""What the commands of `ddpm-hf` do. Imports that take seconds are made when they are needed."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 
 def train(argv: Sequence[str]) -> None:
-    """Train in this process, or in those that Accelerate's launcher starts for the flags."""
-    options, others = parse_train_command(argv)  # takes no torch: --help and mistakes answer at once
+    """Train in this process, or in the processes that Accelerate's launcher starts."""
+    options, others = parse_train_command(argv)  # mistakes are found before torch is imported
     from .training.launch import is_launched, launch, needs_launcher
 
     if is_launched() and options.given():
-        raise ValueError(f"{options.given()[0]} is for the launcher that has started this process: leave it out here.")
+        raise ValueError(
+            f"{options.given()[0]} configures a launcher, but a launcher has started this process: leave it out."
+        )
     if needs_launcher(options) and not is_launched():
         launch(options, others)
     else:
@@ -39,7 +41,7 @@ def train(argv: Sequence[str]) -> None:
 
 
 def sample(model: str, config: SampleConfig) -> Path:
-    """Fill the output folder with images and `grid.png`, by all processes; returns the folder."""
+    """Fill the output folder with images and `grid.png`, with all processes; returns the folder."""
     from .sampling.batch_size import fitting_batch_size
     from .sampling.files import image_files
     from .sampling.folder import sample_to_folder
@@ -72,7 +74,7 @@ def sample(model: str, config: SampleConfig) -> Path:
     )
     if state.is_main_process:
         earlier = config.num_images - made
-        print(f"{config.num_images} images are in {output_dir}/: {made} new ones, {earlier} that were there already.")
+        print(f"{config.num_images} images are in {output_dir}/: {made} new, {earlier} from before.")
     return output_dir
 
 
@@ -93,7 +95,7 @@ def evaluate(model: str, config: EvaluateConfig) -> Path:
 
 
 def calibrate(model: str, config: CalibrateConfig) -> Path:
-    """Measure a model on images, and save it with what was measured; returns its folder."""
+    """Calibrate a model on images and save it; returns its folder."""
     from .data.dataset import load_images
     from .evaluation.calibration import calibrate as measure
     from .evaluation.calibration import save_calibrated, steps_table
@@ -121,13 +123,15 @@ def calibrate(model: str, config: CalibrateConfig) -> Path:
         save_calibrated(pipeline, folder)
         write_card(folder)
         worst = float((calibration.x_0_error_standard_error / calibration.x_0_error).max())
-        print(f"{steps_table(pipeline.scheduler)}\nThe errors of x̂_0 are known to {worst:.1%} or better.")
+        print(
+            f"{steps_table(pipeline.scheduler)}\nThe standard errors of x̂_0's errors are at most {worst:.1%} of them."
+        )
         print(f"The calibrated model is in {folder}/; sample from it with --spacing optimal --variance_type optimal.")
     return folder
 
 
 def push(model: str, repo_id: str, config: PushConfig) -> str:
-    """Push the model of a folder; returns the address of the commit or pull request."""
+    """Push the model in a folder; returns the URL of the commit or pull request."""
     from .sharing.card import CardFacts
     from .sharing.hub import HubTarget
     from .sharing.push import push_folder, resume_command, upload_plan
@@ -154,29 +158,30 @@ def push(model: str, repo_id: str, config: PushConfig) -> str:
 
 
 def convert(source: str, destination: str, config: ConvertConfig) -> Path:
-    """Write a converted model into a new folder; returns the folder."""
+    """Convert a model into a new folder; returns the folder."""
     from .sharing.conversion.convert import convert_model
 
     folder = convert_model(source, Path(destination), config)
-    print(f"{source} is now {folder}, with equal outputs.\nSee it with:\n  ddpm-hf sample {shlex.quote(str(folder))}")
+    print(f"Converted {source} to {folder}; the outputs are equal.")
+    print(f"Sample with:\n  ddpm-hf sample {shlex.quote(str(folder))}")
     return folder
 
 
 def _processes() -> PartialState:
-    """All processes that a launcher has started, on CPUs too, where accelerate leaves each to itself unless told."""
+    """The processes that a launcher has started, on CPUs too, where Accelerate joins them only if told to."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=cpu, timeout=timedelta(days=7))  # whoever is done first waits for the others
+    return PartialState(cpu=cpu, timeout=timedelta(days=7))  # the first to finish waits for the others
 
 
 def _load_pipeline(
     model: str, config: SampleConfig | EvaluateConfig | CalibrateConfig, dtype: str = "float32"
 ) -> DDPMPipelineCustom:
     """The model on its device."""
-    import torch  # takes seconds: --help and mistakes answer at once
+    import torch
 
     from .storage.loading import load_pipeline
 
@@ -184,15 +189,13 @@ def _load_pipeline(
     return load_pipeline(model, config.revision, getattr(torch, dtype)).to(device)
 
 
-def _device(name: str | None) -> str:
-    """The device asked for, if it can hold a tensor; else the best one present."""
+def _device(name: str) -> str:
+    """The name of a device, if it can hold a tensor."""
     import torch
 
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"`device` is {name!r}, but that can't be used here ({reason}): try --device cpu.") from error
+        raise ValueError(f"`device` is {name!r}, which can't be used here ({reason}): try --device cpu.") from error
     return name

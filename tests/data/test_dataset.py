@@ -1,5 +1,7 @@
 """Training images: the same from every kind of storage, in an order that is a function of progress."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,25 @@ def test_stored_images_are_a_tensor_in_memory():
 
 
 @pytest.mark.slow
+def test_a_thread_reads_ahead_while_a_batch_is_used():
+    main, threads, read_next = threading.current_thread(), [], threading.Event()
+
+    class Watched(StoredImages):
+        def _read(self, request):
+            threads.append(threading.current_thread())
+            if len(threads) == 2:
+                read_next.set()
+            return super()._read(request)
+
+    images = Watched(torch.arange(100, dtype=torch.uint8).reshape(100, 1, 1, 1), "numbers")
+    batches = images.batches(0, 4, 4, seed=0)
+    first = next(batches)
+    assert read_next.wait(timeout=60)
+    assert main not in threads
+    seen = torch.cat([first.pixels, *(next(batches).pixels for _ in range(24))])
+    assert sorted(seen.flatten().tolist()) == list(range(100))
+
+
 def test_a_run_trains_on_a_stream(tmp_path, damaged):
     options = ["--train_data_dir", str(damaged), "--resolution", "8", "--channels", "3", "--max_train_steps", "2"]
     options += ["--streaming", "--dataloader_num_workers", "1", "--on_bad_image", "skip"]

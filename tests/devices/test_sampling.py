@@ -100,10 +100,25 @@ def test_a_step_by_a_timestep_wherever_it_lies_waits_in_the_first_step_at_most(k
         x, x_0 = torch.randn(2, 3, 8, 8, device="cuda"), None
         for t in scheduler.timesteps:
             output = torch.randn(2, channels, 8, 8, device="cuda")
-            x, x_0 = scheduler.step(output, at(t), x, eta=0.5, previous_x_0=x_0, return_dict=False)
+            x, x_0 = scheduler.step(output, at(t), x, ddim_eta=0.5, previous_x_0=x_0, return_dict=False)
             waits.append(gpu.waits.total())
     assert len(set(waits)) == 1, gpu.waits
     assert x.shape == (2, 3, 8, 8)
+
+
+def test_the_cpu_queues_some_steps_and_no_more():
+    """The noise of each queued step lies in pinned memory."""
+    with PretendGpu() as gpu:
+        pipe().to("cuda")(1, torch.Generator(), 50, "latent")
+    assert 2 <= gpu.furthest_ahead <= 10
+
+
+def test_a_call_waits_for_its_noise_and_to_see_whether_it_is_finite():
+    with PretendGpu() as gpu:
+        on_gpu = pipe(classes=5).to("cuda")
+        gpu.waits.clear()
+        on_gpu(2, [torch.Generator(), torch.Generator()], 4, "latent", class_labels=[1, 2])
+    assert gpu.waits.total() <= 1, gpu.waits
 
 
 # --- these tests can fail --------------------------------------------------------------------------------------------

@@ -1,69 +1,84 @@
-"""Models of the Hub: the real client, in a process of its own with a fresh cache, against a server on this machine."""
-
-import os
-import subprocess
-import sys
+"""Write access is checked before long work, and the Hub is asked again where a failure may pass."""
 
 import pytest
-from diffusers import DDPMPipeline, DDPMScheduler
+from huggingface_hub import constants
 
-from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
-from support.hub_server import serve_hub
+from ddpm_hf.sharing.hub import HubTarget, PushError, Retry, check_push_access
+from support.hub_server import NO_DELAYS, TOKEN
 
-SAMPLE = [sys.executable, "-c", "from ddpm_hf.cli import main; main()", "sample"]
-
-
-@pytest.fixture
-def hub(make_unet, tmp_path):
-    """Runs a command with a Hub that has `someone/stock` and `someone/ours`."""
-    DDPMPipeline(make_unet(), DDPMScheduler(variance_type="fixed_large")).save_pretrained(
-        tmp_path / "hub/someone/stock"
-    )
-    DDPMPipelineCustom(make_unet(), DDPMSchedulerCustom()).save_pretrained(tmp_path / "hub/someone/ours")
-    with serve_hub(tmp_path / "hub") as server:
-        env = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        env.pop("HF_HUB_OFFLINE", None)
-        yield lambda command: subprocess.run(
-            command, env=env, capture_output=True, text=True, cwd=tmp_path, check=False
-        )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["someone/stock", "someone/ours"])
-def test_sample_command_takes_models_of_the_hub(hub, model, tmp_path):
-    done = hub([*SAMPLE, model, "--num_images", "2", "--num_inference_steps", "2", "--output_dir", "out"])
-    assert done.returncode == 0, done.stderr
-    names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names >= {"00000.png", "00001.png", "grid.png", "sampling.json"}
+REFUSALS = {
+    "wrong token": ({}, {"token": "hf_wrong"}, "the Hub rejects this token.*hf auth login"),
+    "read-only token": ({}, {"token": "hf_reader"}, "token of 'me' is read-only.*role `write`"),
+    "no token": ({}, {"token": None}, "no token.*hf auth login.*HF_TOKEN"),
+    "somebody else's name": (
+        {"repo_id": "stranger/new"},
+        {},
+        "'me' is not a member of 'stranger': use me/new or lab/new",
+    ),
+    "somebody else's repository": ({"repo_id": "stranger/theirs"}, {}, "'me' is not a member of 'stranger'"),
+    "an organisation that I read": ({"repo_id": "library/new"}, {}, "'me' has only read access to 'library'"),
+    "public, but private was asked": (
+        {"repo_id": "me/public", "private": True},
+        {},
+        "'me/public' exists and is public",
+    ),
+    "nothing to open a pull request in": ({"repo_id": "me/none", "create_pr": True}, {}, "no repository 'me/none'"),
+}
 
 
-@pytest.mark.slow
-def test_models_that_the_hub_does_not_have_are_named(hub, tmp_path):
-    done = hub([*SAMPLE, "someone/else", "--output_dir", "out"])
-    assert done.returncode == 1
-    assert "error: there is no model 'someone/else'" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("case", REFUSALS)
+def test_token_problems_are_found_before_training_starts(hub, case):
+    target, token, message = REFUSALS[case]
+    hub.add_token("hf_reader", role="read")
+    for name in ("stranger/theirs", "me/public"):  # they exist: create_repo(exist_ok=True) would be content
+        hub.add_repo(name)
+    before = set(hub.repos)
+    with pytest.raises(ValueError, match=message):
+        check_push_access(HubTarget(**{"repo_id": "me/new", "token": TOKEN, **target, **token}), NO_DELAYS)
+    assert set(hub.repos) == before
+    assert all(len(r.commits) == 1 for r in hub.repos.values())
 
 
-@pytest.mark.slow
-def test_remote_code_comes_from_the_hub_and_needs_trust(hub):
-    script = """
-import sys
-sys.modules["ddpm_hf"] = None  # not installed
-from diffusers import DiffusionPipeline
-print(type(DiffusionPipeline.from_pretrained("someone/ours")).__name__)
-pipe = DiffusionPipeline.from_pretrained("someone/ours", custom_pipeline="someone/ours", trust_remote_code=True)
-print(type(pipe).__name__, type(pipe.scheduler).__name__, pipe(num_inference_steps=2, output_type="np").images.shape)
-try:
-    DiffusionPipeline.from_pretrained("someone/ours", custom_pipeline="someone/ours")
-except ValueError:
-    print("refused")
-"""
-    done = hub([sys.executable, "-c", script])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:3] == [
-        "DDPMPipeline",
-        "DDPMPipelineCustom DDPMSchedulerCustom (1, 8, 8, 3)",
-        "refused",
-    ]
+def test_access_is_granted_to_the_full_name_and_makes_the_repository(hub):
+    assert check_push_access(HubTarget("new", TOKEN, private=True)) == "me/new"
+    assert hub.repos["me/new"].private
+    assert check_push_access(HubTarget("me/new", TOKEN, private=True)) == "me/new"
+
+
+def test_a_token_without_the_right_for_this_repository_is_found(hub):
+    """A fine-grained token: its role says nothing, only the Hub knows."""
+    hub.add_repo("me/model")
+    hub.fail("GET .*/auth-check/write", 403)
+    with pytest.raises(ValueError, match="may not write to 'me/model'"):
+        check_push_access(HubTarget("me/model", TOKEN), NO_DELAYS)
+
+
+def test_a_client_that_is_told_to_stay_offline_says_so(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PushError, match="HF_HUB_OFFLINE is set"):
+        check_push_access(HubTarget("me/model", TOKEN))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repo_id": "a/b/c"}, "repo_id.*'a/b/c'"),
+        ({"repo_id": "me/a--b"}, "repo_id.*'me/a--b'.*without '--'"),
+        ({"repo_id": "me/" + "a" * 97}, "repo_id.*96 characters"),
+        ({"token": TOKEN + "\n"}, "token contains spaces"),
+        ({"revision": "a..b"}, "revision.*'a..b'"),
+        ({"tag": "has blank"}, "tag.*'has blank'"),
+        ({"create_pr": True, "revision": "x"}, "leave out revision and tag"),
+    ],
+)
+def test_bad_targets_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        HubTarget(**{"repo_id": "me/model", **options})
+    assert TOKEN not in str(caught.value)
+
+
+def test_the_wait_that_the_hub_asks_for_is_kept(hub):
+    delays = []
+    hub.fail("whoami", 429, 1, **{"Retry-After": "17"})
+    Retry(delays=(1.0,), sleep=delays.append)(HubTarget("me/model", TOKEN).api().whoami, "x")
+    assert delays == [17.0]

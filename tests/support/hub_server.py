@@ -17,9 +17,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from huggingface_hub import constants, hf_api
 
+from ddpm_hf.sharing.hub import Retry
 from support.card_rules import card_errors
 
 ROLES = ("read", "write", "admin")
+TOKEN = "hf_ThisIsTheSecretOfTheTests"
+NO_DELAYS = Retry(delays=(0.0, 0.0, 0.0))
 
 
 @dataclass

@@ -22,6 +22,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from contextlib import ExitStack
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -55,6 +56,8 @@ class PretendGpu:
         self.waits, self.unsafe, self.frozen = Counter(), Counter(), Counter()
         self.factories_here = False  # whether operations without operands make tensors on the device
         self.is_watching = True
+        self.events = self.reached = 0  # recorded, and known to be over
+        self.furthest_ahead = 0  # so many events, at most, the CPU was ahead
 
     # --- where tensors lie ---
 
@@ -108,6 +111,12 @@ class PretendGpu:
             self.is_watching = before
         return self.put(copy, "gpu" if to_gpu else "cpu")
 
+    def record_event(self) -> SimpleNamespace:
+        self.events += 1
+        number = self.events
+        self.furthest_ahead = max(self.furthest_ahead, self.events - self.reached)
+        return SimpleNamespace(synchronize=lambda: setattr(self, "reached", max(self.reached, number)))
+
     # --- the context ---
 
     def __enter__(self) -> PretendGpu:
@@ -127,11 +136,12 @@ class PretendGpu:
                 "is_available": lambda: is_cuda,
                 "_lazy_init": lambda: None,
                 "synchronize": lambda device=None: self.note(self.waits, "synchronize"),
+                "current_stream": lambda device=None: SimpleNamespace(record_event=self.record_event),
                 "device_count": lambda: int(is_cuda),
                 "current_device": lambda: 0,
                 "get_device_name": lambda device=None: "pretended",
                 "get_device_capability": lambda device=None: self.capability,
-                "get_device_properties": lambda device=None: mock.Mock(total_memory=self.memory),
+                "get_device_properties": lambda device=None: SimpleNamespace(total_memory=self.memory),
                 "is_bf16_supported": lambda including_emulation=True: self.capability >= (8, 0),
             },
             torch.backends.mps: {"is_available": lambda: not is_cuda},

@@ -13,17 +13,19 @@ METRICS = ("bpd", "fid", "kid", "isc", "fd", "kd", "prc", "nearest")
 
 @dataclass
 class SamplingOptions:
-    """How images are made."""
+    """How images are sampled."""
 
-    num_inference_steps: int | None = option(None, "K, steps per image; default: the model's T.", ["--steps"])
+    num_inference_steps: int | None = option(None, "K, the steps per image. Default: the model's T.", ["--steps"])
     timestep_spacing: Literal["model", "linspace", "trailing", "leading", "optimal"] = option(
         "model", "How K steps are spread over T; `optimal` needs a calibrated model.", ["--spacing"]
     )
     variance_type: Literal["model", "fixed_small", "fixed_large", "optimal"] = option(
-        "model", "σ² of a step; `optimal` needs a calibrated model."
+        "model", "The variance σ² of a step; `optimal` needs a calibrated model."
     )
     eta: float | None = option(None, "From 0 (DDIM) to 1 (ancestral DDPM, the default).")
-    solver_order: Literal[1, 2] = option(1, "2 corrects steps by the change of x̂_0: much better in few steps.")
+    solver_order: Literal[1, 2] = option(
+        1, "2 adds a second-order correction, from the change of x̂_0: much better in few steps."
+    )
     class_label: list[int] | None = option(None, "For class-conditional models: labels, used in turn.")
     guidance_scale: float = option(1.0, "Classifier-free guidance; 1 is off.")
 
@@ -83,17 +85,20 @@ class SampleConfig(SamplingOptions):
     """Options of `ddpm-hf sample`."""
 
     num_images: int = option(64, "How many images to make.")
-    seed: int = option(0, "Image i comes from the random numbers of seed + i.")
-    output_dir: str = option("samples", "Folder for the images and their grid. What is there already is gone on with.")
+    seed: int = option(0, "Image i depends on seed + i alone.")
+    output_dir: str = option(
+        "samples", "Folder for the images and their grid; existing images of the same settings are kept."
+    )
     format: Literal["png", "npz"] = option("png", "Numbered PNGs, or one samples.npz with arr_0 (N, H, W, C).")
     batch_size: int | None = option(
         None,
-        "Images per forward pass and process; changes images by rounding only. Default: 64 (GPU: 256), or what fits.",
+        "Images per forward pass and process; changes images by rounding only. Default: 64 (GPU: 256), less if memory "
+        "is short.",
     )
-    device: str | None = option(None, "cpu, cuda, mps, …; default: the best one present.")
+    device: str | None = option(None, "cpu, cuda, mps, …; default: the best one available.")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the network.")
-    fast: bool = option(False, "Half precision and compilation where they pay on this machine; says what it chose.")
-    revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+    fast: bool = option(False, "Half precision and compilation if they pay on this machine; prints what was chosen.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -107,16 +112,16 @@ class PushConfig:
     """Options of `ddpm-hf push`."""
 
     private: bool = option(False, "Make the repository private.")
-    revision: str | None = option(None, "The branch to push to, made if it does not exist; default: main.")
-    tag: str | None = option(None, "Tag what was pushed.")
-    create_pr: bool = option(False, "Open a pull request, in a repository of anybody.")
+    revision: str | None = option(None, "The branch to push to, created if needed. Default: main.")
+    tag: str | None = option(None, "Tag the pushed commit.")
+    create_pr: bool = option(False, "Open a pull request, which needs no write access to the repository.")
     share_training_images: bool = option(
         False, "Also upload the pictures that show training images: real.png, samples_and_real.png, nearest*.png."
     )
     dry_run: bool = option(False, "List what would be uploaded, and stop.")
-    license: str | None = option(None, "The license for the card, as the Hub names it: apache-2.0, mit, cc-by-4.0, …")
+    license: str | None = option(None, "The license for the card, in the Hub's spelling: apache-2.0, mit, cc-by-4.0, …")
     hub_token: str | None = option(
-        None, "The token to push with. Default: that of HF_TOKEN or `hf auth login`, which other users can't see."
+        None, "Access token. Default: that of HF_TOKEN or `hf auth login`, which other users can't see in `ps`."
     )
 
     def __post_init__(self) -> None:
@@ -125,21 +130,21 @@ class PushConfig:
 
 @dataclass
 class ConvertConfig:
-    """Options of `ddpm-hf convert`. All but the first are for weight files, which don't say it themselves."""
+    """Options of `ddpm-hf convert`. All but the first describe weight files, which lack this information."""
 
-    revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
     resolution: int | None = option(None, "Height and width of the images that the network was trained on.")
-    num_heads: int | None = option(None, "Attention heads of an improved-diffusion network (its scripts say 4).")
+    num_heads: int | None = option(None, "Attention heads of an improved-diffusion network (4 in its scripts).")
     beta_schedule: Literal["linear", "squaredcos_cap_v2"] = option(
         "linear", "The β schedule of the training; squaredcos_cap_v2 is improved-diffusion's `cosine`."
     )
     prediction_type: Literal["epsilon", "sample"] = option(
-        "epsilon", "What the network predicts; sample is `predict_xstart`."
+        "epsilon", "What the network predicts; sample is improved-diffusion's `predict_xstart`."
     )
     variance_type: Literal["fixed_small", "fixed_large"] = option(
-        "fixed_large", "The reverse variance where the network does not learn it."
+        "fixed_large", "The reverse variance, if the network does not learn it."
     )
-    ddpm_num_steps: int = option(1000, "T, the number of diffusion steps of the training.")
+    ddpm_num_steps: int = option(1000, "T, the number of diffusion steps in training.")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -154,8 +159,8 @@ class CalibrateConfig(ImageOptions):
     seed: int = option(0, "Fixes the choice of images and their noise.")
     batch_size: int = option(64, "Images per forward pass.")
     output_dir: str | None = option(None, "Folder for the calibrated model. Default: the model's own.")
-    device: str | None = option(None, "cpu, cuda, mps, …; default: the best one present.")
-    revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+    device: str | None = option(None, "cpu, cuda, mps, …; default: the best one available.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -189,9 +194,9 @@ class EvaluateConfig(ImageOptions, SamplingOptions):
     batch_size: int = option(64, "Images per forward pass.")
     output_dir: str | None = option(None, "Folder for results and plots. Default: the model's own.")
     update_card: bool = option(True, "Write the results into the card in the model's folder.")
-    device: str | None = option(None, "cpu, cuda, mps, …; default: the best one present.")
+    device: str | None = option(None, "cpu, cuda, mps, …; default: the best one available.")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the network.")
-    revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -1,4 +1,4 @@
-"""What every configuration is made of: options with help and checks that name them."""
+"""Options: fields with a default and a help text, and checks whose errors name them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def option(default: Any, help: str, aliases: Sequence[str] = ()) -> Any:
-    """A field with a default and a help text, which is a flag and a YAML key as well."""
+    """A field of a configuration, which is a flag and a YAML key too."""
     return field(default=default, metadata={"help": help, "aliases": list(aliases)})
 
 
 def check_types(config: object) -> None:
-    """Check types, and the options that have a fixed set of values; argparse does so for flags only, not for YAML."""
+    """Raise a ValueError for values of a wrong type or outside a fixed set; argparse checks flags, but not YAML."""
     hints = get_type_hints(type(config))
     for name in (f.name for f in fields(config)):  # type: ignore[arg-type]
         value, hint = getattr(config, name), hints[name]
@@ -63,6 +63,6 @@ def fraction(config: object, *names: str) -> None:
 
 
 def check_seed(seed: int, images: int = 1) -> None:
-    """Raise a ValueError unless torch takes the seed, and those of the next images too."""
+    """Raise a ValueError unless torch accepts `seed`, …, `seed + images - 1`."""
     if not 0 <= seed <= 2**63 - images:
         raise ValueError(f"`seed` is {seed}, but must lie between 0 and 2^63 - {images}.")

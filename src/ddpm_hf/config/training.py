@@ -1,4 +1,4 @@
-"""The configuration of a run: one dataclass field = one flag = one YAML key. Defaults and help live nowhere else."""
+"""The configuration of a run. Defaults and help texts live here and nowhere else."""
 
 from __future__ import annotations
 
@@ -13,67 +13,68 @@ from .options import at_least, check_seed, check_types, fraction, option, positi
 IMAGE_MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}  # Pillow's name → channels
 TRACKERS = ("tensorboard", "wandb", "trackio")
 MIN_EVAL_IMAGES = 16
-SECRETS = ("hub_token",)  # options that are written down nowhere
+SECRETS = ("hub_token",)  # options that are never logged or saved
 
 
 @dataclass
 class DataOptions:
-    """Which images, and what is done to them."""
+    """Which images, and how they are prepared."""
 
     _argument_group_name: ClassVar[str] = "data"
 
     dataset_name: str | None = option(
         None,
-        "A dataset of the Hub, a local dataset folder, files (.parquet, .arrow, .tar of WebDataset; also by * and ?), "
+        "A dataset of the Hub, a local dataset folder, files (.parquet, .arrow, .tar of WebDataset; * and ? work), "
         "or `digits`: the scans that scikit-learn ships.",
     )
-    dataset_config_name: str | None = option(None, "The dataset's configuration, where it has several.")
-    train_data_dir: str | None = option(None, "A folder of images with all its sub-folders, instead of a dataset.")
+    dataset_config_name: str | None = option(None, "The configuration of a dataset that has several.")
+    train_data_dir: str | None = option(None, "A folder of images, searched recursively, instead of a dataset.")
     cache_dir: str | None = option(
-        None, "Where downloaded datasets and decoded images are kept. Default: the cache of `datasets`."
+        None, "Where downloaded datasets and decoded images are cached. Default: the cache of `datasets`."
     )
-    image_column: str | None = option(None, "The column that holds the images; found by its type if not given.")
+    image_column: str | None = option(None, "The column that holds the images. Default: found by its type.")
     label_column: str | None = option(
         None,
-        "Train class-conditionally with this column: ClassLabel, integers or text. In a folder of images, `label` "
-        "is the name of the sub-folder. Default: unconditional.",
+        "Train a class-conditional model on the labels in this column: ClassLabel, integers or text. In a folder of "
+        "images, `label` is the name of the sub-folder. Default: unconditional.",
     )
-    resolution: int = option(64, "Height and width of the images: they are cropped to a square and resized to it.")
+    resolution: int = option(64, "Height and width in pixels: images are cropped to a square and resized to this size.")
     image_mode: str | None = option(
         None,
-        "Mode of the images: L (grayscale), LA, RGB or RGBA. Default: by --channels. Without A, transparent "
+        "Mode of the images: L (grayscale), LA, RGB or RGBA. Default: from --channels. Without A, transparent "
         "parts become white.",
     )
-    channels: int | None = option(None, "Channels of the images: 1, 2, 3 or 4. Default: by --image_mode, else 3.")
+    channels: int | None = option(None, "Channels of the images: 1, 2, 3 or 4. Default: from --image_mode, else 3.")
     resize: Literal["bicubic", "lanczos"] = option(
         "bicubic",
-        "Antialiased resizing: bicubic, as the field resizes for FID, or the sharper Lanczos, which rings more.",
+        "Antialiased resizing: bicubic, as is usual for FID, or Lanczos, which is sharper and rings more.",
     )
     center_crop: bool = option(
         False,
-        "Crop the centre; without this flag, a random part (fixed per image, by the seed and its place in the data).",
+        "Crop the centre. Without this flag, crop a random part: the same one in every epoch, fixed by --seed.",
     )
     random_flip: bool = option(False, "Flip images horizontally with probability 1/2.")
     preserve_input_precision: bool = option(
-        False, "Keep 16 bits per channel. (Pillow reads them from grayscale images; of 16-bit colour it keeps 8.)"
+        False, "Keep 16 bits per channel. Pillow reads 16 bits of grayscale images only; of 16-bit colour it keeps 8."
     )
     on_bad_image: Literal["raise", "skip"] = option(
-        "raise", "End with the name of the first image that can't be read, or leave such images out and list them."
+        "raise", "Images that can't be read: stop and name the first one, or skip and list them."
     )
     cache_limit_gb: float | None = option(
         None,
-        "Decoded images are kept on disk up to this size, and beyond it decoded whenever needed; 0: always decode. "
+        "Cache decoded images on disk if they fit this size; else decode them whenever they are needed. 0: no cache. "
         "Default: half of the free disk space.",
     )
     dataloader_num_workers: int = option(
-        0, "Processes that decode images during training, where they are not kept; 0: the training process does."
+        0, "Processes that decode images during training if they are not cached; 0: the training process itself."
     )
     streaming: bool = option(
         False,
-        "Read the dataset while training, for what does not fit the disk; needs --max_train_steps. Every process reads "
-        "all of the stream and decodes its part. Resuming reads on to its place: up to two epochs, not decoded.",
+        "Read the dataset while training, for datasets that do not fit on the disk; needs --max_train_steps. Every "
+        "process reads the whole stream and decodes its share. Resuming skips forward to the same position: up to two "
+        "epochs are read again, without decoding.",
     )
-    shuffle_buffer_size: int = option(1000, "Images among which a stream is shuffled; they are held in memory.")
+    shuffle_buffer_size: int = option(1000, "Images in the shuffle buffer of a stream; they are held in memory.")
 
 
 @dataclass
@@ -86,23 +87,23 @@ class ModelOptions:
         None,
         "A `UNet2DModel` configuration: a folder, a file or a Hub id. Default: the network of train_unconditional.py.",
     )
-    unet: dict | str | None = option(None, "The `UNet2DModel` arguments themselves, as YAML mapping or JSON text.")
+    unet: dict | str | None = option(None, "The arguments of `UNet2DModel`, as a YAML mapping or JSON text.")
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = option("epsilon", "What the network predicts.")
     ddpm_num_steps: int = option(1000, "T, the number of diffusion steps.")
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = option(
         "linear", "The β schedule."
     )
     ddpm_num_inference_steps: int | None = option(
-        None, "K, the steps per image of the sample grids. Default: 1000, or T where that is less."
+        None, "K, the steps per image in sample grids. Default: 1000, or T if that is less."
     )
     timestep_spacing: Literal["linspace", "trailing", "leading"] = option(
-        "linspace", "How K steps are spread over T; linspace goes from T - 1 to 0."
+        "linspace", "How K steps are spread over T; linspace runs from T - 1 to 0."
     )
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = option(
         "fixed_small",
         "The reverse variance. learned_range doubles the output channels; it needs --objective hybrid or vlb.",
     )
-    enable_xformers_memory_efficient_attention: bool = option(False, "Use the attention of xFormers.")
+    enable_xformers_memory_efficient_attention: bool = option(False, "Use xFormers' attention.")
 
 
 @dataclass
@@ -116,21 +117,21 @@ class LossOptions:
     )
     loss_weighting: Literal["uniform", "snr", "min_snr", "p2"] | None = option(
         None,
-        "Weights of L_simple over the timesteps. Default: uniform; but snr for prediction_type sample, as in "
-        "train_unconditional.py, and min_snr with --snr_gamma.",
+        "Weights of L_simple over the timesteps. Default: uniform; snr with --prediction_type sample, as in "
+        "train_unconditional.py; min_snr with --snr_gamma.",
     )
-    snr_gamma: float | None = option(None, "γ of the min-SNR weighting. Default where that is chosen: 5.")
+    snr_gamma: float | None = option(None, "γ of the min-SNR weighting. Default with --loss_weighting min_snr: 5.")
     p2_gamma: float = option(1.0, "γ of the P2 weighting 1/(k + SNR)^γ.")
     p2_k: float = option(1.0, "k of the P2 weighting.")
     vlb_weight: float = option(1e-3, "λ of the hybrid objective.")
     label_dropout: float = option(
-        0.1, "With --label_column: the share of labels that are dropped, so that guidance is possible."
+        0.1, "With --label_column: the share of labels that are dropped, for classifier-free guidance."
     )
 
 
 @dataclass
 class OptimizationOptions:
-    """How it is minimised; all counts are in optimizer updates."""
+    """How it is minimised. All counts are in optimizer updates."""
 
     _argument_group_name: ClassVar[str] = "optimisation"
 
@@ -141,7 +142,7 @@ class OptimizationOptions:
     learning_rate: float = option(1e-4, "The peak learning rate.")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = option("cosine", "The learning rate over the run, as diffusers defines them; `constant` has no warm-up.")
+    ] = option("cosine", "The learning-rate schedule, as in diffusers; `constant` has no warm-up.")
     lr_warmup_steps: int = option(500, "Updates of linear warm-up.")
     adam_beta1: float = option(0.95, "AdamW's β1.")
     adam_beta2: float = option(0.999, "AdamW's β2.")
@@ -149,26 +150,26 @@ class OptimizationOptions:
     adam_epsilon: float = option(1e-8, "AdamW's ε.")
     max_grad_norm: float = option(1.0, "Clip the gradient to this norm.")
     max_skipped_steps: int = option(
-        50, "Updates without a finite gradient are skipped and counted; so many in a row end the run."
+        50, "Updates without a finite gradient are skipped and counted; this many in a row end the run."
     )
-    use_ema: bool = option(False, "Keep an exponential moving average of the weights, and export that.")
+    use_ema: bool = option(False, "Keep an exponential moving average of the weights and export it.")
     ema_inv_gamma: float = option(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma)^-power.")
     ema_power: float = option(0.75, "EMA warm-up: see --ema_inv_gamma.")
     ema_max_decay: float = option(0.9999, "The largest decay of the EMA.")
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(
         None,
-        "Precision of the network's forward pass; auto is bf16 where it is faster. On a GPU, fp16 and bf16 also let "
-        "float32 products use TF32. Default: what `accelerate launch` says, else no.",
+        "Precision of the network's forward pass; auto is bf16 if it is faster here. On a GPU, fp16 and bf16 also let "
+        "float32 products use TF32. Default: from `accelerate launch`, else no.",
     )
     channels_last: Literal["no", "yes", "auto"] = option(
-        "no", "Hold the channels of a pixel side by side, as tensor cores want them; auto does it where it is faster."
+        "no", "Store the channels of a pixel next to each other, which suits tensor cores; auto: if it is faster here."
     )
     compile: Literal["no", "yes", "auto"] = option(
         "no",
-        "Train through torch.compile; auto does it where that earns back the minutes it takes. Weights stay clean.",
+        "Train through torch.compile; auto: if the run is long enough to earn back the minutes that it takes.",
     )
-    seed: int = option(0, "Fixes the weights, the order of the data, the noise and the samples.")
-    local_rank: int = option(-1, "Accepted for old launchers, and not needed: the environment says it.")
+    seed: int = option(0, "Fixes the initial weights, the order of the data, the noise and the samples.")
+    local_rank: int = option(-1, "Ignored: launchers pass it through the environment. Accepted for old ones.")
 
 
 @dataclass
@@ -177,73 +178,77 @@ class OutputOptions:
 
     _argument_group_name: ClassVar[str] = "output"
 
-    output_dir: str = option("ddpm-model-64", "Where the pipeline, checkpoints, pictures and logs go.")
-    overwrite_output_dir: bool = option(False, "Replace what an earlier run left in the output folder.")
-    checkpointing_steps: int = option(500, "Save a checkpoint every so many updates.")
-    checkpoints_total_limit: int | None = option(None, "Keep only so many checkpoints, the newest, and the best.")
+    output_dir: str = option("ddpm-model-64", "Folder for the pipeline, checkpoints, pictures and logs.")
+    overwrite_output_dir: bool = option(False, "Replace the files of an earlier run in the output folder.")
+    checkpointing_steps: int = option(500, "Save a checkpoint every N updates.")
+    checkpoints_total_limit: int | None = option(
+        None, "Keep only the N newest checkpoints, and the best one. Default: all."
+    )
     resume_from_checkpoint: str | None = option(
-        None, "`latest` (a new run where there is none), or the path of the checkpoint to go on from."
+        None, "Resume from this checkpoint: a path, or `latest` (which starts a new run if there is none)."
     )
     save_model_epochs: int = option(
-        10, "Write the pipeline into the output folder after the first epoch, and then every so many."
+        10, "Save the pipeline in the output folder after the first epoch and then every N epochs."
     )
-    save_images_epochs: int = option(10, "Write sample grids after the first epoch, and then every so many.")
+    save_images_epochs: int = option(10, "Sample grids of images after the first epoch and then every N epochs.")
     save_images_steps: int | None = option(
         None,
-        "The same in updates, the first time after a tenth of the number; overrides --save_images_epochs. 0: never.",
+        "The same every N updates, the first time after N/10; overrides --save_images_epochs. 0: never.",
     )
     eval_batch_size: int = option(16, "Images in the sample grids.")
     calibration_images: int | None = option(
         None,
-        "Calibrate the finished model for few steps on so many images, each of which costs T network calls. 0: not. "
-        "Default: for a twentieth of the cost of the training, 256 at most; not if those are fewer than 16.",
+        "Calibrate the finished model for few steps on N images, each of which costs T network calls. 0: skip it. "
+        "Default: as many as cost a twentieth of the training, up to 256; none if that is fewer than 16.",
     )
     report_to: list[str] | None = option(
-        None, "Trackers: tensorboard, wandb, trackio, or none. Default: tensorboard where it is installed."
+        None, "Trackers: tensorboard, wandb, trackio, or none. Default: tensorboard if it is installed."
     )
-    logger: Literal["tensorboard", "wandb"] | None = option(None, "One tracker, as train_unconditional.py spells it.")
-    logging_dir: str = option("logs", "Folder of the logs, inside the output folder.")
-    dry_run: bool = option(False, "Print the options, the size of the network and the plan of the run, and stop.")
+    logger: Literal["tensorboard", "wandb"] | None = option(
+        None, "One tracker: the spelling of train_unconditional.py."
+    )
+    logging_dir: str = option("logs", "Folder for the logs, inside the output folder.")
+    dry_run: bool = option(False, "Print the options, the network's size and the plan of the run, then exit.")
 
 
 @dataclass
 class ValidationOptions:
-    """How good the model is while it is trained, on images that it is not trained on."""
+    """Measurements during training, on images that are not trained on."""
 
     _argument_group_name: ClassVar[str] = "validation"
 
     eval_steps: int | None = option(
         None,
-        "Measure the exported weights every so many updates, and at the end: bits/dim of held-out images, and the "
-        "Fréchet distance between them and as many samples. The best checkpoint is kept and named. Default: never.",
+        "Measure the weights that would be exported every N updates and at the end: bits/dim of held-out images, and "
+        "the Fréchet distance from them to the same number of samples. The best checkpoint is kept. Default: never.",
     )
-    eval_images: int = option(256, "How many images: so many are held out, and so many samples are made.")
+    eval_images: int = option(256, "Number of held-out images, and of samples.")
     eval_split: str | None = option(
         None,
-        "The split of the dataset to take them from, e.g. test. Default: they are drawn from the training images, by "
-        "the seed, and not trained on.",
+        "The dataset's split to take these images from, e.g. test. Default: drawn from the training images by --seed, "
+        "and not trained on.",
     )
     metric_for_best_model: Literal["bits_per_dim", "frechet"] = option(
-        "bits_per_dim", "Which of the two tells the best checkpoint."
+        "bits_per_dim", "The metric that selects the best checkpoint."
     )
-    load_best_model_at_end: bool = option(
-        False, "Export the best checkpoint at the end, instead of the weights of the last update."
-    )
+    load_best_model_at_end: bool = option(False, "Export the best checkpoint at the end instead of the last weights.")
 
 
 @dataclass
 class HubOptions:
-    """Sharing."""
+    """Pushing to the Hub."""
 
     _argument_group_name: ClassVar[str] = "the Hub"
 
-    push_to_hub: bool = option(False, "Push the pipeline to the Hub, at checkpoints and at the end.")
-    hub_model_id: str | None = option(None, "The repository. Default: the output folder's name, in your namespace.")
-    hub_private_repo: bool = option(False, "Make the repository private, if it has to be created.")
+    push_to_hub: bool = option(False, "Push the pipeline to the Hub at every checkpoint and at the end.")
+    hub_model_id: str | None = option(None, "The repository. Default: the output folder's name in your namespace.")
+    hub_private_repo: bool = option(False, "Make the repository private if it does not exist yet.")
     share_training_images: bool = option(
         False, "With --push_to_hub: also upload the pictures that show training images."
     )
-    hub_token: str | None = option(None, "The token to push with. Default: that of `hf auth login`.")
+    hub_token: str | None = option(
+        None, "Access token. Default: that of HF_TOKEN or `hf auth login`, which other users can't see in `ps`."
+    )
 
 
 GROUPS = (DataOptions, ModelOptions, LossOptions, OptimizationOptions, OutputOptions, ValidationOptions, HubOptions)
@@ -253,7 +258,7 @@ GROUPS = (DataOptions, ModelOptions, LossOptions, OptimizationOptions, OutputOpt
 class TrainConfig(
     HubOptions, ValidationOptions, OutputOptions, OptimizationOptions, LossOptions, ModelOptions, DataOptions
 ):
-    """Options of `training/train.py`. Names, meanings and defaults are those of diffusers' `train_unconditional.py`."""
+    """Options of `ddpm-hf train`. Names, meanings and defaults are those of diffusers' `train_unconditional.py`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.report_to, str):  # `report_to: none` in a YAML file
@@ -294,9 +299,7 @@ class TrainConfig(
         if self.streaming and self.dataset_name == "digits":
             raise ValueError("the digits can't be streamed: leave out --streaming.")
         if self.streaming and self.max_train_steps is None:
-            raise ValueError(
-                "how long a stream is, is not known before its end: pass --max_train_steps with --streaming."
-            )
+            raise ValueError("--streaming needs --max_train_steps: the length of a stream is unknown.")
 
     def _check_model(self) -> None:
         if self.unet is not None and self.model_config_name_or_path is not None:
@@ -327,7 +330,7 @@ class TrainConfig(
             )
         if self.objective != "simple" and self.preserve_input_precision:
             raise ValueError(
-                f"`objective` is {self.objective!r}, whose decoder knows the 256 levels of 8 bits only: leave out "
+                f"`objective` is {self.objective!r}, whose decoder is for the 256 levels of 8 bits: leave out "
                 "--preserve_input_precision."
             )
         if self.weighting != "p2" and (self.p2_gamma, self.p2_k) != (1.0, 1.0):
@@ -337,7 +340,7 @@ class TrainConfig(
             )
         if self.objective == "vlb" and (self.loss_weighting or self.snr_gamma):
             raise ValueError(
-                "`objective` is 'vlb', which has its own weights: leave --loss_weighting and --snr_gamma out."
+                "`objective` is 'vlb', which has its own weights: leave out --loss_weighting and --snr_gamma."
             )
 
     def _check_output(self) -> None:
@@ -347,16 +350,18 @@ class TrainConfig(
         if logs.is_absolute() or ".." in logs.parts or not logs.parts:
             raise ValueError(f"`logging_dir` is {self.logging_dir!r}, but must be a folder inside the output folder.")
         if re.fullmatch(r"unet|scheduler|checkpoint-.*|.*\.partial", logs.parts[0]):
-            raise ValueError(f"`logging_dir` is {self.logging_dir!r}, but that name is taken: choose another one.")
+            raise ValueError(f"`logging_dir` is {self.logging_dir!r}, but that name is reserved: choose another one.")
         if self.logger is not None and self.report_to not in (None, [self.logger]):
             raise ValueError(
                 f"`logger` is {self.logger!r}, but `report_to` is {', '.join(self.report_to)}: leave --logger out."
             )
         unknown = sorted(set(self.report_to or ()) - {*TRACKERS, "none"})
         if unknown:
-            raise ValueError(f"`report_to` has {', '.join(unknown)}, but knows only {', '.join(TRACKERS)} and none.")
+            raise ValueError(f"`report_to` has {', '.join(unknown)}, but must be of {', '.join(TRACKERS)} and none.")
         if self.report_to and "none" in self.report_to and len(self.report_to) > 1:
-            raise ValueError(f"`report_to` is {', '.join(self.report_to)}: `none` stands alone, so leave it out.")
+            raise ValueError(
+                f"`report_to` is {', '.join(self.report_to)}: `none` excludes other trackers, so leave it out."
+            )
         of_pushes = ("hub_model_id", "hub_token", "hub_private_repo", "share_training_images")
         given = [f"--{name}" for name in of_pushes if getattr(self, name)]
         if given and not self.push_to_hub:
@@ -381,7 +386,7 @@ class TrainConfig(
 
     @property
     def weighting(self) -> Literal["uniform", "snr", "min_snr", "p2"]:
-        """The weighting of L_simple, where `loss_weighting` leaves it open."""
+        """The weighting of L_simple: `loss_weighting`, or what follows from the other options."""
         if self.loss_weighting is not None:
             return self.loss_weighting
         if self.snr_gamma is not None:
@@ -389,7 +394,7 @@ class TrainConfig(
         return "snr" if self.prediction_type == "sample" else "uniform"
 
     def public(self) -> dict[str, Any]:
-        """The options as they may be written down: without secrets."""
+        """The options without secrets, which may be logged and saved."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in SECRETS}
 
     def __repr__(self) -> str:

@@ -620,7 +620,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
     Elsewhere, a copy that nobody waits for may read what the CPU has overwritten, or be read before it is there.
     """
-    if device.type == "cuda" and x.device.type == "cpu":
+    if device.type == "cuda" and x.device.type == "cpu" and not torch.compiler.is_compiling():
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 

@@ -10,6 +10,7 @@ import copy
 import inspect
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -28,10 +29,12 @@ from torch import Tensor
 # All of these names are needed here: diffusers copies only the files that pipeline.py itself imports from.
 from .ddpm_fast_network import FastNetwork
 from .ddpm_few_steps import Calibration  # noqa: F401
-from .ddpm_process import LEARNED_VARIANCE_TYPES, check_choice, check_integer, check_number
+from .ddpm_process import LEARNED_VARIANCE_TYPES, check_choice, check_integer, check_number, to_device
 from .ddpm_repository import complete_repository, update_card, upload_repository
 from .scheduling_ddpm_custom import DDPMSchedulerCustom, check_custom_timesteps, check_eta, draw_noise
 
+# How many steps the CPU may be ahead of a GPU: enough to keep it busy; the noise of each waits in pinned memory.
+STEPS_AHEAD = 8
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -180,9 +183,10 @@ class DDPMPipelineCustom(DiffusionPipeline):
 
         # 4. Denoise step by step
         recorded: list[tuple[Tensor, Tensor | None, int]] = []
+        queued: deque[torch.cuda.Event] = deque()  # ends of steps that a GPU has still to compute
         pred_x_0 = None
         # The scheduler reads timesteps, the network computes with them: each where it does not wait for the other.
-        network_timesteps, network_dtype = scheduler.timesteps.to(device), network.dtype
+        network_timesteps, network_dtype = to_device(scheduler.timesteps, device), network.dtype
         with self.progress_bar(total=len(network_timesteps)) as progress_bar:
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
@@ -201,6 +205,10 @@ class DDPMPipelineCustom(DiffusionPipeline):
                 is_last = i == len(network_timesteps) - 1
                 if trajectory_every is not None and (is_last or (i + 1) % trajectory_every == 0):
                     recorded.append((x_t.float().cpu(), None if pred_x_0 is None else pred_x_0.float().cpu(), int(t)))
+                if device.type == "cuda":
+                    queued.append(torch.cuda.current_stream(device).record_event())
+                    if len(queued) > STEPS_AHEAD:
+                        queued.popleft().synchronize()
                 progress_bar.update()
 
         # 5. [-1, 1] → images
@@ -393,7 +401,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
         if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
             wrong = int(labels[(labels < 0) | (labels >= num_classes)][0])
             raise ValueError(f"`class_labels` has {wrong}, but every label must lie between 0 and {num_classes - 1}.")
-        return labels.to(self._execution_device, torch.long)
+        return to_device(labels.long(), self._execution_device)
 
     def scheduler_on_trajectory(
         self, num_inference_steps: int | None = None, timesteps: Sequence[int] | Tensor | str | None = None

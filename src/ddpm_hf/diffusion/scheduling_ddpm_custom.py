@@ -436,7 +436,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         if key in self._tables:
             return self._tables[key]
         with torch.inference_mode(False):  # what is kept must serve outside of it, too
-            table = self._exact_table(eta).to(dtype).to(device)
+            table = to_device(self._exact_table(eta).to(dtype), device)
         if not torch.compiler.is_compiling():  # what a graph computes, its next call may overwrite
             self._tables[key] = table
         return table

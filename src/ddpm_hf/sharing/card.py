@@ -128,7 +128,7 @@ def _place(result: EvalResult) -> tuple[object, ...]:
 
 def render_card(folder: Path, facts: CardFacts) -> str:
     """The text of a new card for the pipeline in `folder`."""
-    model = describe_model(folder)
+    model, scheduler = describe_model(folder), folder / "scheduler" / "scheduler_config.json"
     metadata = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
@@ -152,7 +152,7 @@ def render_card(folder: Path, facts: CardFacts) -> str:
         example_steps=min(EXAMPLE_STEPS, model["T"]),
         labels=", class_labels=0" if model["classes"] else "",
         few_steps=min(25, model["T"]),
-        few=_few_steps(folder) if model["calibrated"] else None,
+        few=_few_steps(scheduler.read_text("utf-8")) if model["calibrated"] else None,
         costs=[(k, _three_digits(k * model["flop"] / 1e9)) for k in steps] if model["flop"] else [],
         training=_training_rows(facts),
         options=[(name, _cell(f"`{value}`")) for name, value in (facts.options or {}).items()],
@@ -202,10 +202,11 @@ def network_cost(unet_config: str) -> tuple[int, int | None]:
     return unet.num_parameters(), counter.get_total_flops()
 
 
-def _few_steps(folder: Path) -> tuple[str, int] | None:
+@lru_cache(maxsize=4)  # several seconds, at every save of a calibrated model
+def _few_steps(scheduler_config: str) -> tuple[str, int] | None:
     """From the calibration: a table of costs by the number of steps, and how many steps are enough."""
     try:
-        scheduler = DDPMSchedulerCustom.from_pretrained(folder / "scheduler")
+        scheduler = DDPMSchedulerCustom.from_config(json.loads(scheduler_config))
         return steps_table(scheduler), recommended_steps(scheduler)
     except (ValueError, KeyError, TypeError):  # an unusable calibration must not keep the model from being saved
         return None
