@@ -15,7 +15,7 @@ from support.pictures import KINDS, NAMES, N, picture
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Images number 0 … N - 1, the even ones in `cat`, the odd ones in `dog`, and a file that is no image."""
+    """Images number 0 … N - 1, the even ones in `cat`, the odd ones in `dog`, and a file that is not an image."""
     root = tmp_path_factory.mktemp("pictures")
     for i in range(N):
         (root / NAMES[i % 2]).mkdir(exist_ok=True)

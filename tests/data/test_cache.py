@@ -1,4 +1,4 @@
-"""The cache of decoded images: whole or not there, whatever interrupts its making."""
+"""The cache of decoded images: complete or absent, whatever interrupts the build."""
 
 import errno
 import io
@@ -61,7 +61,7 @@ def _small_steps(monkeypatch):
 
 
 def killed_while_building(cache, at):
-    """Build in a process that kills itself at its `at`-th attempt to bring something to the disk; its exit code."""
+    """Build in a process that kills itself at its `at`-th attempt to write to the disk; returns its exit code."""
 
     def build():
         calls = iter(range(1, at))
@@ -85,7 +85,7 @@ def killed_while_building(cache, at):
     return process.exitcode
 
 
-def test_a_build_killed_at_any_moment_leaves_no_false_cache_and_goes_on(tmp_path):
+def test_a_build_killed_at_any_moment_leaves_no_false_cache_and_resumes(tmp_path):
     at, numbers_of_reads = 0, []
     exit_code = -signal.SIGKILL
     while exit_code == -signal.SIGKILL:
@@ -179,7 +179,7 @@ def test_two_machines_whose_locks_do_not_reach_each_other_build_one_cache(tmp_pa
     assert len(list(cache.folder.glob("p*"))) == 1  # nothing is left of the builds
 
 
-def test_a_cache_that_was_cut_off_is_made_anew(tmp_path):
+def test_a_truncated_cache_is_rebuilt(tmp_path):
     cache = ImageCache(tmp_path, source(), TRANSFORM)
     cache.build(skip_unreadable=False, show_progress=False)
     for damage in (lambda: os.truncate(pixel_file(cache), 100), lambda: (cache.folder / "cache.json").write_text("{")):
@@ -196,7 +196,7 @@ def test_workers_build_the_same_cache(tmp_path, monkeypatch):
     assert contents(cache) == [i for i in range(N) if i != 5]
 
 
-def test_what_is_written_to_the_pixels_stays_in_memory(tmp_path):
+def test_writing_to_the_pixels_does_not_change_the_cache(tmp_path):
     cache = ImageCache(tmp_path, source(), TRANSFORM)
     cache.pixels(cache.build(skip_unreadable=False, show_progress=False))[:] = 0
     assert contents(cache) == list(range(N))
@@ -211,7 +211,7 @@ def test_every_part_of_the_transform_has_a_cache_of_its_own(tmp_path):
     assert len(folders) == 8
 
 
-def test_a_full_disk_says_what_to_do_and_keeps_what_is_done(tmp_path, monkeypatch):
+def test_on_a_full_disk_the_error_names_a_remedy_and_the_build_resumes(tmp_path, monkeypatch):
     cache = ImageCache(tmp_path, source(), TRANSFORM)
     fsync, calls = os.fsync, iter(range(4))
 
@@ -278,7 +278,7 @@ def test_beyond_the_limit_images_are_decoded_on_the_fly(folder, monkeypatch):
 
 @pytest.mark.parametrize("present", [0, 200, N * 64])
 def test_without_a_limit_half_of_the_free_disk_may_be_used(folder, tmp_path, monkeypatch, present):
-    """What an earlier, interrupted build holds counts as free: or else it would never be finished."""
+    """What an interrupted build has written counts as free space; otherwise it could never be resumed."""
     needed = N * 64
     for free, kind in ((2 * needed - present, StoredImages), (2 * needed - present - 2, DecodedImages)):
         cache = ImageCache(tmp_path / str(free) / "decoded_images", source(), TRANSFORM)
@@ -293,7 +293,7 @@ def test_without_a_limit_half_of_the_free_disk_may_be_used(folder, tmp_path, mon
         assert isinstance(load_images(config, show_progress=False), kind)
 
 
-def test_the_list_of_damaged_images_is_kept_with_the_cache(folder):
+def test_the_list_of_damaged_images_is_stored_with_the_cache(folder):
     (folder / "05.png").write_text("text")
     load(folder, on_bad_image="skip")
     (record,) = records(folder)

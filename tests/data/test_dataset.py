@@ -65,7 +65,7 @@ def test_random_crops_are_the_same_in_every_epoch(load, tmp_path, kind):
     assert len(set(epochs[0] % 40)) > 2
 
 
-def test_batches_leave_the_random_numbers_of_the_run_alone(load):
+def test_batches_do_not_change_the_random_state_of_the_run(load):
     for kind in KINDS:
         images = load(kind)
         before = torch.get_rng_state()

@@ -23,7 +23,7 @@ def test_the_first_damaged_image_ends_the_run_with_its_name(load, damaged, kind)
 
 
 @pytest.mark.parametrize("kind", ["cached", "on the fly", "by workers"])
-def test_damaged_images_are_left_out_and_listed(load, damaged, kind):
+def test_damaged_images_are_skipped_and_listed(load, damaged, kind):
     images = load(kind, train_data_dir=str(damaged), on_bad_image="skip")
     assert len(images) == N - 2
     assert sorted(Path(bad.path).name for bad in images.skipped) == ["04.png", "07.png"]
@@ -38,7 +38,7 @@ def test_damaged_images_are_left_out_and_listed(load, damaged, kind):
 
 @pytest.mark.parametrize("size", [1, 4, N])
 @pytest.mark.parametrize("kind", ["streamed", "streamed by workers"])
-def test_in_a_stream_others_take_the_place_of_damaged_images(load, damaged, kind, size):
+def test_in_a_stream_other_images_replace_damaged_ones(load, damaged, kind, size):
     images = load(kind, train_data_dir=str(damaged), on_bad_image="skip")
     for batch in itertools.islice(images.batches(0, size, size, 0), 2 * N // size):
         assert torch.equal(batch.labels, batch.pixels[:, 0, 0, 0] % 2)
@@ -79,7 +79,7 @@ def test_a_killed_worker_is_an_error_with_a_remedy():
 
 @pytest.mark.slow
 def test_workers_outlive_the_signals_that_the_run_survives_but_not_the_run(folder, tmp_path):
-    """Neither a run that ends with an error, nor its twin that is killed: else their pipes would stay open."""
+    """They end with a run that raises, and with its twin that is killed: otherwise their pipes would stay open."""
     script = tmp_path / "script.py"
     script.write_text(f"""
 import os, signal

@@ -9,7 +9,7 @@ from PIL import Image
 from ddpm_hf.config.training import IMAGE_MODES
 from ddpm_hf.data.transform import Transform, Unreadable, decode, prepare_image
 
-COLOUR = (200, 100, 50)
+COLOR = (200, 100, 50)
 GRAY = 124  # its luma by ITU-R 601
 
 
@@ -20,7 +20,7 @@ def encoded(image, format, **options):
 
 
 def in_mode(mode):
-    """A plain image of COLOUR, or of GRAY where the mode has no colours."""
+    """A plain image of COLOR, or of GRAY where the mode has no colors."""
     if mode == "I;16":
         return Image.fromarray(np.full((10, 20), GRAY * 257, np.uint16))
     if mode == "I":
@@ -31,8 +31,8 @@ def in_mode(mode):
         from PIL import ImageCms
 
         profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-        return ImageCms.profileToProfile(Image.new("RGB", (20, 10), COLOUR), *profiles, outputMode="LAB")
-    image = Image.new("RGB", (20, 10), COLOUR)
+        return ImageCms.profileToProfile(Image.new("RGB", (20, 10), COLOR), *profiles, outputMode="LAB")
+    image = Image.new("RGB", (20, 10), COLOR)
     return image.convert("P", palette=Image.Palette.ADAPTIVE) if mode == "P" else image.convert(mode)
 
 
@@ -43,8 +43,8 @@ def test_every_mode_becomes_what_the_network_takes(mode, wanted, keep_16_bits):
     array = prepare_image(in_mode(mode), Transform(8, wanted, keep_16_bits=keep_16_bits))
     assert array.shape == (IMAGE_MODES[wanted], 8, 8)
     assert array.dtype == (np.uint16 if keep_16_bits else np.uint8)
-    has_colour = mode not in ("L", "LA", "I;16", "I", "F")
-    expected = [*(COLOUR if wanted.startswith("RGB") and has_colour else [GRAY] * (3 if "R" in wanted else 1))]
+    has_color = mode not in ("L", "LA", "I;16", "I", "F")
+    expected = [*(COLOR if wanted.startswith("RGB") and has_color else [GRAY] * (3 if "R" in wanted else 1))]
     expected += [255] if wanted.endswith("A") else []
     unit = 257 if keep_16_bits else 1
     assert np.abs(array.transpose(1, 2, 0) / unit - expected).max() <= 2
@@ -85,7 +85,7 @@ def test_transparent_parts_become_white_or_stay_transparent(file):
     assert decode(0, raw, Transform(16, "LA"))[1, 8, [2, 13]].tolist() == [255, 0]
 
 
-def test_hidden_colours_do_not_bleed_into_visible_ones():
+def test_hidden_colors_do_not_bleed_into_visible_ones():
     for size in (5, 7):
         red, green, _, alpha = prepare_image(half_transparent(), Transform(size, "RGBA"))
         assert (green[alpha > 0] == 0).all()
@@ -97,7 +97,7 @@ def test_hidden_colours_do_not_bleed_into_visible_ones():
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_sixteen_bits_are_kept_or_scaled_but_not_cut_off(format):
+def test_sixteen_bits_are_kept_or_scaled_but_not_clipped(format):
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257 + 100
     levels[-1, -1] = 65535
     raw = encoded(Image.fromarray(levels), format)
@@ -171,16 +171,14 @@ def test_shrinking_averages_what_nearest_pixels_would_alias(resize):
 
 
 def test_one_pixel_is_enlarged():
-    assert (prepare_image(Image.new("RGB", (1, 1), COLOUR), Transform(8, "RGB")) == np.reshape(COLOUR, (3, 1, 1))).all()
+    assert (prepare_image(Image.new("RGB", (1, 1), COLOR), Transform(8, "RGB")) == np.reshape(COLOR, (3, 1, 1))).all()
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 def test_cmyk_jpegs_and_first_frames_of_animations():
-    assert (
-        np.abs(decode(0, encoded(in_mode("CMYK"), "JPEG"), Transform(8, "RGB"))[:, 4, 4] - np.array(COLOUR)).max() < 4
-    )
+    assert np.abs(decode(0, encoded(in_mode("CMYK"), "JPEG"), Transform(8, "RGB"))[:, 4, 4] - np.array(COLOR)).max() < 4
     frames = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (250, 0)]
     for format, options in (("GIF", {}), ("WEBP", {"lossless": True})):
         raw = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)

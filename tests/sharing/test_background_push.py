@@ -12,7 +12,7 @@ from ddpm_hf.sharing.push import resume_command, try_push
 from support.hub_server import TOKEN
 
 
-def test_training_goes_on_while_checkpoints_are_pushed_and_the_latest_wins(hub, make_model, tmp_path):
+def test_training_continues_while_checkpoints_are_pushed_and_the_latest_wins(hub, make_model, tmp_path):
     hub.add_repo("me/model")
     hold, entered = threading.Event(), threading.Event()
     (tmp_path / "run/.ddpm-hf-push-of-a-killed-run").mkdir(parents=True)
@@ -20,7 +20,7 @@ def test_training_goes_on_while_checkpoints_are_pushed_and_the_latest_wins(hub, 
     with BackgroundPusher(HubTarget("me/model", TOKEN), Retry(pytest.fail, (0.0,))) as pusher:
         for step in (1, 2, 3):
             checkpoint = make_model(f"run/checkpoint-{step}", bias=float(step))
-            pusher.submit(checkpoint)  # returns, although the Hub holds the first push
+            pusher.submit(checkpoint)  # returns while the first push is still under way
             if step == 1:
                 assert entered.wait(30)
             shutil.rmtree(checkpoint)  # a limit on checkpoints removes it
@@ -34,7 +34,7 @@ def test_training_goes_on_while_checkpoints_are_pushed_and_the_latest_wins(hub, 
     assert list((tmp_path / "run").iterdir()) == []  # no copies are left
 
 
-def test_a_push_that_fails_does_not_end_training_and_says_how_to_resume(hub, make_model, tmp_path):
+def test_a_failed_push_does_not_end_training_and_names_the_command_to_try_again(hub, make_model, tmp_path):
     hub.add_repo("me/model")
     hub.fail(r"/commit/", 503, times=99)
     logged = []
@@ -49,7 +49,7 @@ def test_a_push_that_fails_does_not_end_training_and_says_how_to_resume(hub, mak
     assert TOKEN not in "".join(logged)
 
 
-def test_an_interrupted_run_does_not_wait_for_a_hub_that_is_away(hub, make_model):
+def test_an_interrupted_run_does_not_wait_for_an_unreachable_hub(hub, make_model):
     hub.add_repo("me/model")
     hub.fail(r"/commit/", 503, times=99)
     tried = threading.Event()

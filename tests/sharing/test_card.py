@@ -70,7 +70,7 @@ def test_what_is_unknown_is_left_out(make_model):
         ({"num_train_timesteps": 20}, {}, "ancestral sampling with K = 20"),
     ],
 )
-def test_what_stock_can_not_do_is_said(make_model, scheduler, unet, words):
+def test_the_card_says_what_stock_diffusers_cannot_do(make_model, scheduler, unet, words):
     card = card_of(make_model(scheduler=DDPMSchedulerCustom(**scheduler), **unet))
     assert words in card
     assert card_errors(card) == []
@@ -92,7 +92,7 @@ def test_cards_of_odd_models_can_be_written(make_model, make_unet, tmp_path):
 
 
 @pytest.mark.parametrize("facts", [CardFacts(), FACTS])
-def test_the_hub_takes_the_card(make_model, facts):
+def test_the_hub_accepts_the_card(make_model, facts):
     card = write_card(make_model(num_class_embeds=3), facts).read_text("utf-8")
     assert card_errors(card) == []
     assert ModelCard(card).data.library_name == "diffusers"
@@ -137,14 +137,14 @@ OF_BPD = ["likelihood.json", "bits_per_dim.png", "rate_distortion.png"]
         ([FEATURES, ("fd", {"extractor": "a model"})], ["nearest_features.png"]),
     ],
 )
-def test_pictures_stand_beside_figures_of_the_same_weights(make_model, figures, names):
+def test_plots_are_shown_beside_results_of_the_same_weights(make_model, figures, names):
     folder = save_evaluation(make_model(), *figures)
     assert evaluation_files(folder) == ["metrics.json", *names]
     card = write_card(folder, CardFacts(results=[FID])).read_text("utf-8")
     assert set(re.findall(r"\((\w+\.png)\)", card)) == {name for name in names if name.endswith(".png")}
 
 
-def test_pictures_of_other_weights_are_not_shown(make_model):
+def test_plots_of_other_weights_are_not_shown(make_model):
     folder = save_evaluation(make_model(), BPD, NEAREST, FEATURES)
     make_model(bias=1.0)
     assert evaluation_files(folder) == []
@@ -152,7 +152,7 @@ def test_pictures_of_other_weights_are_not_shown(make_model):
 
 
 @pytest.mark.parametrize("own", ['{"accuracy": 1}', "[]", "{", '{"figures": [1]}', '{"figures": []}'])
-def test_a_persons_own_figures_are_no_evaluation(make_model, own):
+def test_a_persons_own_metrics_are_not_an_evaluation(make_model, own):
     folder = save_evaluation(make_model(), BPD)
     (folder / "metrics.json").write_text(own)
     assert evaluation_files(folder) == []

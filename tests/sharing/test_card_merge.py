@@ -32,7 +32,7 @@ def test_writing_again_changes_nothing(make_model):
     assert card_of(folder) == once
 
 
-def test_what_a_person_has_edited_stays_and_the_rest_is_brought_up_to_date(make_model):
+def test_what_a_person_has_edited_stays_and_the_rest_is_updated(make_model):
     folder = make_model()
     write_card(folder, FACTS)
     edit(
@@ -66,7 +66,7 @@ def test_what_a_person_has_edited_stays_and_the_rest_is_brought_up_to_date(make_
         assert card_errors(card) == []
 
 
-def test_a_card_of_a_persons_own_keeps_every_word(make_model):
+def test_a_card_written_by_a_person_keeps_every_word(make_model):
     folder = make_model()
     own = "---\ntags: art\nlicense: other\n---\n\n# Mine\r\n\r\nAll mine.\r\n"
     (folder / "README.md").write_bytes(own.encode())
@@ -111,12 +111,12 @@ def add_result(folder, kind, value):
 
 
 def published(folder):
-    """The name and the values of the metadata."""
+    """The model's name and the results in the metadata."""
     (index,) = metadata(card_of(folder)).get("model-index") or [{"name": None, "results": []}]
     return index["name"], {m["type"]: m["value"] for r in index["results"] for m in r["metrics"]}
 
 
-def test_a_figure_of_other_weights_goes_where_the_folder_was_renamed(make_model, tmp_path):
+def test_a_result_of_other_weights_is_removed_where_the_folder_was_renamed(make_model, tmp_path):
     results = CardFacts(results=[FID])
     write_card(make_model(), results)
     folder = (tmp_path / "model").rename(tmp_path / "renamed")
@@ -127,7 +127,7 @@ def test_a_figure_of_other_weights_goes_where_the_folder_was_renamed(make_model,
     assert "3.17" not in card_of(folder)
 
 
-def test_a_figure_of_other_weights_goes_where_a_person_has_added_one(make_model):
+def test_a_result_of_other_weights_is_removed_where_a_person_has_added_one(make_model):
     folder = make_model()
     write_card(folder, CardFacts(results=[FID]))
     add_result(folder, "kid", 0.5)
@@ -137,7 +137,7 @@ def test_a_figure_of_other_weights_goes_where_a_person_has_added_one(make_model)
     assert published(folder) == ("model", {"kid": 0.5, "fid": 2.9})
 
 
-def test_a_name_and_a_removal_of_a_persons_stay_and_do_not_keep_other_figures(make_model):
+def test_a_persons_name_and_removal_are_kept_without_keeping_other_results(make_model):
     folder = make_model()
     inception = EvalResult("unconditional-image-generation", "cifar10", "CIFAR-10", "inception_score", 9.46)
     write_card(folder, CardFacts(results=[FID, inception]))
@@ -149,7 +149,7 @@ def test_a_name_and_a_removal_of_a_persons_stay_and_do_not_keep_other_figures(ma
 
 
 @pytest.mark.parametrize("own", [b"---\na: [1\n---\n# Mine", b"---\n- a\n---\n# Mine", b"# M\xefne"])
-def test_a_card_that_can_not_be_read_is_not_touched(make_model, own):
+def test_an_unreadable_card_is_not_touched(make_model, own):
     folder = make_model()
     (folder / "README.md").write_bytes(own)
     with pytest.raises(ValueError, match=r"README\.md.*fix"):
@@ -160,7 +160,7 @@ def test_a_card_that_can_not_be_read_is_not_touched(make_model, own):
 
 
 @pytest.mark.parametrize("own", ["5", "{name: x}", "[x]", "[{name: x, results: [1]}]"])
-def test_results_that_can_not_be_read_are_named(make_model, own):
+def test_unreadable_results_are_named(make_model, own):
     folder = make_model()
     (folder / "README.md").write_text(f"---\nmodel-index: {own}\n---\n# Mine", "utf-8")
     with pytest.raises(ValueError, match="`model-index` of README.md is not a list of results: fix it"):
@@ -170,8 +170,8 @@ def test_results_that_can_not_be_read_are_named(make_model, own):
     assert metadata(card_of(folder))["model-index"] == yaml.safe_load(own)
 
 
-def test_a_card_of_version_0_1_0_is_brought_up_to_date(tmp_path):
-    """What nobody has edited gets today's words, what somebody has edited stays, and nothing that was known is lost."""
+def test_a_card_of_version_0_1_0_is_updated(tmp_path):
+    """Unedited sections are rewritten, edited ones stay, and no recorded fact is lost."""
     folder = tmp_path / "model"
     shutil.copytree(ROOT / "tests" / "fixtures" / "version_0_1_0" / "run", folder)
     for name in ("samples.png", "real.png", "loss.png"):

@@ -16,8 +16,8 @@ REFUSALS = {
         "'me' is not a member of 'stranger': use me/new or lab/new",
     ),
     "somebody else's repository": ({"repo_id": "stranger/theirs"}, {}, "'me' is not a member of 'stranger'"),
-    "an organisation that I read": ({"repo_id": "library/new"}, {}, "'me' has only read access to 'library'"),
-    "public, but private was asked": (
+    "an organization that I can only read": ({"repo_id": "library/new"}, {}, "'me' has only read access to 'library'"),
+    "public, but `private` is set": (
         {"repo_id": "me/public", "private": True},
         {},
         "'me/public' exists and is public",
@@ -27,10 +27,10 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_token_problems_are_found_before_training_starts(hub, case):
+def test_token_problems_are_detected_before_training_starts(hub, case):
     target, token, message = REFUSALS[case]
     hub.add_token("hf_reader", role="read")
-    for name in ("stranger/theirs", "me/public"):  # they exist: create_repo(exist_ok=True) would be content
+    for name in ("stranger/theirs", "me/public"):  # they exist, so create_repo(exist_ok=True) would succeed
         hub.add_repo(name)
     before = set(hub.repos)
     with pytest.raises(ValueError, match=message):
@@ -39,21 +39,21 @@ def test_token_problems_are_found_before_training_starts(hub, case):
     assert all(len(r.commits) == 1 for r in hub.repos.values())
 
 
-def test_access_is_granted_to_the_full_name_and_makes_the_repository(hub):
+def test_the_check_returns_the_full_name_and_creates_the_repository(hub):
     assert check_push_access(HubTarget("new", TOKEN, private=True)) == "me/new"
     assert hub.repos["me/new"].private
     assert check_push_access(HubTarget("me/new", TOKEN, private=True)) == "me/new"
 
 
-def test_a_token_without_the_right_for_this_repository_is_found(hub):
-    """A fine-grained token: its role says nothing, only the Hub knows."""
+def test_a_token_without_write_access_to_this_repository_is_detected(hub):
+    """A fine-grained token: its role shows nothing, only the Hub knows."""
     hub.add_repo("me/model")
     hub.fail("GET .*/auth-check/write", 403)
     with pytest.raises(ValueError, match="may not write to 'me/model'"):
         check_push_access(HubTarget("me/model", TOKEN), NO_DELAYS)
 
 
-def test_a_client_that_is_told_to_stay_offline_says_so(hub, monkeypatch):
+def test_an_offline_client_says_so(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(PushError, match="HF_HUB_OFFLINE is set"):
         check_push_access(HubTarget("me/model", TOKEN))
@@ -77,7 +77,7 @@ def test_bad_targets_are_refused_at_once(options, message):
     assert TOKEN not in str(caught.value)
 
 
-def test_the_wait_that_the_hub_asks_for_is_kept(hub):
+def test_retry_after_is_respected(hub):
     delays = []
     hub.fail("whoami", 429, 1, **{"Retry-After": "17"})
     Retry(delays=(1.0,), sleep=delays.append)(HubTarget("me/model", TOKEN).api().whoami, "x")

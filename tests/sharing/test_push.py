@@ -41,7 +41,7 @@ def push(folder, repo_id="me/model", facts=None, **options):
 
 
 def test_only_the_model_goes_up(hub, make_model):
-    """A training folder: checkpoints, logs, a cached token and anything else stay here."""
+    """Of a training folder, checkpoints, logs, a cached token and anything else are not uploaded."""
     folder = make_model()
     (folder / "samples.png").write_bytes(png())
     for stray in ("logs/train.jsonl", "checkpoint-5/training_state/optimizer.pt", "notes.txt", "unet/old.bin", ".env"):
@@ -52,7 +52,7 @@ def test_only_the_model_goes_up(hub, make_model):
     assert len(hub.repos["me/model"].commits) == 2
 
 
-def test_what_goes_up_are_the_weights_that_are_here(hub, make_model, tmp_path):
+def test_the_uploaded_weights_equal_the_local_ones(hub, make_model, tmp_path):
     folder = make_model()
     pipe = DDPMPipelineCustom.from_pretrained(folder, dtype=torch.float16)
     pipe.save_pretrained(tmp_path / "half")
@@ -86,8 +86,8 @@ def test_save_pretrained_into_a_training_folder_pushes_the_model_alone(hub, make
         assert f'DDPMPipelineCustom.from_pretrained("{name}")' in hub.repos[name].files()["README.md"].decode()
 
 
-def test_weights_of_another_model_do_not_stay(hub, make_model):
-    """Shards or a pickle that lay there before would be loaded instead, or beside."""
+def test_weights_of_another_model_are_removed(hub, make_model):
+    """Existing shards or a pickle would be loaded instead of the new weights."""
     there = {"unet/diffusion_pytorch_model.bin": b"pickle", "unet/diffusion_pytorch_model.fp16.safetensors": b"w"}
     hub.add_repo("me/model", {**there, "their-notes.md": b"stays"})
     push(make_model())
@@ -145,7 +145,7 @@ def secret(tmp_path):
 
 @pytest.mark.parametrize("name", ["samples.png", "README.md", "unet/config.json", "metrics.json", "unet"])
 def test_links_out_of_a_cloned_folder_are_refused(hub, make_model, tmp_path, name):
-    """Else a repository with `samples.png` → the user's token would publish it."""
+    """Otherwise a repository with a link `samples.png` → the user's token would publish the token."""
     folder, outside = make_model(), secret(tmp_path)
     if name == "unet":
         outside = tmp_path / "elsewhere"
@@ -161,7 +161,7 @@ def test_links_out_of_a_cloned_folder_are_refused(hub, make_model, tmp_path, nam
 def test_files_are_what_their_names_say(hub, make_model, name):
     folder = make_model()
     (folder / name).write_text(TOKEN)
-    with pytest.raises(ValueError, match=rf"{name}' is no (PNG picture|JSON file).*: remove or repair it"):
+    with pytest.raises(ValueError, match=rf"{name}' is not a valid (PNG picture|JSON file).*: repair or remove it"):
         push(folder)
     assert not hub.received
 
@@ -182,13 +182,13 @@ def test_a_snapshot_of_the_hub_whose_files_are_links_into_its_cache_goes_up(hub,
     assert set(hub.repos["me/again"].files()) == MODEL_FILES | {".gitattributes"}
 
 
-def test_figures_in_a_repository_without_a_card_of_ours_stay(hub, make_model):
+def test_metrics_in_a_repository_without_a_card_of_ours_stay(hub, make_model):
     hub.add_repo("me/model", {"metrics.json": b"{}", "README.md": b"# Mine"})
     push(make_model())
     assert hub.repos["me/model"].files()["metrics.json"] == b"{}"
 
 
-def test_targets(hub, make_model):
+def test_private_repositories_tags_branches_and_pull_requests(hub, make_model):
     folder = make_model()
     push(folder, "lab/model", private=True, tag="v1")
     repo = hub.repos["lab/model"]
@@ -245,7 +245,7 @@ def test_a_damaged_model_leaves_nothing_on_the_hub(hub, make_model, kind):
     assert hub.repos == {}
 
 
-def test_a_card_that_the_hub_does_not_take_leaves_nothing_there(hub, make_model):
+def test_a_card_that_the_hub_rejects_leaves_nothing_there(hub, make_model):
     with pytest.raises(ValueError, match="license"):
         push(make_model(), facts=CardFacts(license="my-own"))
     assert hub.repos == {}
@@ -276,7 +276,7 @@ def test_passing_faults_at_every_stage_are_survived(hub, make_model, faults, mon
 
 @pytest.mark.parametrize("what", [503, "drop"])
 def test_a_fault_that_outlasts_the_client_is_survived(hub, make_model, what, monkeypatch):
-    """The client tries an upload six times itself; then it raises an error of its own kind."""
+    """The client itself retries an upload five times, then raises an error of its own."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.fail("PUT /lfs/", what, times=8)
     push(make_model())
@@ -285,7 +285,7 @@ def test_a_fault_that_outlasts_the_client_is_survived(hub, make_model, what, mon
 
 @pytest.mark.parametrize("what", [503, 404, "drop"])
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_a_card_that_can_not_be_fetched_is_not_taken_for_absent(hub, make_model, what, method, monkeypatch):
+def test_a_card_that_cannot_be_fetched_is_not_taken_for_absent(hub, make_model, what, method, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     own = b"---\nlicense: mit\n---\n# All my own words\n"
     hub.add_repo("me/model", {"README.md": own})
@@ -303,7 +303,7 @@ def test_a_lost_answer_makes_no_second_pull_request(hub, make_model):
 
 
 @pytest.mark.parametrize("what", [503, "drop"])
-def test_a_lasting_fault_is_named_and_changes_nothing(hub, make_model, what):
+def test_a_lasting_fault_is_reported_and_changes_nothing(hub, make_model, what):
     folder = make_model()
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     hub.fail(r"POST .*/commit/", what, times=99)
@@ -314,14 +314,14 @@ def test_a_lasting_fault_is_named_and_changes_nothing(hub, make_model, what):
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
-def test_a_refusal_is_not_tried_again(hub, make_model):
+def test_a_refusal_is_not_retried(hub, make_model):
     hub.fail(r"POST .*/commit/", 403, times=99)
     with pytest.raises(ValueError, match="may not write"):
         push(make_model())
     assert hub.count("POST .*/commit/") == 1
 
 
-def test_a_commit_of_somebody_else_in_between_is_not_undone(hub, make_model):
+def test_a_concurrent_commit_of_somebody_else_is_not_undone(hub, make_model):
     folder = make_model()
     push(folder)
     repo = hub.repos["me/model"]
@@ -378,7 +378,7 @@ def test_push_to_hub_keeps_what_was_edited_on_the_hub(hub, make_model, monkeypat
 
 
 @pytest.mark.parametrize("own", [b"---\na: [\n---\nMine.", b"M\xefne."])
-def test_a_card_on_the_hub_that_can_not_be_read_is_not_replaced(hub, make_model, own):
+def test_an_unreadable_card_on_the_hub_is_not_replaced(hub, make_model, own):
     hub.add_repo("me/model", {"README.md": own})
     with pytest.raises(ValueError, match="card of 'me/model' on the Hub can't be read"):
         push(make_model())
@@ -399,7 +399,7 @@ def test_what_was_edited_here_goes_up(hub, make_model):
 # --- the token --------------------------------------------------------------------------------------------------------
 
 
-def test_the_token_is_in_nothing_that_is_written_said_or_sent(hub, make_model, tmp_path, caplog, capsys, monkeypatch):
+def test_the_token_is_in_nothing_that_is_written_logged_or_sent(hub, make_model, tmp_path, caplog, capsys, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's own waits
     caplog.set_level(logging.DEBUG)
     folder, texts = make_model(), []

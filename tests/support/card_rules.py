@@ -1,4 +1,4 @@
-"""The rules by which the Hub takes a model card's metadata, as far as its documentation states them."""
+"""The Hub's rules for the metadata of model cards, as far as its documentation states them."""
 
 import re
 
@@ -18,7 +18,7 @@ REPO_ID = r"[\w.-]+(/[\w.-]+)?"
 
 
 def card_errors(content):
-    """What the Hub's validator would say against a card; nothing for a good one."""
+    """The errors that the Hub's validator would report; none for a valid card."""
     block = re.match(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", content, re.DOTALL)
     if block is None:
         return []

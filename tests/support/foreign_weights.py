@@ -1,4 +1,4 @@
-"""Tiny weight files as other code bases write them, filled by a formula, and what those code bases make of them.
+"""Tiny weight files as other code bases write them, filled by a formula, and the outputs of those code bases.
 
 The figures in FIGURES were computed once, in float64, by the code of openai/improved-diffusion and ermongroup/ddim with
 these very weights (all names and shapes fit). They are the only link to that code: it is no part of this project.
@@ -16,7 +16,7 @@ FIGURES = {
 
 
 def fill(shapes):
-    """Weights that are no noise of a random generator: the same in every release of torch."""
+    """Weights from a formula instead of a random generator: the same in every release of torch."""
     weights = {}
     for k, (name, shape) in enumerate(shapes.items()):
         count = torch.Size(shape).numel()
@@ -98,7 +98,7 @@ STYLES = {
 
 
 def probe():
-    """x of shape (1, 3, 8, 8), t and a label to compute the figures for."""
+    """x of shape (1, 3, 8, 8), t and a label to compute outputs for."""
     return torch.cos(torch.arange(192, dtype=torch.float64) * 0.7).reshape(1, 3, 8, 8), torch.tensor([321]), 3
 
 

@@ -49,7 +49,7 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests that match: a status, "drop" (before), or "lose" (after the work)."""
+    """What happens to the next `times` matching requests: a status, "drop" (no work done), or "lose" (no answer)."""
 
     request: str
     what: int | str
@@ -58,7 +58,7 @@ class Fault:
 
 
 class Hub:
-    """The state of the server; `tokens` gives the user, the role and the organisations of each."""
+    """The state of the server; `tokens` gives the user, role and organizations of each."""
 
     def __init__(self):
         self.repos = {}

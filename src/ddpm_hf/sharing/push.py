@@ -118,7 +118,7 @@ def _check_files(folder: Path) -> None:
     """Refuse a folder whose files lie elsewhere, or are not what their names say.
 
     Of links, only those within the folder and into the Hub's own cache are followed: that is how snapshots of the Hub
-    look. Else a cloned repository could publish any file of this machine.
+    look. Otherwise a cloned repository could publish any file of this machine.
 
     Raises:
         ValueError: names the file and the remedy.
@@ -138,7 +138,7 @@ def _check_files(folder: Path) -> None:
                 json.loads(file.read_text("utf-8"))
         except (OSError, SyntaxError, ValueError) as error:
             kind = "PNG picture" if file.suffix == ".png" else "JSON file"
-            raise ValueError(f"{str(file)!r} is no {kind} ({error}): remove or repair it.") from error
+            raise ValueError(f"{str(file)!r} is not a valid {kind} ({error}): repair or remove it.") from error
 
 
 def push_export(

@@ -1,4 +1,4 @@
-"""Models of others become ours with the very same outputs, or an error that says why not."""
+"""Models of other people are converted with equal outputs, or refused with the reason."""
 
 import json
 import pickle
@@ -36,7 +36,7 @@ def test_a_weight_file_gives_the_outputs_of_its_own_code(tmp_path, style):
     assert pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
 
 
-def test_the_average_is_taken_where_a_file_holds_a_training_state(tmp_path):
+def test_of_a_training_state_the_ema_weights_are_converted(tmp_path):
     raw, ema = foreign_weights.ho(), foreign_weights.ho()
     ema["conv_out.bias"] += 1
     states = [{f"module.{k}": v for k, v in raw.items()}, {"state": {}, "param_groups": []}, 10, 500, ema]
@@ -85,7 +85,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_can_not_be_converted_exactly_is_refused(tmp_path, case):
+def test_what_cannot_be_converted_exactly_is_refused(tmp_path, case):
     make, options, message = REFUSALS[case]
     torch.save(make(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match=message):
@@ -102,7 +102,7 @@ def test_the_code_of_a_pickle_is_never_run(tmp_path):
 
 
 def test_outputs_that_differ_are_not_converted(tmp_path, monkeypatch):
-    """Wrong ε of the normalisation, the smallest of mistakes."""
+    """A wrong ε of the normalization, the smallest of mistakes."""
     torch.save(foreign_weights.improved(), tmp_path / "model.pt")
 
     def wrong_epsilon(weights, num_heads):
@@ -120,7 +120,7 @@ def test_outputs_that_differ_are_not_converted(tmp_path, monkeypatch):
 
 
 def make_old(folder):
-    """As the Hub's oldest repositories are: pickled weights, configuration keys that are gone."""
+    """Like the oldest repositories on the Hub: pickled weights, obsolete configuration keys."""
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
@@ -164,7 +164,7 @@ def test_precision_is_kept(make_unet, tmp_path, dtype):
     assert all(there[k].dtype == dtype and torch.equal(here[k], there[k]) for k in here)
 
 
-def test_checkpoints_of_the_stock_script_are_converted_with_their_averaged_weights(make_unet, tmp_path):
+def test_checkpoints_of_the_stock_script_are_converted_with_their_ema_weights(make_unet, tmp_path):
     run = tmp_path / "run"
     DDPMPipeline(make_unet(), DDPMScheduler()).save_pretrained(run)
     for name, bias in (("unet", 1.0), ("unet_ema", 2.0)):
