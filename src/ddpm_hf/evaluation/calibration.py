@@ -1,7 +1,7 @@
-"""Measure what few steps need to know about a network: the error of its x̂_0 at every timestep.
+"""Measure what few steps depend on: the error of a network's x̂_0 at every timestep.
 
-The numbers give the optimal reverse variance and the best timesteps (Bao et al. 2022, arXiv 2201.06503); what follows
-from them is in `ddpm_few_steps.py`. Nothing is trained: N images cost N · T network calls.
+It determines the optimal reverse variance and the best timesteps (Bao et al. 2022, arXiv 2201.06503), which
+`ddpm_few_steps.py` computes from it. Nothing is trained: N images cost N · T network calls.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ def calibrate(
     class_labels: int | Sequence[int] | Tensor | None = None,
     show_progress: bool = True,
 ) -> Calibration:
-    """Measure the network's errors on images, and keep them in the scheduler's configuration.
+    """Measure the network's errors on images, and store them in the scheduler's configuration.
 
-    Under `accelerate launch` or torchrun the images are shared out by index, and every process ends with the same
-    calibration. A network that learned its variance is calibrated too: its variance channels play no part.
+    Under `accelerate launch` or torchrun the images are distributed by index, and every process gets the same
+    calibration. The channels of a learned variance are ignored.
 
     Args:
         pipe: the pipeline, with a `DDPMSchedulerCustom`.
         images: uint8 of shape (N, C, H, W), of the distribution that the network was trained on.
         num_images: how many of them to use, drawn by `seed`; by default all.
         seed: fixes the choice of images, and their noise.
-        batch_size: images per network call and process. It changes nothing but speed and memory.
+        batch_size: images per network call and process. It affects only speed and memory.
         class_labels: for a class-conditional network: one label for all images, or N of them.
         show_progress: a progress bar on the main process.
 
     Returns:
-        The calibration, which is now that of `pipe.scheduler` too.
+        The calibration, which is also stored in `pipe.scheduler`.
 
     Raises:
         ValueError: before anything is computed: for images that the network can't take, for fewer than 16 of them, and
-            for a scheduler of another kind. After it, for predictions that are not finite.
+            for a scheduler of another kind. Afterwards: for predictions that are not finite.
     """
     noisy = NoisyImages(pipe, images, num_images, seed, batch_size, class_labels, min_images=MIN_IMAGES)
     scheduler = pipe.scheduler
@@ -87,10 +87,10 @@ def _mean_squares(scheduler: DDPMSchedulerCustom, p: Prediction) -> Tensor:
 
 
 def expected_rate(scheduler: DDPMSchedulerCustom, timesteps: Sequence[int], variance_type: str = "optimal") -> float:
-    """What the steps of a trajectory cost in the variational bound, Σ L_{t-1} without L_T and L_0, in bits/dim.
+    """The terms Σ L_{t-1} of the variational bound along a trajectory, without L_T and L_0, in bits/dim.
 
     From the calibration alone: with errors of x̂_0 of mean square e_t, the expected KL of a step is
-    ½ (ln(σ²/β̃) + (β̃ + c_0² e_t)/σ² - 1) nats/dim, for any σ² that no network predicts.
+    ½ (ln(σ²/β̃) + (β̃ + c_0² e_t)/σ² - 1) nats/dim, for any σ² that is not predicted by the network.
 
     Args:
         timesteps: strictly descending.
@@ -109,14 +109,14 @@ def expected_rate(scheduler: DDPMSchedulerCustom, timesteps: Sequence[int], vari
 
 
 def recommended_steps(scheduler: DDPMSchedulerCustom) -> int:
-    """The fewest steps that model the data no worse than the whole chain of T steps with σ² = β̃, in bits/dim.
+    """The fewest steps that model the data as well, in bits/dim, as the whole chain of T steps with σ² = β̃.
 
     With the optimal variance and the best timesteps, from the calibration alone.
     """
     T = len(scheduler)
     enough = expected_rate(scheduler, range(T - 1, -1, -1), "fixed_small")
     low, high = 1, T
-    while low < high:  # the rate falls with every step more
+    while low < high:  # the rate falls with every additional step
         K = (low + high) // 2
         if K > 1 and expected_rate(scheduler, scheduler.optimal_timesteps(K)) <= enough:
             high = K
@@ -126,7 +126,7 @@ def recommended_steps(scheduler: DDPMSchedulerCustom) -> int:
 
 
 def steps_table(scheduler: DDPMSchedulerCustom, steps: Sequence[int] = (10, 25, 50, 100)) -> str:
-    """The `expected_rate` of K even steps by variance, and of the best ones: a Markdown table for a card."""
+    """The `expected_rate` of K even timesteps by variance, and of the best ones, as a Markdown table for a card."""
     T = len(scheduler)
     rows = ["| bits/dim of K steps | β̃ | β | optimal | optimal, best timesteps |", "|---|---|---|---|---|"]
     for K in [*(K for K in steps if K < T), T]:
@@ -138,7 +138,7 @@ def steps_table(scheduler: DDPMSchedulerCustom, steps: Sequence[int] = (10, 25, 
 
 
 def save_calibrated(pipe: DDPMPipelineCustom, place: Path) -> None:
-    """Save a calibrated pipeline; into its own folder only the scheduler and the code, the weights are left alone."""
+    """Save a calibrated pipeline. In its own folder only the scheduler and the code are replaced, not the weights."""
     if not (place / "model_index.json").is_file():
         pipe.save_pretrained(place)
         return

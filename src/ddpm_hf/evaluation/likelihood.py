@@ -33,18 +33,18 @@ from .predictions import NoisyImages, Prediction, on_cpu
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """The bound on a data set. Terms are in bits/dim, errors of data in [-1, 1]; tables are float64, on the CPU.
+    """The bound on a data set. Terms are in bits/dim, errors are of data in [-1, 1], tables are float64 on the CPU.
 
     Args:
         total: L_T + Σ terms, averaged over the images.
         standard_error: of the total: over images, their noise and, of an estimate, the choice of timesteps.
         L_T: the prior's term.
-        terms: (K,), for each timestep t the term of the step that leaves it: L_{t-1}, and for the last one L_0. An
-            estimate has NaN where no image met the timestep.
+        terms: (K,), for each timestep t the term of the step from it: L_{t-1}, and L_0 for the last one. In an
+            estimate, NaN for a timestep that no image visited.
         x_0_mse: (K,), E‖x_0 - x̂_0‖²/d of the clipped x̂_0.
         eps_mse: (K,), E‖ε - ε̂‖²/d.
         timesteps: the K timesteps, descending.
-        variance_type: whose variance it was.
+        variance_type: of the reverse process.
         num_images: how many images were used.
         calls_per_image: network calls; K, unless it is an estimate.
     """
@@ -70,8 +70,8 @@ class RateDistortion(NamedTuple):
     """Progressive lossy coding (arXiv 2006.11239, Section 4.3, Fig. 5), one point per timestep, descending.
 
     Attributes:
-        timesteps: t, (K,): what the receiver knows is x_t.
-        rate: bits/dim that it took to send x_t, (K,), float64.
+        timesteps: t, (K,): the receiver knows x_t.
+        rate: bits/dim sent so far, (K,), float64.
         distortion: RMSE of x̂_0 on the scale of 0 to 255, (K,), float64.
     """
 
@@ -98,9 +98,9 @@ def bits_per_dim(
 ) -> BitsPerDim:
     """The variational bound on -log₂ p(x_0), in bits/dim (arXiv 2006.11239, Eq. 5 and 13).
 
-    Every term of every image is computed, unless `calls_per_image` says otherwise: then each image meets L_0 and a
-    systematic random sample of the other timesteps, spread evenly over the trajectory, which leaves the estimate
-    unbiased. Under `accelerate launch` the images are shared out by index.
+    Every term of every image is computed, or with `calls_per_image` an unbiased estimate: L_0 and a systematic random
+    sample of the other timesteps, evenly spread over the trajectory. Under `accelerate launch` the images are
+    distributed by index.
 
     Args:
         images: uint8 of shape (N, C, H, W).
@@ -109,7 +109,7 @@ def bits_per_dim(
         variance_type: of the reverse process; by default the scheduler's. `optimal` needs a calibration.
         calls_per_image: network calls per image, from 2 to K - 1, for an estimate.
         num_images: how many of the images to use, drawn by `seed`; by default all.
-        indices: which of them, int64 (n,), instead of `num_images`.
+        indices: the indices of those to use, int64 (n,), instead of `num_images`.
         seed: fixes the choice of images, their noise, and the timesteps of an estimate.
         batch_size: images per network call and process.
         class_labels: for a class-conditional network: one label for all images, or N of them.
@@ -124,7 +124,7 @@ def bits_per_dim(
     columns = _columns(K, n, calls_per_image, seed)
     m = columns.shape[1]
 
-    # Row 0 counts the images that met a timestep; then Σ of the term, of the error of x̂_0, and of that of ε̂.
+    # Row 0 counts the images that visited a timestep; then Σ of the term, of the error of x̂_0, and of that of ε̂.
     sums = torch.zeros(4, K, dtype=torch.float64)
     totals = torch.zeros(n, dtype=torch.float64)
     visited = chain.timesteps[columns]
@@ -149,7 +149,7 @@ def bits_per_dim(
 
 
 def combine(parts: Sequence[BitsPerDim]) -> BitsPerDim:
-    """The bound on a data set from those on its parts, which are of one chain and exact."""
+    """The bound on a data set from exact bounds on its parts with the same chain."""
     n = torch.tensor([part.num_images for part in parts], dtype=torch.float64)
     N, first = float(n.sum()), parts[0]
 
@@ -190,7 +190,7 @@ def rate_distortion(bits: BitsPerDim) -> RateDistortion:
 
 
 class _Chain:
-    """The reverse process of a trajectory and a variance, ready to be measured."""
+    """The reverse process of a trajectory and a variance, whose terms are measured."""
 
     def __init__(
         self,
@@ -238,7 +238,7 @@ class _Chain:
         return torch.stack([term, _mean_square(p.x_0 - reverse.pred_x_0), _mean_square(eps_error)])
 
     def p_mean_variance(self, p: Prediction, prediction: Tensor) -> PMeanVariance:
-        """p_θ(x_s | x_t) with the variance that was asked for."""
+        """p_θ(x_s | x_t) with the requested variance."""
         return self.process.p_mean_variance(
             p.output if self.variance_type in LEARNED_VARIANCE_TYPES else prediction,
             p.x_t,
@@ -256,11 +256,11 @@ def _mean_square(x: Tensor) -> Tensor:
 
 
 def _columns(K: int, n: int, calls_per_image: int | None, seed: int) -> Tensor:
-    """Which of the K timesteps each of n images meets, (n, K) or (n, calls_per_image); the last one is K - 1."""
+    """The positions in the trajectory that each of n images visits, (n, K) or (n, calls_per_image), K - 1 last."""
     if calls_per_image is None:
         return torch.arange(K).expand(n, K)
     check_integer("calls_per_image", calls_per_image, 2, K - 1)
-    # Systematic sampling: a comb of m - 1 teeth, shifted at random for each image, meets every term equally often.
+    # Systematic sampling: a comb of m teeth, shifted at random for each image, visits every term equally often.
     m = calls_per_image - 1
     shift = torch.rand(n, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     comb = ((torch.arange(m) + shift) * ((K - 1) / m)).long().clamp(max=K - 2)

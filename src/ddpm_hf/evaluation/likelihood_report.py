@@ -1,4 +1,4 @@
-"""The likelihood of an evaluation: measured in parts that outlive a kill; as figures, tables and pictures."""
+"""The likelihood of an evaluation: measured in parts, which survive an interruption; as numbers, tables and plots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .likelihood import BitsPerDim, bits_per_dim, combine, rate_distortion
 from .plots import save_bits_per_dim, save_rate_distortion
 from .predictions import draw_indices
 
-MOST_PARTS = 16
+MAX_PARTS = 16
 
 
 def resumable_bits_per_dim(
@@ -34,11 +34,11 @@ def resumable_bits_per_dim(
     show_progress: bool = True,
     **chain: Any,
 ) -> BitsPerDim:
-    """`bits_per_dim` of `num_images` images, of which every sixteenth part is kept as soon as it is there.
+    """`bits_per_dim` of `num_images` images, measured in up to sixteen parts, each stored as soon as it is finished.
 
     Args:
-        folder: for the parts, of this model, data and options alone. An estimate is measured in one go.
-        chain: what else `bits_per_dim` takes.
+        folder: for the parts of this model, data and options. An estimate is measured in one go.
+        chain: further arguments of `bits_per_dim`.
     """
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "class_labels": class_labels, **chain}
     if chain.get("calls_per_image") is not None:
@@ -61,8 +61,8 @@ def resumable_bits_per_dim(
 
 
 def split_evenly(indices: Tensor, unit: int) -> Sequence[Tensor]:
-    """At most 16 parts, of multiples of `unit` images but for the last one, and of two images at least."""
-    size = -(-len(indices) // (MOST_PARTS * unit)) * unit
+    """At most 16 parts of at least two images; all but the last are a multiple of `unit`."""
+    size = -(-len(indices) // (MAX_PARTS * unit)) * unit
     parts = list(indices.split(max(2, size)))
     if len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
@@ -76,7 +76,7 @@ def _read(file: Path) -> BitsPerDim:
 
 
 def likelihood_details(bits: BitsPerDim) -> dict[str, Any]:
-    """The parts of the bound, in bits/dim, and the error of what a lossy code sends (Section 4.3)."""
+    """The terms of the bound, in bits/dim, and the distortion of the lossy code (Section 4.3)."""
     rate = bits.total - bits.L_0
     return {
         "L_T": bits.L_T,
@@ -88,7 +88,7 @@ def likelihood_details(bits: BitsPerDim) -> dict[str, Any]:
 
 
 def save_likelihood(bits: BitsPerDim, place: Path) -> None:
-    """`likelihood.json` with all tables, and their plots; rate and distortion where no timestep was left out."""
+    """Write `likelihood.json` and the plots; rate and distortion only if no timestep was left out."""
     tables: dict[str, Sequence[Any]] = {
         "timesteps": bits.timesteps,
         "bits_per_dim": _rounded(bits.terms),
@@ -105,7 +105,7 @@ def save_likelihood(bits: BitsPerDim, place: Path) -> None:
 
 
 def rate_distortion_table(bits: BitsPerDim, rows: int = 11) -> str:
-    """Rate and distortion at evenly spread timesteps, as a Markdown table; nothing for an estimate with gaps."""
+    """Rate and distortion at evenly spaced timesteps, as a Markdown table; empty if timesteps were left out."""
     if bits.terms.isnan().any():
         return ""
     curve = rate_distortion(bits)

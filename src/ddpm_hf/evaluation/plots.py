@@ -1,4 +1,4 @@
-"""What an evaluation lets people look at: bits/dim by timestep, rate and distortion, samples beside real images."""
+"""Plots of an evaluation: bits/dim by timestep, rate and distortion, samples beside their nearest training images."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from ..data.pictures import image_grid, to_pil
 from .likelihood import BitsPerDim, RateDistortion
 
-SHOWN = 16  # pairs of each kind in the picture of nearest neighbours
+SHOWN = 16  # samples of each kind in the picture of nearest neighbours
 
 
 def save_bits_per_dim(bits: BitsPerDim, file: Path) -> None:
-    """The terms of the bound against t (as Fig. 2 of arXiv 2102.09672 has them): L_{t-1}, and L_0 at the last t."""
+    """The terms of the bound against t, as in Fig. 2 of arXiv 2102.09672: L_{t-1}, and L_0 at the last t."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
     axes = figure.subplots()
-    met = ~bits.terms.isnan()
-    t = torch.tensor(bits.timesteps)[met]
-    axes.plot(t, bits.terms[met], color="tab:blue", linewidth=1, marker=".", markersize=2)
+    visited = ~bits.terms.isnan()
+    t = torch.tensor(bits.timesteps)[visited]
+    axes.plot(t, bits.terms[visited], color="tab:blue", linewidth=1, marker=".", markersize=2)
     axes.set_yscale("log")
     axes.set_xlabel("timestep t")
-    axes.set_ylabel("bits/dim of the step that leaves t")
+    axes.set_ylabel("bits/dim of the step from t")
     K = len(bits.timesteps)
     axes.set_title(f"{bits.total:.3f} ± {bits.standard_error:.3f} bits/dim, K = {K}, {bits.num_images:,} images")
     axes.grid(alpha=0.3, which="both")
@@ -58,7 +58,7 @@ def save_neighbours(samples: Tensor, train: Tensor, neighbours: Tensor, distance
     Args:
         samples: uint8 (N, C, H, W).
         train: the training images, uint8 (M, C, H, W).
-        neighbours: which of them are nearest to each sample, int64 (N, k).
+        neighbours: the indices of those nearest to each sample, int64 (N, k).
         distances: (N,), of each sample to its nearest neighbour.
     """
     from matplotlib.figure import Figure

@@ -1,9 +1,10 @@
-"""A network's predictions on noisy images of a data set: what both the calibration and the likelihood measure."""
+"""A network's predictions on noisy images of a data set, from which calibration and likelihood are computed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -11,31 +12,31 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.pixels import normalize
+from ..data.pixels import check_pixels, normalize
 from ..diffusion.ddpm_process import check_integer, to_device
 from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..diffusion.scheduling_ddpm_custom import ZERO_SNR_ERROR, DDPMSchedulerCustom
 from ..distributed import lockstep_batches
 
-READ_EVERY = 16  # network calls: so far at most is the CPU ahead of a GPU
+READ_EVERY = 16  # network calls, by which the CPU is ahead of a GPU at most
 Key = TypeVar("Key")
 
 
 class Prediction(NamedTuple):
     """One network call. Images are float32 of shape (B, C, H, W), on the network's device."""
 
-    rows: Tensor  # (B,), which of the images asked for these are
-    column: int  # which of their timesteps this is
+    rows: Tensor  # (B,), positions of the images among the chosen ones
+    column: int  # position of t among their timesteps
     t: Tensor  # (B,), on the CPU
     x_0: Tensor
     noise: Tensor  # ε
     x_t: Tensor
-    output: Tensor  # all channels of the network, those of a learned variance included
+    output: Tensor  # of the network, with the channels of a learned variance
 
 
 @dataclass
 class NoisyImages:
-    """Images to test a network on, chosen and checked.
+    """Images of a data set, chosen and checked, for a network to predict from noisy versions of them.
 
     Args:
         pipe: its scheduler must be a `DDPMSchedulerCustom`.
@@ -44,11 +45,11 @@ class NoisyImages:
         seed: fixes the choice, and the noise: that of image i comes from seed + i.
         batch_size: images per network call and process.
         class_labels: for a class-conditional network: one label for all images, or N of them.
-        min_images: fewer are refused.
-        chosen: which images to use, int64 (n,), instead of a choice by `num_images` and `seed`.
+        min_images: the fewest that the results are meaningful for.
+        chosen: the indices of the images to use, int64 (n,), instead of a choice by `num_images` and `seed`.
 
     Raises:
-        ValueError: for anything that can't work, before anything is computed.
+        ValueError: for any bad argument, before anything is computed.
     """
 
     pipe: DDPMPipelineCustom
@@ -70,11 +71,7 @@ class NoisyImages:
         scheduler = self.pipe.scheduler
         if scheduler.process.has_zero_terminal_snr and scheduler.config.prediction_type == "epsilon":
             raise ValueError(ZERO_SNR_ERROR)
-        if not isinstance(self.images, Tensor) or self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            found = f"{self.images.dtype} of {tuple(self.images.shape)}" if isinstance(self.images, Tensor) else None
-            raise ValueError(
-                f"`images` are {found or type(self.images).__name__}, but must be a uint8 tensor of shape (N, C, H, W)."
-            )
+        check_pixels(self.images)
         config = self.pipe.unet.config
         size = image_size(self.pipe.unet) if config.sample_size else self.images.shape[2:]
         expected = (config.in_channels, *size)
@@ -85,26 +82,22 @@ class NoisyImages:
             )
         check_integer("batch_size", self.batch_size, 1)
         check_integer("seed", self.seed, 0, 2**63 - 1 - len(self.images))
-        if self.chosen is not None:
-            self.num_images = len(self.chosen)
-        elif self.num_images is None:
-            self.num_images = len(self.images)
-        check_integer("num_images", self.num_images, 1)
-        if self.num_images > len(self.images):
+        count = len(self.images) if self.num_images is None else self.num_images
+        check_integer("num_images", count, 1)
+        if count > len(self.images):
             raise ValueError(
-                f"`num_images` is {self.num_images}, but there are only {len(self.images)} images: pass more of them, "
-                "or lower num_images."
+                f"`num_images` is {count}, but there are only {len(self.images)} images: pass more of them, or lower "
+                "num_images."
             )
-        if self.num_images < self.min_images:
+        self.indices = draw_indices(len(self.images), count, self.seed) if self.chosen is None else self.chosen
+        if len(self.indices) < self.min_images:
             raise ValueError(
-                f"`num_images` is {self.num_images}, but must be at least {self.min_images} for a standard error that "
-                "means something."
+                f"`num_images` is {len(self.indices)}, but must be at least {self.min_images} for a meaningful "
+                "standard error."
             )
         self._labels = None
-        if self.pipe.unet.config.num_class_embeds is not None or self.class_labels is not None:
+        if config.num_class_embeds is not None or self.class_labels is not None:
             self._labels = self.pipe.prepare_class_labels(self.class_labels, len(self.images), guidance_scale=1.0)
-        drawn = draw_indices(len(self.images), self.num_images, self.seed)
-        self.indices = drawn if self.chosen is None else self.chosen
 
     @torch.no_grad()
     def predictions(
@@ -115,7 +108,7 @@ class NoisyImages:
         Args:
             timesteps: shape (K,), the same for all images, or (num_images, K).
             same_noise: an image has the same noise at all its timesteps, which makes tables over t smooth; or new noise
-                at each, which makes sums over t exact.
+                at each, so that the errors of a sum over t are independent.
         """
         state, unet, process = PartialState(), self.pipe.unet, self.pipe.scheduler.process
         was_training = unet.training
@@ -126,7 +119,7 @@ class NoisyImages:
         timesteps = timesteps.expand(n, -1)
         with tqdm(total=len(batches) * timesteps.shape[1], desc=title, unit="call", disable=is_quiet) as bar:
             for places in batches:
-                batch, mine = places % n, int((places < n).sum())
+                batch, mine = places % n, int((places < n).sum())  # the last batch is padded
                 x_0, labels = self._load(batch)
                 generators = [torch.Generator().manual_seed(self.seed + int(i)) for i in self.indices[batch]]
                 for column, t in enumerate(timesteps[batch].unbind(1)):
@@ -151,23 +144,14 @@ class NoisyImages:
 
 def on_cpu(measured: Iterable[tuple[Key, Tensor]]) -> Iterator[tuple[Key, Tensor]]:
     """Each key with its values, (…, B), as float64 on the CPU, which waits for a GPU once in READ_EVERY calls."""
-    waiting: list[tuple[Key, Tensor]] = []
-
-    def read() -> Iterator[tuple[Key, Tensor]]:
+    remaining = iter(measured)
+    while waiting := list(islice(remaining, READ_EVERY)):
         keys, values = zip(*waiting, strict=True)
         table = torch.cat(values, dim=-1).cpu().double()
-        waiting.clear()
         yield from zip(keys, table.split([v.shape[-1] for v in values], dim=-1), strict=True)
-
-    for pair in measured:
-        waiting.append(pair)
-        if len(waiting) == READ_EVERY:
-            yield from read()
-    if waiting:
-        yield from read()
 
 
 def draw_indices(length: int, count: int, seed: int) -> Tensor:
-    """Which `count` of `length` images to use, ascending; more of them with the same seed hold fewer of them."""
+    """Indices of `count` of `length` images, ascending. A larger draw with the same seed contains every smaller one."""
     order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
     return order[:count].sort().values

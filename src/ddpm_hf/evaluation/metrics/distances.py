@@ -1,4 +1,4 @@
-"""Distances between two sets of features, from which the quality of samples is judged: torch only, in float64.
+"""Distances between two sets of features, which measure the quality of samples: torch only, in float64.
 
 Features are tensors of shape (N, D), one row per image, of any floating type, on the CPU; N images and M of reference.
 """
@@ -18,7 +18,7 @@ ROWS = 1000  # at a time, which bounds the memory
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What the Fréchet distance needs to know of a set: float64 `mean` (D,), `covariance` (D, D), and its size."""
+    """The moments of a set that the Fréchet distance needs: float64 `mean` (D,), `covariance` (D, D), and its size."""
 
     mean: Tensor
     covariance: Tensor
@@ -26,7 +26,7 @@ class Moments:
 
     @cached_property
     def root(self) -> Tensor:
-        """R with R Rᵀ = Σ; what rounding has made of eigenvalues that are zero becomes zero."""
+        """R with R Rᵀ = Σ; eigenvalues that are zero up to rounding are set to zero."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return vectors * torch.where(values > _rounding(values), values, 0.0).sqrt()
 
@@ -39,7 +39,7 @@ class Estimate(NamedTuple):
 
 
 class FrechetEstimate(NamedTuple):
-    """The distance, its standard error as in `Estimate`, and how far it lies above that of endlessly many images."""
+    """The distance, its standard error as in `Estimate`, and its finite-sample bias, the excess over N → ∞."""
 
     value: float
     standard_error: float
@@ -65,26 +65,26 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """The squared Fréchet (2-Wasserstein) distance of two Gaussians, d² (Heusel et al. 2017, arXiv 1706.08500, Eq. 6).
 
     d² = ‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½). With Σ = R Rᵀ, the trace of (Σ_a Σ_b)^½ is the sum of the
-    singular values of R_aᵀ R_b: nothing becomes complex, also without full rank. Equal moments give exactly 0.
+    singular values of R_aᵀ R_b, which are real even without full rank. Equal moments give exactly 0.
     """
     return _distance(a, b, torch.linalg.svdvals(a.root.mT @ b.root))
 
 
 def frechet_estimate(features: Tensor, reference_features: Tensor, reference: Moments) -> FrechetEstimate:
-    """The Fréchet distance of a set of features to a reference, and how far it can be trusted.
+    """The Fréchet distance of a set of features to a reference, its standard error and its bias.
 
     The distance is differentiable in means and covariances, so that its deviation is, to first order, a mean over
     images of ψ(x) = 2 (μ_a - μ_b)ᵀ(x - μ_a) + (x - μ_a)ᵀ(1 - T)(x - μ_a), where T is the optimal map from the Gaussian
     of x to the other one; and likewise over the reference (Rippl, Munk, Sturm 2016, arXiv 1602.04064). The standard
-    error is that of these means. A bootstrap would not do: images that are drawn twice make a covariance poorer, which
-    adds the bias once more.
+    error is that of these means. A bootstrap fails: repeated images reduce the rank of a covariance, which adds the
+    bias a second time.
 
-    The bias falls as 1/N (Chong, Forsyth 2020, arXiv 1911.07023): half of the images have twice as much of it. So it is
-    what the halves have more, on average, than all images have.
+    The bias falls as 1/N (Chong, Forsyth 2020, arXiv 1911.07023), so that half of the images have twice the bias: it is
+    the mean distance of the two halves minus the distance of all images.
 
     Args:
         features: (N, D), N at least 4.
-        reference_features: (M, D), those of `reference`, or a part of them that stands for all.
+        reference_features: (M, D), those of `reference`, or a representative part of them.
         reference: moments of the reference.
     """
     own = moments(features)
@@ -131,10 +131,10 @@ def kernel_distance(a: Tensor, b: Tensor) -> Estimate:
 
 
 def precision_recall(features: Tensor, reference: Tensor, k: int = 3) -> tuple[float, float]:
-    """The share of images among the reference, and the share of the reference among the images.
+    """The share of images within the manifold of the reference, and of the reference within that of the images.
 
-    "Among" is: within the distance of some member of the set to its k-th neighbour there (Kynkäänniemi et al. 2019,
-    arXiv 1904.06991, Eq. 1-2). In float32, as its other implementations. Both depend on N and M.
+    Within the manifold of a set: no farther from some member than the latter's k-th neighbour in the set (Kynkäänniemi
+    et al. 2019, arXiv 1904.06991, Eq. 1-2). In float32, as in other implementations. Both depend on N and M.
 
     Raises:
         ValueError: for a set of fewer than k + 1.
@@ -142,10 +142,10 @@ def precision_recall(features: Tensor, reference: Tensor, k: int = 3) -> tuple[f
     _check(features, k + 1)
     _check(reference, k + 1)
     features, reference = features.float(), reference.float()
-    return _share_among(features, reference, k), _share_among(reference, features, k)
+    return _share_within(features, reference, k), _share_within(reference, features, k)
 
 
-def _share_among(points: Tensor, manifold: Tensor, k: int) -> float:
+def _share_within(points: Tensor, manifold: Tensor, k: int) -> float:
     # The nearest to a member is the member itself.
     radii = torch.cat([torch.cdist(rows, manifold).kthvalue(k + 1).values for rows in manifold.split(ROWS)])
     inside = [(torch.cdist(rows, manifold) <= radii).any(1) for rows in points.split(ROWS)]
@@ -160,7 +160,7 @@ def _distance(a: Moments, b: Moments, overlaps: Tensor) -> float:
 
 
 def _rounding(spectrum: Tensor) -> Tensor:
-    """Below it, values of a spectrum are zero as far as float64 can tell."""
+    """The values of a spectrum below it are zero up to the rounding of float64."""
     return len(spectrum) * torch.finfo(spectrum.dtype).eps * spectrum.max()
 
 

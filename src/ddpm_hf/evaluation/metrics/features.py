@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
+from ...data.pixels import check_pixels
 from .inception import NUM_CLASSES, NUM_FEATURES, WEIGHTS, WEIGHTS_SHA256, open_inception
 
 INCEPTION = "inception"
@@ -80,9 +81,7 @@ class Extractor:
 
 def check_images(images: Tensor) -> None:
     """Raise a ValueError unless images are uint8 of shape (N, C, H, W), not empty, with one channel or three."""
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
-        found = f"{images.dtype} of {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"`images` are {found}, but must be a uint8 tensor of shape (N, C, H, W), N at least 1.")
+    check_pixels(images)
     if images.shape[1] not in CHANNELS:
         raise ValueError(
             f"`images` have {images.shape[1]} channels, but feature extractors take 1 (grayscale) or 3 (RGB): "

@@ -31,18 +31,18 @@ def open_inception(weights: Path | None, device: torch.device) -> tuple[Callable
         name; and the SHA-256 of the file of weights.
 
     Raises:
-        ValueError: for a missing package or file; says where it comes from.
+        ValueError: for a missing package or file; states where to get it.
     """
     try:
         import torch_fidelity
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision for another torch
         raise ValueError(
             f"Inception needs the packages torch-fidelity and torchvision ({error}): {INSTALL}, or measure with a "
             "model of transformers, for example --feature_extractor facebook/dinov2-base."
         ) from error
     file = downloaded_weights() if weights is None else Path(weights)
     try:
-        # torch-fidelity would unpickle anything: it gets tensors that were read safely, in a pickle of our own.
+        # torch-fidelity unpickles anything: it gets tensors that were loaded safely, pickled again.
         stream = BytesIO()
         torch.save(torch.load(file, map_location="cpu", weights_only=True), stream)
         stream.seek(0)
@@ -51,7 +51,7 @@ def open_inception(weights: Path | None, device: torch.device) -> tuple[Callable
         ).to(device)
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
-    except Exception as error:  # damaged files make the unpickler raise nearly anything
+    except Exception as error:  # of damaged files, nearly any
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(
             f"`inception_weights` is {str(file)!r}, which can't be used ({reason}): it must be torch-fidelity's "
@@ -62,10 +62,10 @@ def open_inception(weights: Path | None, device: torch.device) -> tuple[Callable
 
 
 def downloaded_weights() -> Path:
-    """The file of weights, downloaded to where torch-fidelity looks for it too.
+    """The file of weights, downloaded to the place where torch-fidelity looks for it, too.
 
     Raises:
-        ValueError: where it can't be downloaded; says how else to get it there.
+        ValueError: if it can't be downloaded; states how else to get it.
     """
     file = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
     state = PartialState()
@@ -77,7 +77,7 @@ def downloaded_weights() -> Path:
                 raise OSError("HF_HUB_OFFLINE is set")
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, str(file), WEIGHTS_SHA256, progress=state.is_local_main_process)
-        except (OSError, RuntimeError) as error:  # RuntimeError: what came has another hash
+        except (OSError, RuntimeError) as error:  # RuntimeError: the download has another hash
             raise ValueError(
                 f"the weights of Inception can't be downloaded ({error}): get {URL} on a machine that can, and pass "
                 f"the file with --inception_weights, or put it at {file}."

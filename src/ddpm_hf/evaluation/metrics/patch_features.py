@@ -1,4 +1,4 @@
-"""Features of images without a pre-trained network: which small patches they are made of, and where."""
+"""Features of images without a pre-trained network: the small patches that they consist of, and where these are."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from ...diffusion.ddpm_process import check_integer
 PATCH = 5  # pixels
 WORDS = 64
 MAX_FEATURES = 64
-COARSE = 32  # pixels: larger images are also looked at in this size
-LEARNT_FROM = 20_000  # patches
+COARSE = 32  # pixels: features of larger images are also taken at this size
+LEARNED_FROM = 20_000  # patches
 BATCH_SIZE = 64
 
 
 class PatchFeatures:
-    """Features of the k-means kind of Coates, Ng and Lee (AISTATS 2011), learnt from a few hundred real images.
+    """Features by k-means, after Coates, Ng and Lee (AISTATS 2011), learned from a few hundred real images.
 
     The words of a vocabulary are the means of clusters of whitened 5×5 patches. A patch activates each word by how much
     closer than the average word it is; activations are averaged over each quarter of the image, and reduced to their
-    principal components. Large images are looked at twice, in full and at 32 pixels.
+    principal components. Large images contribute two views: at full size and at 32 pixels.
 
-    On digits, clothes and photographs, the Fréchet distance in these features tells blur, noise, missing classes and
-    images put together from two from real ones; in those of random convolutions, noisy photographs are as good as real
-    ones (training/benchmarks/README.md). It compares models on the same real images: it has no meaning beyond them.
+    On digits, clothes and photographs, the Fréchet distance in these features distinguishes blur, noise, missing
+    classes and composites of two images from real ones; in features of random convolutions, noisy photographs are as
+    good as real ones (training/benchmarks/README.md). It compares models on the same real images only.
     """
 
     def __init__(self, real: Tensor) -> None:
-        """Learn from real images, uint8 of shape (N, C, H, W) and square; the result is a function of them alone."""
+        """Learn from real images, square and uint8 of shape (N, C, H, W); the result depends on nothing else."""
         check_integer("number of images", len(real), 2)
         generator = torch.Generator().manual_seed(0)
         patches = [[_patches(view) for view in _views(batch)] for batch in real.cpu().split(BATCH_SIZE)]
         self.vocabularies = [_Vocabulary.learn(torch.cat(view), generator) for view in zip(*patches, strict=True)]
         activations = self._activations(real)
         self.mean = activations.mean(0)
-        count = min(MAX_FEATURES, max(1, len(real) // 4))  # more than a covariance of N images can tell is noise
+        count = min(MAX_FEATURES, max(1, len(real) // 4))  # N images determine no more of a covariance
         self.components = torch.linalg.eigh(torch.cov((activations - self.mean).T)).eigenvectors[:, -count:]
 
     def __call__(self, images: Tensor) -> Tensor:
         """The features of uint8 images (N, C, H, W): float32 (N, D) on the CPU.
 
-        D is a quarter of the number of images that they were learnt from, and 64 at most.
+        D is a quarter of the number of images that they were learned from, at most 64.
         """
         return (self._activations(images) - self.mean) @ self.components
 
@@ -68,7 +68,7 @@ class _Vocabulary:
     def learn(cls, patches: Tensor, generator: torch.Generator) -> Self:
         """From patches of several images, (N, L, P)."""
         patches = patches.flatten(0, 1)
-        patches = patches[torch.randperm(len(patches), generator=generator)[:LEARNT_FROM]]
+        patches = patches[torch.randperm(len(patches), generator=generator)[:LEARNED_FROM]]
         variances, axes = torch.linalg.eigh(torch.cov(patches.T))
         scale = (variances.clamp(min=0) + 0.1 * variances.mean() + 1e-6).rsqrt()
         mean, whitening = patches.mean(0), (axes * scale) @ axes.T
@@ -84,7 +84,7 @@ class _Vocabulary:
 
 
 def _views(images: Tensor) -> list[Tensor]:
-    """What is looked at, in [-1, 1]: the images, and small ones of them where they are large."""
+    """The images in [-1, 1], and a smaller version if they are large."""
     x = normalize(images)
     if x.shape[-1] <= COARSE:
         return [x]
@@ -97,7 +97,10 @@ def _patches(view: Tensor) -> Tensor:
 
 
 def _k_means(points: Tensor) -> Tensor:
-    """Ten rounds of Lloyd's algorithm; the points come in random order, so that the first ones are a start."""
+    """Ten iterations of Lloyd's algorithm from the first points, which are in random order.
+
+    Not scikit-learn's: its means depend on the number of threads, and so features would differ between processes.
+    """
     means = points[:WORDS]
     for _ in range(10):
         nearest = torch.cdist(points, means).argmin(1)
