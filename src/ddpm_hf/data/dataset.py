@@ -1,11 +1,13 @@
-"""Training images: batches in an order that is a function of progress. This is where x_0 comes from:
+"""Training images: batches in an order that is a function of progress. This is the way of x_0 from a file to a batch:
 
-sources     rows of anything that `datasets` opens: encoded bytes, or paths of files
-decoding    rows → stacked arrays, in worker processes, each image by
-transform   one image → uint8 or uint16 of shape (C, H, W)
-cache       all decoded images of a source in one memory-mapped file
-dataset     this file: `load_images` puts the above together, and `Images.batches` yields (B, C, H, W)
-pixels      integers → [-1, 1], by whoever uses a batch, on its device
+    sources     rows of anything that `datasets` opens: encoded bytes, or paths of files
+    decoding    rows → stacked arrays, in worker processes, each image by
+    transform   one image → uint8 or uint16 of shape (C, H, W)
+    cache       all decoded images of a source in one memory-mapped file
+    dataset     this file: any of these as batches of shape (B, C, H, W)
+    pixels      integers → [-1, 1], by whoever uses a batch, on its device
+
+`load_images` chooses between the cache, decoding on the fly, and streaming.
 """
 
 from __future__ import annotations

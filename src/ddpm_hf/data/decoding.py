@@ -83,9 +83,9 @@ def decode_batches(decoder: Decoder, requests: Iterable[Any], workers: int) -> I
 
 
 def _start_worker(decoder: Decoder) -> None:
-    """Ignore signals meant for the run, which decides when to stop, and end with it, even where it is killed.
+    """Set up a worker process: only the run decides when to stop, and its workers end with it, even if it is killed.
 
-    Ctrl-C reaches every process of a terminal, SIGTERM those of a job.
+    Ctrl-C is sent to every process of a terminal, SIGTERM to every process of a job, so the workers ignore both.
     """
     global _decoder
     _decoder = decoder
