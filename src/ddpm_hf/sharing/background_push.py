@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .card import CardFacts
 from .hub import HubTarget, PushError, Retry
-from .push import STAGE, failure_text, is_shared, push_export
+from .push import STAGE, failure_text, files_of, is_shared, push_export
 
 BESIDE_A_PROGRESS_BAR = Retry(log=tqdm.write)
 
@@ -93,17 +93,15 @@ def _link_files(folder: Path) -> Path:
     """A copy of the files of a saved pipeline that are shared, beside it: hard links where the disk has them."""
     copy = Path(tempfile.mkdtemp(prefix=STAGE, dir=folder.parent))
     try:
-        for file in folder.rglob("*"):
-            name = file.relative_to(folder)
-            if not file.is_file() or not is_shared(name.as_posix()):
-                continue
-            (copy / name).parent.mkdir(exist_ok=True)
-            try:
-                if name.suffix != ".safetensors":  # small files may be rewritten, as the card is
-                    raise OSError
-                os.link(file, copy / name)
-            except OSError:
-                shutil.copyfile(file, copy / name)
+        for name, file in files_of(folder).items():
+            if is_shared(name):
+                (copy / name).parent.mkdir(exist_ok=True)
+                # Small files are copied, because the card is rewritten.
+                link = os.link if file.suffix == ".safetensors" else shutil.copyfile
+                try:
+                    link(file, copy / name)
+                except OSError:
+                    shutil.copyfile(file, copy / name)
     except OSError:
         shutil.rmtree(copy, ignore_errors=True)
         raise

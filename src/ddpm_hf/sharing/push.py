@@ -10,6 +10,8 @@ import json
 import shlex
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -50,13 +52,11 @@ def push_folder(
         ValueError: for a damaged model, a bad token or name. Nothing is uploaded then.
         PushError: where the Hub can't be reached or refuses.
     """
-    with tempfile.TemporaryDirectory(prefix=STAGE) as stage:
-        export_model(folder, Path(stage), target.share_training_images)
-        write_card(Path(stage), facts)
+    with _export(folder, target, facts) as stage:
         with readable_errors(target):  # before a repository is created for a card that the Hub rejects
-            retry(ModelCard.load(Path(stage) / "README.md").validate, "Checking the card")
+            retry(ModelCard.load(stage / "README.md").validate, "Checking the card")
         target = replace(target, repo_id=check_push_access(target, retry))
-        return push_export(Path(stage), target, facts, message, retry)
+        return push_export(stage, target, facts, message, retry)
 
 
 def try_push(folder: Path, target: HubTarget, facts: CardFacts | None = None, *, log: Log = print) -> bool:
@@ -85,11 +85,18 @@ def upload_plan(folder: Path, target: HubTarget, facts: CardFacts | None = None)
     Raises:
         ValueError: for a damaged model.
     """
-    with tempfile.TemporaryDirectory(prefix=STAGE) as stage:
-        export_model(folder, Path(stage), target.share_training_images)
-        write_card(Path(stage), facts)
-        files = sorted(p for p in Path(stage).rglob("*") if p.is_file())
-        return [f"{p.stat().st_size:>12,}  {p.relative_to(stage).as_posix()}" for p in files]
+    with _export(folder, target, facts) as stage:
+        return [f"{file.stat().st_size:>12,}  {name}" for name, file in files_of(stage).items()]
+
+
+@contextmanager
+def _export(folder: Path, target: HubTarget, facts: CardFacts | None) -> Iterator[Path]:
+    """A temporary folder with what is to be pushed."""
+    with tempfile.TemporaryDirectory(prefix=STAGE) as name:
+        stage = Path(name)
+        export_model(folder, stage, target.share_training_images)
+        write_card(stage, facts)
+        yield stage
 
 
 def export_model(folder: Path, destination: Path, with_real_images: bool = False) -> None:
@@ -141,19 +148,14 @@ def _check_files(folder: Path) -> None:
             raise ValueError(f"{str(file)!r} is not a valid {kind} ({error}): repair or remove it.") from error
 
 
-def push_export(
-    stage: Path,
-    target: HubTarget,
-    facts: CardFacts | None,
-    message: str,
-    retry: Retry,
-) -> str:
+def push_export(stage: Path, target: HubTarget, facts: CardFacts | None, message: str, retry: Retry) -> str:
     """Push a complete export into an existing repository. The card in `stage` is rewritten."""
     facts = combine_facts(facts or CardFacts(), CardFacts(repo_id=target.repo_id))
     api = target.api()
     with readable_errors(target):
         if target.revision and not target.revision.startswith("refs/"):
-            retry(lambda: _make_branch(api, target), "Creating the branch")
+            revision = target.revision
+            retry(lambda: api.create_branch(target.repo_id, branch=revision, exist_ok=True), "Creating the branch")
         if target.tag:
             retry(lambda: _check_tag(api, target), "Looking up the tags")
         url = retry(lambda: _commit(api, stage, target, facts, message), "Pushing")
@@ -175,13 +177,12 @@ def _commit(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, messag
     other_weights = _update_card(api, stage, target, facts, head.sha if "README.md" in remote else None)
 
     allowed = REAL_IMAGES if target.share_training_images else ()
-    files = {p.relative_to(stage).as_posix(): p for p in sorted(stage.rglob("*")) if p.is_file()}
-    names = {name: p for name, p in files.items() if is_shared(name) or name in allowed}
+    files = {name: file for name, file in files_of(stage).items() if is_shared(name) or name in allowed}
     replaced = ("unet/diffusion_pytorch_model*", *(EVALUATION_FILES if other_weights else ()))
-    stale = {n for n in remote - set(names) if any(fnmatch(n, pattern) for pattern in replaced)}  # of another model
+    stale = {n for n in remote - set(files) if any(fnmatch(n, pattern) for pattern in replaced)}  # of another model
     commit = api.create_commit(
         repo_id,
-        [CommitOperationAdd(name, str(file)) for name, file in names.items()]
+        [CommitOperationAdd(name, str(file)) for name, file in files.items()]
         + [CommitOperationDelete(name) for name in sorted(stale)],
         commit_message=message,
         revision=revision,
@@ -233,30 +234,28 @@ def _open_pull(api: HfApi, repo_id: str, title: str) -> int | None:
         raise
 
 
-def _make_branch(api: HfApi, target: HubTarget) -> str:
-    api.create_branch(target.repo_id, branch=str(target.revision), exist_ok=True)
-    return str(target.revision)
-
-
-def _check_tag(api: HfApi, target: HubTarget) -> str:
+def _check_tag(api: HfApi, target: HubTarget) -> None:
     """Refuse a tag that another commit has, before anything is uploaded."""
     head = api.model_info(target.repo_id, revision=target.revision).sha
     if _tagged_commit(api, target) not in (None, head):
         raise ValueError(f"`tag` is {target.tag!r}, but {target.repo_id!r} already has that tag: choose another one.")
-    return str(head)
 
 
-def _tag(api: HfApi, target: HubTarget, commit: str) -> str:
+def _tag(api: HfApi, target: HubTarget, commit: str) -> None:
     api.create_tag(target.repo_id, tag=str(target.tag), revision=commit, exist_ok=True)
     if _tagged_commit(api, target) != commit:
         raise ValueError(
             f"the model was pushed, but `tag` {target.tag!r} belongs to another commit: choose another one."
         )
-    return commit
 
 
 def _tagged_commit(api: HfApi, target: HubTarget) -> str | None:
     return next((t.target_commit for t in api.list_repo_refs(target.repo_id).tags if t.name == target.tag), None)
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """The files of a folder by their relative names."""
+    return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def is_shared(name: str) -> bool:
