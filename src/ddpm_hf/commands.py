@@ -56,7 +56,7 @@ def sample(model: str, config: SampleConfig) -> Path:
     check_options(pipeline, config.class_label, **call_options)  # before anything is compiled
     batch_size = config.batch_size or fitting_batch_size(pipeline.unet)
     if config.fast:
-        missing = config.num_images - len(image_files(output_dir, config.format).present())
+        missing = config.num_images - len(image_files(output_dir, config.format).existing())
         share = max(missing // state.num_processes, 1)
         rows = min(batch_size, config.num_images)
         described = pipeline.enable_fast_sampling(share, config.num_inference_steps, rows, config.guidance_scale)

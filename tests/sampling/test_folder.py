@@ -1,4 +1,4 @@
-"""Sampling at scale: which images, whatever makes them, and in whatever pieces."""
+"""Folders of samples: complete after any interruption, never mixed, the same by any number of processes."""
 
 import json
 import os
@@ -18,7 +18,6 @@ from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
 from ddpm_hf.cli import main
 from ddpm_hf.sampling.folder import sample_to_folder
 from ddpm_hf.sampling.generate import sample_pixels
-from ddpm_hf.storage.weights import hash_weights
 from support.runs import ROOT, SUPPORT, run
 
 ENV = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -49,81 +48,6 @@ def count_calls(network):
     calls = []
     network.register_forward_hook(lambda *_: calls.append(1))
     return calls
-
-
-# --- pixels ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("channels", "dtype"), [(1, "float32"), (2, "float32"), (3, "bfloat16"), (5, "float32")])
-def test_pixels_are_those_of_the_pipeline_and_of_seed_and_label_i(channels, dtype, make_pipe):
-    pipe = make_pipe(channels, getattr(torch, dtype), num_class_embeds=4)
-    options = {"num_inference_steps": 3, "eta": 0.5, "guidance_scale": 2.0}
-    made = list(sample_pixels(pipe, 5, 10, 3, class_labels=[0, 2], show_progress=False, **options))
-    assert [images for images, _ in made] == [range(3), range(3, 5)]
-    for images, pixels in made:
-        assert (pixels.dtype, pixels.shape) == (torch.uint8, (len(images), channels, 8, 8))
-        seeds, labels = [torch.Generator().manual_seed(10 + i) for i in images], [[0, 2][i % 2] for i in images]
-        direct = pipe(len(images), seeds, class_labels=labels, output_type="np", **options).images
-        expected = (torch.from_numpy(direct) * 255).round().permute(0, 3, 1, 2)
-        assert torch.equal(pixels.float(), expected)
-
-
-def test_batches_that_are_not_needed_are_not_made(make_pipe):
-    pipe = make_pipe()
-    calls = count_calls(pipe.unet)
-    made = list(sample_pixels(pipe, 7, 0, 2, skip={0, 2}, show_progress=False, num_inference_steps=3))
-    assert [images for images, _ in made] == [range(2, 4), range(6, 7)]
-    assert len(calls) == 2 * 3
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "message"),
-    [
-        ((0, 0, 2), {}, "num_images"),
-        ((4, 0, 0), {}, "batch_size"),
-        ((4, 2**63 - 3, 2), {}, "seed"),
-        ((4, 0, 2), {"num_inference_steps": 2000}, "num_inference_steps.*2000"),
-        ((4, 0, 2), {"class_labels": [1]}, "unconditional"),
-    ],
-)
-def test_bad_arguments_are_refused_before_the_first_image_is_asked_for(arguments, options, message, make_pipe):
-    with pytest.raises(ValueError, match=message):
-        sample_pixels(make_pipe(), *arguments, **options)
-
-
-@pytest.mark.parametrize("num_images", [1, 7])
-def test_in_lockstep_all_processes_call_the_network_equally_often_and_all_get_all_images(
-    num_images, make_pipe, tmp_path
-):
-    script = [str(SUPPORT / "lockstep.py"), str(num_images), str(tmp_path)]
-    done = run([*TWO_PROCESSES, *script], env=ENV)
-    assert done.returncode == 0, done.stderr
-    (first, calls), (second, other_calls) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert calls == other_calls == {1: 1, 7: 2}[num_images] * 3
-    assert torch.equal(first, second)
-    pipe = make_pipe(3, num_class_embeds=4)
-    options = {"class_labels": [0, 2], "num_inference_steps": 3}
-    alone = torch.cat([p for _, p in sample_pixels(pipe, num_images, 7, 2, show_progress=False, **options)])
-    assert first.shape == alone.shape
-    assert (first.int() - alone.int()).abs().max() <= 1  # rounding depends on the batch
-
-
-def test_images_that_are_not_numbers_are_refused_by_number(make_pipe):
-    pipe = make_pipe()
-    with torch.no_grad():
-        pipe.unet.conv_out.bias.fill_(float("nan"))
-    with pytest.warns(UserWarning, match="NaN"), pytest.raises(ValueError, match=r"image 0 holds NaN.*torch\.float32"):
-        list(sample_pixels(pipe, 2, 0, 2, num_inference_steps=2, show_progress=False))
-
-
-def test_a_hash_of_weights_tells_them_apart(make_unet):
-    network = make_unet()
-    digest = hash_weights(network)
-    assert digest == hash_weights(make_unet())
-    assert digest != hash_weights(make_unet().bfloat16())
-    with torch.no_grad():
-        network.conv_out.bias[-1] += 1e-7
-    assert digest != hash_weights(network)
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -182,7 +106,7 @@ def test_more_images_are_added_and_a_finished_folder_costs_no_network_call(forma
         ({"num_images": 2}, "holds 2 images of a longer run.*number 2"),
     ],
 )
-def test_images_made_otherwise_are_not_mixed(change, message, format, make_pipe, tmp_path):
+def test_images_of_other_options_are_not_mixed(change, message, format, make_pipe, tmp_path):
     pipe = make_pipe()
     fill(pipe, tmp_path, 4, format=format)
     before = contents(tmp_path)
@@ -199,7 +123,7 @@ def test_images_of_other_weights_or_of_unknown_origin_are_not_mixed(make_pipe, t
     with pytest.raises(ValueError, match="`weights` was '.*' and is '"):
         fill(pipe, tmp_path, 2)
     (tmp_path / "sampling.json").write_text("{")
-    with pytest.raises(ValueError, match="no sampling.json that says what made them"):
+    with pytest.raises(ValueError, match="no sampling.json that records how they were made"):
         fill(pipe, tmp_path, 2)
     (tmp_path / "sampling.json").unlink()
     with pytest.raises(ValueError, match="holds 2 images, but no sampling.json"):
@@ -224,7 +148,7 @@ def damage(file, how):
 
 @pytest.mark.parametrize("format", ["png", "npz"])
 @pytest.mark.parametrize("how", ["truncated", "empty", "another array", "other numbers", "other shape", "pickle"])
-def test_a_file_that_is_damaged_or_of_others_is_named_and_stays(how, format, make_pipe, tmp_path):
+def test_damaged_and_foreign_files_are_named_and_kept(how, format, make_pipe, tmp_path):
     pipe = make_pipe()
     fill(pipe, tmp_path, 4, format="npz")
     damage(tmp_path / "samples.npz", how)
@@ -234,8 +158,8 @@ def test_a_file_that_is_damaged_or_of_others_is_named_and_stays(how, format, mak
     assert contents(tmp_path) == before
 
 
-def test_pixels_that_have_changed_on_the_disk_are_not_taken_over(make_pipe, tmp_path):
-    """The file opens, so that only a checksum can tell."""
+def test_pixels_corrupted_on_the_disk_are_rejected(make_pipe, tmp_path):
+    """The file opens: only its checksum shows it."""
     pipe = make_pipe()
     fill(pipe, tmp_path, 4, format="npz")
     content = bytearray((tmp_path / "samples.npz").read_bytes())
@@ -246,7 +170,7 @@ def test_pixels_that_have_changed_on_the_disk_are_not_taken_over(make_pipe, tmp_
     assert (tmp_path / "samples.npz").read_bytes() == content
 
 
-def test_a_disk_without_room_and_a_folder_that_is_none_are_refused_before_anything(make_pipe, tmp_path):
+def test_full_disks_and_files_in_the_way_are_refused_before_any_network_call(make_pipe, tmp_path):
     pipe = make_pipe()
     calls = count_calls(pipe.unet)
     with pytest.raises(ValueError, match=r"MiB free, but 10000000000 images take 39,062,500 MiB"):
@@ -266,24 +190,55 @@ def file_limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_disk_that_fills_up_costs_what_was_not_yet_written(file_limit, make_pipe, tmp_path):
+def test_a_disk_that_fills_up_loses_only_what_was_not_yet_written(file_limit, make_pipe, tmp_path):
     pipe = make_pipe()
     fill(pipe, tmp_path / "roomy", 50, batch_size=25, format="npz")
     file_limit(3000)  # enough for a batch, but not for all of them
-    with pytest.raises(OSError, match="can't be written into .*: make room. The same command then goes on"):
+    with pytest.raises(OSError, match="can't be written into .*: free some space. The same command then resumes"):
         fill(pipe, tmp_path / "full", 50, batch_size=25, format="npz")
     file_limit(resource.RLIM_INFINITY)
     assert fill(pipe, tmp_path / "full", 50, batch_size=25, format="npz") == 0
     assert contents(tmp_path / "full") == contents(tmp_path / "roomy")
 
 
-def test_the_record_says_what_a_number_needs(make_pipe, tmp_path):
+def test_the_record_holds_what_determines_the_images(make_pipe, tmp_path):
     fill(make_pipe(), tmp_path, 2, seed=5, eta=0.5)
     record = json.loads((tmp_path / "sampling.json").read_text())
     stated = {"seed": 5, "batch_size": 3, "num_train_timesteps": 1000, "num_inference_steps": 3, "eta": 0.5}
     assert record.items() >= {**stated, "variance_type": "fixed_small", "dtype": "float32", "device": "cpu"}.items()
     assert record["timesteps"] == [999, 500, 0]
     assert record["torch"] == torch.__version__
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num_inference_steps", "2000"], "num_inference_steps.*2000"),
+        (["--device", "abacus"], "device.*abacus"),
+        (["--eta", "2"], "eta.*2"),
+        (["--seed", str(2**64)], "seed.*2\\^63"),
+        (["--class_label", "1"], "unconditional"),
+        (["--revision", "v1"], "revision.*folder"),
+    ],
+)
+def test_bad_sample_options_end_in_one_line_and_write_nothing(options, message, make_unet, tmp_path):
+    DDPMPipelineCustom(make_unet(), DDPMSchedulerCustom()).save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        main(["sample", str(tmp_path / "model"), "--output_dir", str(out), *options])
+    assert not out.exists() or not any(out.iterdir())
+
+
+def test_images_of_a_longer_run_are_not_mixed_in(make_unet, tmp_path):
+    DDPMPipelineCustom(make_unet(), DDPMSchedulerCustom()).save_pretrained(tmp_path / "model")
+    command = ["sample", str(tmp_path / "model"), "--num_inference_steps", "2", "--output_dir", str(tmp_path / "out")]
+    main([*command, "--num_images", "3"])
+    main([*command, "--num_images", "3"])  # the same again is fine
+    with pytest.raises(SystemExit, match=r"holds 1 images of a longer run \(from number 2\)"):
+        main([*command, "--num_images", "2"])
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -314,7 +269,7 @@ def test_two_processes_make_the_bytes_of_one(format, before, command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["png", "npz"])
-def test_killed_at_any_moment_and_gone_on_with_is_as_if_never_killed(format, tmp_path):
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(format, tmp_path):
     """By SIGKILL before every single change of a file."""
     script = str(SUPPORT / "killed_sampling.py")
     done = run([sys.executable, script, str(tmp_path), format], env=ENV)
@@ -322,7 +277,7 @@ def test_killed_at_any_moment_and_gone_on_with_is_as_if_never_killed(format, tmp
     assert int(re.search(r"deaths (\d+)", done.stdout)[1]) > 15
 
 
-def test_ctrl_c_ends_without_a_traceback_and_the_same_command_goes_on(command, tmp_path):
+def test_ctrl_c_ends_without_a_traceback_and_the_same_command_resumes(command, tmp_path):
     out = tmp_path / "out"
     slow = [sys.executable, *command, str(out), "--num_images", "100000"]  # more than it can make before the signal
     process = subprocess.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENV)

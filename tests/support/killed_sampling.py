@@ -1,4 +1,4 @@
-"""Die by SIGKILL at every moment at which a file changes, then go on. Run by test_sample_folder.
+"""Die by SIGKILL at every moment at which a file changes, then resume. For test_folder.
 
     python killed_sampling.py FOLDER FORMAT
 
@@ -22,14 +22,14 @@ NUM_IMAGES, BATCH_SIZE = 5, 2
 
 
 def sample(pipe, folder, format, death=None):
-    """In a process of its own, which dies before the `death`-th change of a file; how many images it made, or -9."""
+    """Sample in a child that dies before its `death`-th change of a file; returns its number of images, or -9."""
     child = os.fork()
     if child == 0:
         moments = itertools.count(1)
 
         def die(event, arguments):
             is_change = event in FILE_EVENTS and (event != "open" or "w" in (arguments[1] or ""))
-            if event == "open" and is_change:  # a final name is only ever given to a whole file
+            if event == "open" and is_change:  # only `*.partial` is opened: final names come by renaming
                 assert not str(arguments[0]).endswith((".png", ".npy", ".npz", ".json")), arguments
             if is_change and next(moments) == death:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -45,10 +45,10 @@ def contents(folder):
 
 
 def finished(folder, format):
-    """The images of whole batches, and when those were written that are PNGs."""
+    """The images of complete batches, and the times at which PNGs of them were written."""
     files = PngFiles(folder) if format == "png" else NpzFile(folder)
-    present = files.present()
-    images = [i for batch in index_batches(NUM_IMAGES, BATCH_SIZE) if present.issuperset(batch) for i in batch]
+    existing = files.existing()
+    images = [i for batch in index_batches(NUM_IMAGES, BATCH_SIZE) if existing.issuperset(batch) for i in batch]
     return images, {i: (folder / f"{i:05d}.png").stat().st_mtime_ns for i in images if format == "png"}
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     for death in itertools.count(1):
         folder = root / str(death)
         status = sample(pipe, folder, format, death)
-        if status >= 0:  # it has outlived all of its changes
+        if status >= 0:  # it survived all of its changes
             break
         assert status == -signal.SIGKILL
         images, times = finished(folder, format)

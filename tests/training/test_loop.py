@@ -135,7 +135,7 @@ def test_resuming_with_other_options_says_so_or_refuses(finished_run, tmp_path):
     flags = ["--max_train_steps", "9", "--checkpoints_total_limit", "1", "--adam_weight_decay", "0.5"]
     done = run(train_command(output_dir, *resume, *flags))
     assert done.returncode == 0, done.stderr
-    assert "weights.safetensors is not what was written" in done.stdout
+    assert "weights.safetensors differs from its hash" in done.stdout
     assert "Changed: adam_weight_decay is 0.5, was 0.0001." in done.stdout
     assert checkpoint_steps(output_dir) == [9]
     assert (output_dir / "checkpoint-12.abandoned").is_dir()
@@ -289,7 +289,7 @@ def test_damaged_checkpoints_are_skipped_and_named(finished_run, tmp_path):
     folder, skipped = latest_checkpoint(tmp_path / "run")
     assert folder is not None
     assert folder.name == "checkpoint-8"
-    assert "weights.safetensors is not what was written" in skipped[0]
+    assert "weights.safetensors differs from its hash" in skipped[0]
     with pytest.raises(ValueError, match=r"weights\.safetensors"):
         load_checkpoint(tmp_path / "run" / "checkpoint-12")
     (tmp_path / "run" / "checkpoint-8" / "unet" / "config.json").unlink()

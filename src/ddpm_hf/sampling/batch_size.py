@@ -1,4 +1,4 @@
-"""How many images a network takes at once."""
+"""How many images fit the memory of a device at once."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from diffusers import UNet2DModel
 
 from ..diffusion.pipeline import image_size
 
-# What inference on one image holds at its peak, in feature maps of the first level: 22 to 25 in what was measured.
+# Peak memory of inference on one image, in feature maps of the first level: 22 to 25 were measured.
 FEATURE_MAPS = 32
 # More images per call make a CPU no faster, and a GPU little.
 LARGEST = {"cpu": 64, "cuda": 256}
 
 
 def fitting_batch_size(unet: UNet2DModel) -> int:
-    """The largest power of two of images, up to 64 (256 on a GPU), that needs half of the device's memory at most.
+    """The largest power of two, up to 64 (256 on a GPU), of images that need at most half of the device's memory.
 
-    Of all of its memory, not of what is free: the same machine gives the same answer, and so the same images.
+    Its total memory counts, not what is free, so that the same machine always samples the same images.
     """
     if unet.device.type == "cuda":
         memory = torch.cuda.get_device_properties(unet.device).total_memory

@@ -1,12 +1,11 @@
-"""Where sampled images are kept: numbered PNGs, or one `.npz`. A file that carries its final name is whole.
+"""Files of sampled images: numbered PNGs, or one `.npz`, written atomically.
 
-Both keep batches as they come, from any number of processes, and tell which images are there.
+Both store batches as they come, from any number of processes, and list the images that exist.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import zipfile
 import zlib
@@ -34,17 +33,17 @@ class PngFiles:
 
     folder: Path
 
-    def present(self) -> set[int]:
-        """Which images are there."""
+    def existing(self) -> set[int]:
+        """Indices of the images that exist."""
         return {int(file.stem) for file in self.folder.glob("*.png") if file.stem.isdecimal()}
 
     def save(self, images: range, pixels: Tensor) -> None:
-        """Keep a batch, uint8 of shape (B, C, H, W). Its last image is there last."""
+        """Store a batch, uint8 of shape (B, C, H, W)."""
         for i, image in zip(images, to_pil(pixels), strict=True):
             write_atomically(self._file(i), partial(image.save, format="PNG"))
 
     def first(self, count: int) -> list[Image.Image]:
-        """The first images, as pictures."""
+        """The first images."""
         return [Image.open(self._file(i)) for i in range(count)]
 
     def _file(self, i: int) -> Path:
@@ -56,7 +55,11 @@ class NpzFile:
     """`samples.npz` in a folder: `arr_0`, uint8 of shape (N, H, W, C), and `arr_1`, int64 labels, if there are any.
 
     This is what the evaluators of guided-diffusion and its successors read. Batches are `shards/<first image>.npy`,
-    (B, H, W, C), until `pack` makes the file of them.
+    (B, H, W, C), until `pack` joins them.
+
+    `arr_0` is written and read in batches, by numpy's functions for its header: `np.savez` and `np.load` would hold all
+    images in memory, and `np.lib.format.open_memmap` maps no member of an archive, so that the disk would have to hold
+    the images once more.
     """
 
     folder: Path
@@ -70,8 +73,8 @@ class NpzFile:
     def _shards(self) -> Path:
         return self.folder / "shards"
 
-    def present(self) -> set[int]:
-        """Which images are there."""
+    def existing(self) -> set[int]:
+        """Indices of the images that exist."""
         images: set[int] = set()
         if self.file.exists():
             with _open_pixels(self.file) as (_, shape):
@@ -82,12 +85,12 @@ class NpzFile:
         return images
 
     def save(self, images: range, pixels: Tensor) -> None:
-        """Keep a batch, uint8 of shape (B, C, H, W)."""
+        """Store a batch, uint8 of shape (B, C, H, W)."""
         self._shards.mkdir(exist_ok=True)
         write_atomically(self._shard(images), lambda stream: np.save(stream, pixels.permute(0, 2, 3, 1).numpy()))
 
     def pack(self, num_images: int, batch_size: int, shape: Sequence[int], class_labels: Sequence[int] | None) -> None:
-        """Make the file of the shards, and of what an earlier one holds. One batch at a time is in memory.
+        """Write the file, from the shards and the images of an earlier one; one batch at a time is in memory.
 
         Args:
             shape: (H, W, C).
@@ -105,14 +108,12 @@ class NpzFile:
                 if class_labels:
                     with archive.open("arr_1.npy", "w") as labels:
                         np.save(labels, np.array(cycle_labels(class_labels, range(num_images)), np.int64))
-            stream.flush()
-            os.fsync(stream.fileno())  # the shards go next
 
-        write_atomically(self.file, write)
+        write_atomically(self.file, write, sync=True)  # before the shards are deleted
         shutil.rmtree(self._shards)
 
     def _stored_batches(self, batches: list[range], image_bytes: int) -> Iterator[bytes]:
-        """The pixels of all batches in order: a shard's, or else those of the earlier file."""
+        """The pixels of all batches in order, from its shard or else from the earlier file."""
         with _open_pixels(self.file) if self.file.exists() else nullcontext((BytesIO(), ())) as (earlier, _):
             for batch in batches:
                 pixels = earlier.read(len(batch) * image_bytes)
@@ -120,7 +121,7 @@ class NpzFile:
                 yield np.load(shard).tobytes() if shard.exists() else pixels
 
     def first(self, count: int) -> list[Image.Image]:
-        """The first images, as pictures."""
+        """The first images."""
         with _open_pixels(self.file) as (stream, (_, *shape)):
             pixels = np.frombuffer(stream.read(count * math.prod(shape)), np.uint8).reshape(count, *shape)
         return to_pil(torch.tensor(pixels).permute(0, 3, 1, 2))
@@ -130,7 +131,7 @@ class NpzFile:
 
 
 def image_files(folder: Path, format: Literal["png", "npz"]) -> PngFiles | NpzFile:
-    """The images in a folder, kept in this format."""
+    """The images in a folder, in this format."""
     return PngFiles(folder) if format == "png" else NpzFile(folder)
 
 
@@ -139,7 +140,7 @@ def _open_pixels(file: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
     """The bytes of `arr_0`, and its shape.
 
     Raises:
-        ValueError: for a file that holds no such images, or whose bytes are not those that were written.
+        ValueError: for a file without such images, or a damaged one: reading all of `arr_0` verifies its checksum.
     """
     try:
         with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as stream:

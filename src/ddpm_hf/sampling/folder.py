@@ -1,4 +1,4 @@
-"""A folder of sampled images that any number of processes fill, and that a later run goes on with."""
+"""A folder of sampled images that any number of processes fill. An interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def sample_to_folder(
 ) -> int:
     """Fill a folder with images 0 … N - 1, a grid of the first 256, and `sampling.json`: what they were made with.
 
-    All processes must call it; each makes its share. What is there already stays, so that a run that was killed at any
-    moment goes on, and one with a larger N adds to it: the images are those of a single run, bit for bit. (A last batch
-    that N had cut short is made again, whole, since an image's last bits depend on its batch's size.)
+    All processes must call it; each makes its share. Existing images are kept: a run that was killed at any moment
+    resumes, and one with a larger N adds to them. The result is that of a single run, bit for bit. (A last batch that N
+    had cut short is sampled again in full, since an image's last bits depend on the size of its batch.)
 
     Args:
-        output_dir: is made where it does not exist.
+        output_dir: created if missing.
         num_images: N.
         seed: image i comes from seed + i.
         batch_size: B, images per network call and process.
@@ -57,9 +57,9 @@ def sample_to_folder(
         How many images were made, by all processes together.
 
     Raises:
-        ValueError: before any network call, for any bad argument; where the disk has no room; for a folder that can't
-            be written, in which another run is at work, or which holds other images.
-        OSError: where writing fails. What was written is kept.
+        ValueError: before any network call, for a bad argument, a full disk, or a folder that can't be written, that
+            another run is writing into, or that holds images of another origin.
+        OSError: if writing fails. Images written before are kept.
     """
     state, shape = PartialState(), (*image_size(pipeline.unet), pipeline.unet.config.in_channels)
     if format == "png" and shape[-1] > PNG_CHANNELS:
@@ -68,21 +68,21 @@ def sample_to_folder(
     record = describe_sampling(pipeline, seed, batch_size, class_labels, **call_options)
     _check_origin(output_dir, record)
     files = image_files(output_dir, format)
-    present = files.present()
-    _check_number(output_dir, present, num_images)
+    existing = files.existing()
+    _check_number(output_dir, existing, num_images)
     batches = index_batches(num_images, batch_size)
-    whole = {number for number, images in enumerate(batches) if present.issuperset(images)}
-    missing = num_images - sum(len(batches[number]) for number in whole)
+    complete = {number for number, images in enumerate(batches) if existing.issuperset(images)}
+    missing = num_images - sum(len(batches[number]) for number in complete)
     if missing:
         image_bytes = math.prod(shape)
         packed = num_images * image_bytes if format == "npz" else 0  # the batches stay until the file of all is written
         check_free_space(output_dir, missing * max(BLOCK, image_bytes) + packed, f"{missing} images")
     made = sample_pixels(
         pipeline, num_images, seed, batch_size,
-        class_labels=class_labels, skip=whole, show_progress=show_progress, **call_options,
+        class_labels=class_labels, skip=complete, show_progress=show_progress, **call_options,
     )  # fmt: skip
 
-    state.wait_for_everyone()  # all have looked; from here on, files change
+    state.wait_for_everyone()  # until all processes have listed the files, which change from here on
     with _writing(output_dir, record, state):
         for images, pixels in made:
             files.save(images, pixels)
@@ -97,16 +97,16 @@ def sample_to_folder(
 
 
 def _check_origin(output_dir: Path, record: dict[str, Any]) -> None:
-    """Raise a ValueError unless the images of the folder, in either format, were made in this way."""
-    count = len(PngFiles(output_dir).present() | NpzFile(output_dir).present())
+    """Raise a ValueError if the folder has images, in either format, that were made with other options."""
+    count = len(PngFiles(output_dir).existing() | NpzFile(output_dir).existing())
     if not count:
         return
     try:
         earlier = json.loads((output_dir / RECORD).read_text("utf-8"))
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(
-            f"`output_dir` {str(output_dir)!r} holds {count} images, but no {RECORD} that says what made them "
-            f"({error}): choose another --output_dir."
+            f"`output_dir` {str(output_dir)!r} holds {count} images, but no {RECORD} that records how they "
+            f"were made ({error}): choose another --output_dir."
         ) from error
     now = json.loads(json.dumps(record))
     changes = [
@@ -116,24 +116,24 @@ def _check_origin(output_dir: Path, record: dict[str, Any]) -> None:
     ]
     if changes:
         raise ValueError(
-            f"`output_dir` {str(output_dir)!r} holds {count} images that were made otherwise: {'; '.join(changes)}. "
-            "Choose another --output_dir, or the same options."
+            f"`output_dir` {str(output_dir)!r} holds {count} images made with other options: {'; '.join(changes)}. "
+            "Use the same options, or choose another --output_dir."
         )
 
 
-def _check_number(output_dir: Path, present: set[int], num_images: int) -> None:
-    """Raise a ValueError for images that were not asked for: they would be taken for a part of the result."""
-    beyond = [i for i in present if i >= num_images]
+def _check_number(output_dir: Path, existing: set[int], num_images: int) -> None:
+    """Raise a ValueError for images beyond the number requested: they would pass for a part of the result."""
+    beyond = [i for i in existing if i >= num_images]
     if beyond:
         raise ValueError(
-            f"`output_dir` {str(output_dir)!r} holds {len(beyond)} images of a longer run (number {min(beyond)} …), "
-            f"but `num_images` is {num_images}: ask for more, or choose another --output_dir."
+            f"`output_dir` {str(output_dir)!r} holds {len(beyond)} images of a longer run (from number "
+            f"{min(beyond)}), but `num_images` is {num_images}: raise it, or choose another --output_dir."
         )
 
 
 @contextmanager
 def _writing(output_dir: Path, record: dict[str, Any], state: PartialState) -> Iterator[None]:
-    """Keep other runs out of the folder, say there what makes its images, and leave it when all processes are done."""
+    """Lock the folder and record there how its images are made; unlock it when all processes are done."""
     lock = lock_output_dir(output_dir) if state.is_main_process else None
     try:
         if state.is_main_process:
@@ -144,7 +144,8 @@ def _writing(output_dir: Path, record: dict[str, Any], state: PartialState) -> I
         state.wait_for_everyone()
     except OSError as error:
         raise OSError(
-            f"images can't be written into {str(output_dir)!r} ({error}): make room. The same command then goes on."
+            f"images can't be written into {str(output_dir)!r} ({error}): free some space. The same command then "
+            "resumes."
         ) from error
     finally:
         if lock is not None:

@@ -1,9 +1,9 @@
 """Many images from a model, by any number of processes: image i depends on seed + i.
 
-The images are made in batches, and batch b holds images [bB, (b + 1)B) whoever makes it, now or after a restart. So
-the bits of an image depend on the model, the options, the seed, the batch size B and the kind of device, and on nothing
-else but whether a fast network is compiled. That, and the batch size, changes them by the rounding of the network: in
-float32 nearly every pixel is the same, in half precision many differ by a level or more.
+Images are sampled in batches. Batch b holds images [bB, (b + 1)B), whichever process samples it, and when. So the bits
+of an image depend only on the model, the options, the seed, the batch size B, the kind of device, and on whether a fast
+network is compiled. The last, and the batch size, change the rounding of the network: in float32 nearly every pixel
+stays the same, in half precision many change by a level or more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..storage.weights import hash_weights
 
 
 def index_batches(num_images: int, batch_size: int) -> list[range]:
-    """Which images are in which batch. Raises a ValueError for numbers below 1."""
+    """The images of each batch. Raises a ValueError for numbers below 1."""
     check_integer("num_images", num_images, 1)
     check_integer("batch_size", batch_size, 1)
     return [range(i, min(i + batch_size, num_images)) for i in range(0, num_images, batch_size)]
@@ -44,22 +44,22 @@ def sample_pixels(
     show_progress: bool = True,
     **call_options: Any,
 ) -> Iterator[tuple[range, Tensor]]:
-    """Make this process's share of the images: of n processes, every one makes every n-th batch.
+    """Sample the images of this process: of n processes, each samples every n-th batch.
 
     Args:
         num_images: N, of all processes together.
         seed: image i comes from a generator seeded with seed + i.
         batch_size: B, images per network call and process; it may change the last bits of an image.
         class_labels: for a class-conditional network, used in turn: image i gets label i modulo their number.
-        skip: numbers of batches that are not needed, the same in all processes.
+        skip: batches to leave out, the same in all processes.
         show_progress: a bar on the main process, over its own share.
-        call_options: go to the pipeline's call (`num_inference_steps`, `eta`, `guidance_scale`, …).
+        call_options: passed to the pipeline (`num_inference_steps`, `eta`, `guidance_scale`, …).
 
     Returns:
         An iterator over (indices of the images, their pixels: uint8 of shape (B, C, H, W) on the CPU).
 
     Raises:
-        ValueError: at once, before any network call, for any bad argument; later, for images that are not finite.
+        ValueError: immediately, before any network call, for a bad argument; later, for images that hold NaN.
     """
     batches = index_batches(num_images, batch_size)
     check_integer("seed", seed, 0, 2**63 - num_images)
@@ -96,18 +96,18 @@ def sample_in_lockstep(
     on_step: Callable[[], object] = lambda: None,
     **call_options: Any,
 ) -> Tensor:
-    """Make all the images by all processes, with equal numbers of network calls, as networks with sharded weights need.
+    """Sample all images with equal numbers of network calls in all processes, as networks with sharded weights need.
 
-    All processes must call it; all get all images. An image's last bits may depend on the number of processes, unlike
-    those of `sample_pixels`.
+    All processes must call it, and all get all images. Unlike in `sample_pixels`, the last bits of an image may depend
+    on the number of processes.
 
     Args:
         num_images: N, of all processes together.
         seed: image i comes from a generator seeded with seed + i.
         batch_size: B, images per network call and process.
         class_labels: used in turn.
-        on_step: called in every denoising step, equally often by all processes. What it raises is raised.
-        call_options: go to the pipeline's call.
+        on_step: called after every denoising step, equally often in all processes. It may raise.
+        call_options: passed to the pipeline.
 
     Returns:
         uint8 of shape (N, C, H, W), on the network's device.
@@ -165,7 +165,7 @@ def _sample_batch(
 
 
 def cycle_labels(class_labels: Sequence[int] | None, images: Sequence[int]) -> list[int] | None:
-    """The label of each of these images."""
+    """The label of each image, the labels being used in turn."""
     return [class_labels[i % len(class_labels)] for i in images] if class_labels else None
 
 
@@ -178,10 +178,10 @@ def check_options(
     guidance_scale: float = 1.0,
     **call_options: Any,
 ) -> list[int]:
-    """The timesteps that pipeline calls with these options follow. Changes nothing.
+    """Check the options of a sampling, and return the timesteps that it follows. Changes nothing.
 
     Raises:
-        ValueError: for bad timesteps, guidance or labels: all of these, whichever image needs them.
+        ValueError: for bad timesteps, guidance or labels; every label is checked, not only those of the first batch.
     """
     pipeline.prepare_class_labels(class_labels or None, len(class_labels) if class_labels else 1, guidance_scale)
     image_size(pipeline.unet)  # raises unless it is known
@@ -196,8 +196,8 @@ def describe_sampling(
     weights: str | None = None,
     **call_options: Any,
 ) -> dict[str, Any]:
-    """All that decides the bits of image i, for JSON: hashes of the weights and the calibration, the timesteps, the
-    other options of the call, the scheduler's configuration, the precision and the versions.
+    """Everything that determines the bits of image i, for JSON: hashes of the weights and the calibration, timesteps,
+    the other options of the call, the scheduler's configuration, the precision and the versions.
 
     Args:
         weights: the hash of the weights; by default of those of the network.

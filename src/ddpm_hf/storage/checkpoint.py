@@ -1,8 +1,8 @@
-"""Training checkpoints: whole or not there.
+"""Training checkpoints, written atomically; the old one is deleted only afterwards.
 
-A checkpoint is a folder `checkpoint-<step>` that is a pipeline too (of the EMA weights, if there are any), so that
-whatever loads a model loads a checkpoint. Beside the pipeline it holds `training_state/` and a manifest of hashes.
-Weights are whole, whatever way the processes had shared them, and nothing in it is a pickle.
+A checkpoint is a folder `checkpoint-<step>` that is also a pipeline (of the EMA weights, if the run keeps an EMA), so
+that whatever loads a model loads a checkpoint. Beside the pipeline it holds `training_state/` and a manifest of hashes.
+Weights are stored unsharded, however the processes had sharded them, and nothing in it is a pickle.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ PIPELINE_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 @dataclass
 class TrainingState:
-    """All that a run is at one moment."""
+    """The complete state of a run."""
 
-    progress: dict[str, Any]  # counts and options, as JSON knows them
+    progress: dict[str, Any]  # counts and options, as JSON
     weights: dict[str, Tensor]  # those that the optimizer updates
     optimizer: dict[str, Tensor]
-    ema: dict[str, Tensor] | None = None  # on the way to the disk they are the pipeline's
+    ema: dict[str, Tensor] | None = None  # only when read: they are written as the pipeline's weights
 
     @property
     def step(self) -> int:
@@ -52,7 +52,7 @@ def checkpoint_steps(output_dir: Path) -> list[int]:
 
 
 def best_step(output_dir: Path) -> int | None:
-    """The step of the checkpoint that validation has named the best, if it has named any."""
+    """The step of the checkpoint that validation has recorded as the best, if any."""
     try:
         return int(json.loads((output_dir / BEST).read_text("utf-8"))["step"])
     except (FileNotFoundError, ValueError):
@@ -62,13 +62,13 @@ def best_step(output_dir: Path) -> int | None:
 def save_checkpoint(
     output_dir: Path, pipeline: DDPMPipelineCustom, state: TrainingState, total_limit: int | None = None
 ) -> Path:
-    """Write `checkpoint-<step>`, then remove the oldest ones beyond `total_limit`, but for the best one.
+    """Write `checkpoint-<step>`, then delete the oldest ones beyond `total_limit`, except the best one.
 
-    Everything is written into a temporary folder, hashed, flushed to the disk and renamed, and a checkpoint loses its
-    name before it is removed: what carries the name is complete.
+    Everything is written into a temporary folder, hashed, flushed to the disk and renamed, and a checkpoint is renamed
+    before it is deleted: a folder of that name is always complete.
 
     Raises:
-        OSError: where it can't be written, for example on a full disk. What was there before is still there.
+        OSError: if it can't be written, for example on a full disk. Earlier checkpoints are kept.
     """
     try:
         return _save_checkpoint(output_dir, pipeline, state, total_limit)
@@ -90,7 +90,7 @@ def _save_checkpoint(
     save_file(_contiguous(state.optimizer), folder / "optimizer.safetensors")
     (folder / "progress.json").write_text(json.dumps(state.progress, indent=2), "utf-8")
 
-    files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != "README.md")  # which anybody may edit
+    files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != "README.md")  # which users may edit
     manifest = {p.relative_to(partial).as_posix(): _sha256(p) for p in files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
     for path in [*partial.rglob("*"), partial]:
@@ -109,9 +109,9 @@ def _save_checkpoint(
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Take its name away first, so that a kill in between leaves nothing that looks like a checkpoint.
+    """Delete a checkpoint, renamed first, so that an interruption leaves nothing that looks like a checkpoint.
 
-    What can't be removed then stays as `*.partial` until a later try: it is in nobody's way.
+    What can't be deleted stays as `*.partial` until the next checkpoint is written.
     """
     _remove(folder.rename(folder.with_name(f"{folder.name}.old.partial")))
 
@@ -124,7 +124,7 @@ def _remove(folder: Path) -> None:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """The counts and options of a checkpoint that is whole."""
+    """The counts and options of an intact checkpoint."""
     return json.loads((folder / STATE / "progress.json").read_text("utf-8"))
 
 
@@ -132,7 +132,7 @@ def load_checkpoint(folder: Path) -> TrainingState:
     """Read a checkpoint.
 
     Raises:
-        ValueError: for a folder that is no checkpoint, or where a file is missing or differs from its hash.
+        ValueError: for a folder that is no checkpoint, or in which a file is missing or differs from its hash.
     """
     check_intact(folder)
     return TrainingState(
@@ -144,10 +144,10 @@ def load_checkpoint(folder: Path) -> TrainingState:
 
 
 def check_intact(folder: Path) -> None:
-    """Raise a ValueError, with the file, unless every file of the manifest is there and unchanged."""
+    """Raise a ValueError, naming the file, unless every file of the manifest exists and is unchanged."""
     manifest_file = folder / MANIFEST
     if not manifest_file.is_file():
-        raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}.")
+        raise ValueError(f"{folder} is not a checkpoint: it has no {MANIFEST}.")
     try:
         manifest = json.loads(manifest_file.read_text("utf-8"))
     except ValueError as error:
@@ -156,11 +156,11 @@ def check_intact(folder: Path) -> None:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is damaged: {name} is missing.")
         if _sha256(folder / name) != digest:
-            raise ValueError(f"{folder} is damaged: {name} is not what was written.")
+            raise ValueError(f"{folder} is damaged: {name} differs from its hash in {MANIFEST}.")
 
 
 def latest_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a folder, and why newer ones were skipped."""
+    """The newest intact checkpoint of a folder, and why newer ones were skipped."""
     skipped = []
     for step in reversed(checkpoint_steps(output_dir)):
         folder = output_dir / f"checkpoint-{step}"

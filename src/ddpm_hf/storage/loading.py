@@ -1,4 +1,4 @@
-"""Models from wherever they are: a folder, a training checkpoint, a checkpoint of the stock script, the Hub."""
+"""Models from a folder, a training checkpoint, a checkpoint of the stock script, or the Hub."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from .checkpoint import MANIFEST, check_intact, checkpoint_steps, latest_checkpo
 def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> DDPMPipelineCustom:
     """A pipeline from a folder, a training checkpoint or the Hub.
 
-    A training folder without a finished pipeline gives its newest whole checkpoint. Checkpoints of diffusers'
+    A training folder without a finished pipeline gives its newest intact checkpoint. Checkpoints of diffusers'
     `train_unconditional.py` load too: their EMA weights, with the scheduler of the folder around them.
 
     Raises:
-        ValueError: where there is no such model; says what was looked for.
+        ValueError: if there is no such model, or it is damaged.
     """
     folder = Path(model)
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"`revision` is {revision!r}, but {model!r} is a folder: only models of the Hub have any.")
+            raise ValueError(
+                f"`revision` is {revision!r}, but {model!r} is a folder: only models on the Hub have revisions."
+            )
         try:
             pipeline = _load_folder(folder, dtype)
             weights = [name for name, p in pipeline.unet.named_parameters() if p.is_meta]
@@ -41,15 +43,13 @@ def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = 
     try:
         validate_repo_id(model)
     except HFValidationError as error:
-        raise ValueError(
-            f"there is no model {model!r}: no such folder, and no name that the Hub could know."
-        ) from error
+        raise ValueError(f"there is no model {model!r}: no such folder, and not a valid name on the Hub.") from error
     try:
         return DDPMPipelineCustom.from_pretrained(model, revision=revision, dtype=dtype)
     except (OSError, HfHubHTTPError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"there is no model {model!r}: no such folder here, and the Hub does not give it ({reason}). For a private "
+            f"there is no model {model!r}: no such folder, and the Hub can't provide it ({reason}). For a private "
             "model, log in with `hf auth login`."
         ) from error
 
@@ -62,7 +62,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> DDPMPipelineCustom:
     if checkpoint_steps(folder):
         checkpoint, skipped = latest_checkpoint(folder)
         if checkpoint is None:
-            raise ValueError(f"{str(folder)!r} has no whole checkpoint: {'; '.join(skipped)}")
+            raise ValueError(f"{str(folder)!r} has no intact checkpoint: {'; '.join(skipped)}")
         return DDPMPipelineCustom.from_pretrained(checkpoint, dtype=dtype)
     for name in ("unet_ema", "unet"):
         if (folder / name / "config.json").is_file():
@@ -84,7 +84,7 @@ def _stock_checkpoint(folder: Path, unet: str, dtype: torch.dtype) -> DDPMPipeli
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The precision of the weights in a folder; float32 where none can be read, which loading will complain about."""
+    """The precision of the weights in a folder; float32 if none can be read, which loading will report."""
     for file in sorted(folder.rglob("diffusion_pytorch_model*.safetensors")):
         try:
             with safe_open(file, "pt") as weights:
