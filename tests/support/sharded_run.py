@@ -1,4 +1,4 @@
-"""Two processes that share the weights of a network (FSDP2 on a CPU): state → checkpoint → state. For test_resume."""
+"""Two processes that share the weights of a network (FSDP2 on a CPU): state → checkpoint → state. By two_processes."""
 
 import sys
 from pathlib import Path
@@ -17,11 +17,11 @@ from ddpm_hf.storage.checkpoint import save_checkpoint
 from ddpm_hf.training.network import build_ema, build_unet
 from ddpm_hf.training.plan import Plan
 from ddpm_hf.training.state import Run, capture, restore
-from ddpm_hf.training.step import skip_unless_finite
+from ddpm_hf.training.step import skip_unless_finite, update_ema
 from support.runs import TINY_OPTIONS
 
 accelerator = Accelerator(cpu=True)
-output_dir = Path(sys.argv[1])
+output_dir = Path(sys.argv[1]) / "sharded"
 config = TrainConfig(**{**TINY_OPTIONS, "max_train_steps": 10, "output_dir": str(output_dir)})
 
 
@@ -42,13 +42,13 @@ def update(run: Run, seed: int, scale: float = 1.0) -> bool:
     is_finite = skip_unless_finite(run.optimizer, grad_norm, accelerator)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    run.ema.step(run.unet.parameters())
+    update_ema(run)
     run.step += 1
     return bool(is_finite)
 
 
 def parts(run: Run) -> list[torch.Tensor]:
-    return [p.to_local().clone() for p in [*run.unet.parameters(), *run.ema.shadow_params]]
+    return [*(p.to_local().clone() for p in run.unet.parameters()), *(p.clone() for p in run.ema.shadow_params)]
 
 
 run, other = make(0), make(1)

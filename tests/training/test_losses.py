@@ -1,14 +1,17 @@
-"""The losses against the formulas of their papers."""
+"""Algorithm 1 and its losses, against the formulas of their papers."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from scipy.stats import kstest
 from torch.nn.functional import mse_loss
 
 from ddpm_hf import DDPMProcess
+from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.diffusion.ddpm_process import make_betas
-from ddpm_hf.training.losses import detach_mean, l_simple, loss_weight, target, vlb
+from ddpm_hf.training.losses import detach_mean, l_simple, loss_weight, target, training_losses, vlb
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +129,110 @@ def test_hybrid_trains_the_variance_by_the_bound_and_the_mean_not(process):
     vlb(process, detach_mean(output), x_0, x_t, t, "epsilon", "learned_range").sum().backward()
     assert (output.grad[:, 0] == 0).all()
     assert (output.grad[:, 1] != 0).all()
+
+
+# --- Algorithm 1, by hand: which flag does what to its loss ----------------------------------------------------------
+
+
+class Network(torch.nn.Module):
+    """Predicts w x in every channel and remembers what it saw."""
+
+    def __init__(self, channels=1):
+        super().__init__()
+        self.w, self.channels = torch.nn.Parameter(torch.tensor(0.3)), channels
+
+    def forward(self, x, t):
+        self.x, self.t = x, t
+        return SimpleNamespace(sample=(self.w * x).repeat(1, self.channels, 1, 1))
+
+
+def losses_of(network, **options):
+    process = DDPMProcess(make_betas())
+    config = TrainConfig(dataset_name="digits", **options)
+    x_0 = (torch.arange(64).reshape(16, 1, 2, 2) * 4) / 127.5 - 1
+    torch.manual_seed(5)
+    losses, t = training_losses(network, process, x_0, None, config)
+    assert torch.equal(t, network.t)
+    a = process.alphas_cumprod[t].float().reshape(-1, 1, 1, 1)
+    noise = (network.x - a.sqrt() * x_0) / (1 - a).sqrt()
+    output = network(network.x, t).sample
+    return losses, SimpleNamespace(process=process, x_0=x_0, x_t=network.x, t=t, noise=noise, output=output, a=a)
+
+
+def squared_errors(goal, prediction):
+    return torch.stack([mse_loss(p, g) for p, g in zip(prediction, goal, strict=True)])
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_weighting": "uniform"},
+        {"loss_weighting": "snr"},
+        {"snr_gamma": 0.7},
+        {"loss_weighting": "p2", "p2_gamma": 0.5, "p2_k": 2.0},
+    ],
+)
+def test_every_flag_of_the_simple_loss_reaches_it(kind, options):
+    losses, saw = losses_of(Network(), prediction_type=kind, **options)
+    v = saw.a.sqrt() * saw.noise - (1 - saw.a).sqrt() * saw.x_0
+    error = squared_errors({"epsilon": saw.noise, "sample": saw.x_0, "v_prediction": v}[kind], saw.output)
+    snr = (saw.a / (1 - saw.a)).flatten()
+    of_noise = {
+        "snr": torch.ones_like(snr), "p2": (2 + snr) ** -0.5, None: (0.7 / snr).clamp(max=1)
+    }  # fmt: skip
+    if options.get("loss_weighting") == "uniform":
+        expected = error
+    else:
+        of_prediction = {"epsilon": 1, "sample": snr, "v_prediction": snr / (1 + snr)}[kind]
+        expected = of_noise[options.get("loss_weighting")] * of_prediction * error
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_stock_weights_of_x_0_are_the_default():
+    losses, saw = losses_of(Network(), prediction_type="sample")
+    snr = (saw.a / (1 - saw.a)).flatten()
+    torch.testing.assert_close(losses, snr * squared_errors(saw.x_0, saw.output), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.05, 0.5])
+def test_the_hybrid_loss_is_the_simple_one_and_the_bound_which_leaves_the_mean_alone(weight):
+    options = {"objective": "hybrid", "variance_type": "learned_range", "vlb_weight": weight}
+    losses, saw = losses_of(network := Network(channels=2), **options)
+    bound = vlb(saw.process, detach_mean(saw.output), saw.x_0, saw.x_t, saw.t, "epsilon", "learned_range")
+    expected = squared_errors(saw.noise, saw.output[:, :1]) + weight * bound
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+    # By the chain rule the gradient is that of the parts, with nothing of the bound through the mean.
+    (mine,) = torch.autograd.grad(losses.sum(), network.w, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected.sum(), network.w, retain_graph=True)
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    through_mean = vlb(saw.process, saw.output, saw.x_0, saw.x_t, saw.t, "epsilon", "learned_range")
+    (other,) = torch.autograd.grad(
+        (squared_errors(saw.noise, saw.output[:, :1]) + weight * through_mean).sum(), network.w
+    )
+    assert abs(float(other - mine)) > 0.01 * abs(float(mine))
+
+
+def test_the_bound_alone_is_all_of_the_loss():
+    losses, saw = losses_of(Network(), objective="vlb", variance_type="fixed_large")
+    torch.testing.assert_close(losses, vlb(saw.process, saw.output, saw.x_0, saw.x_t, saw.t, "epsilon", "fixed_large"))
+
+
+class Stub(torch.nn.Module):
+    """Predicts 0 and remembers what it saw."""
+
+    def forward(self, x, t):
+        self.x, self.t = x, t
+        return SimpleNamespace(sample=torch.zeros_like(x))
+
+
+def test_training_draws_gaussian_noise_at_uniform_times():
+    process, net = DDPMProcess(make_betas()), Stub()
+    torch.manual_seed(0)
+    losses, t = training_losses(net, process, torch.zeros(4000, 1, 4, 4), None, TrainConfig(dataset_name="digits"))
+    assert torch.equal(t, net.t)
+    assert (t.min(), t.max()) == (0, 999)
+    assert kstest(t.numpy() / 1000, "uniform").pvalue > 1e-3
+    eps = net.x / process.one_minus_alpha_bar(t).sqrt().float().reshape(-1, 1, 1, 1)
+    assert kstest(eps.flatten().numpy(), "norm").pvalue > 1e-3
+    torch.testing.assert_close(losses, eps.square().flatten(1).mean(1), rtol=1e-4, atol=0)

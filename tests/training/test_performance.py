@@ -16,7 +16,7 @@ from ddpm_hf.storage.checkpoint import load_checkpoint
 from ddpm_hf.training import performance
 from ddpm_hf.training.loop import train
 from ddpm_hf.training.performance import choose_channels_last, choose_compile, choose_precision
-from support.runs import SUPPORT, TINY_OPTIONS, TWO_PROCESSES, TWO_PROCESSES_ENV, run
+from support.runs import TINY_OPTIONS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LARGE, SMALL = 35_746_307, 687_347
@@ -167,10 +167,8 @@ def test_an_update_never_waits_for_the_device(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_accumulation_shares_gradients_once_per_update(tmp_path):
-    done = run([*TWO_PROCESSES, str(SUPPORT / "accumulated_run.py"), str(tmp_path)], env=TWO_PROCESSES_ENV)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("shared 3 times") == 2
+def test_accumulation_shares_gradients_once_per_update(two_processes):
+    assert two_processes[1].count("shared 3 times") == 2
 
 
 def test_a_gpu_that_is_built_for_but_absent_leaves_the_choice_to_the_cpu(monkeypatch):
