@@ -1,6 +1,7 @@
 """The map of the package: which folder imports which, which file within a folder, and what public things document."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,16 @@ def test_public_things_have_docstrings(module):
     methods = [m for c in public if isinstance(c, ast.ClassDef) for m in c.body if isinstance(m, ast.FunctionDef)]
     for node in public + [m for m in methods if not m.name.startswith("_")]:
         assert ast.get_docstring(node), f"{module}.{node.name}"
+
+
+def test_the_reading_order_of_training_names_every_file_and_goes_downwards():
+    table = [line for line in (SOURCE / "training" / "README.md").read_text("utf-8").splitlines() if line[:1] == "|"]
+    names = re.findall(r"`(\w+)\.py`", "\n".join(table))
+    assert {f"training.{name}" for name in names if name != "__main__"} == {
+        m for m in MODULES if folder_of(m) == "training"
+    }
+    for i, name in enumerate(names):
+        assert FILES.get(f"training.{name}", set()) <= set(names[i + 1 :]), name
 
 
 def test_long_files_say_why():

@@ -62,7 +62,7 @@ def test_a_run_pushes_checkpoints_and_its_end_and_keeps_the_token_to_itself(hub,
 def test_a_token_that_may_not_write_is_found_before_training(hub, tmp_path):
     done = run(train_command(tmp_path / "run", *PUSH), env=environment(hub, tmp_path, "hf_read"))
     assert done.returncode == 1
-    assert "can only read" in done.stderr
+    assert "the token of 'me' is read-only: create one with the role `write`" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
     assert not hub.repos

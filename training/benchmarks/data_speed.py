@@ -12,7 +12,6 @@ from pathlib import Path
 from common.timing import time_in_turns
 from datasets import load_dataset
 from torch.utils.data import DataLoader
-from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))  # of a Python that has torchvision, and not us
 
@@ -30,6 +29,8 @@ def main() -> None:
     parser.add_argument("--train_batch_size", type=int, default=16)
     options = parser.parse_args()
     batch = options.train_batch_size
+
+    from torchvision import transforms
 
     steps = transforms.Compose(
         [
