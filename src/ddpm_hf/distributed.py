@@ -1,4 +1,4 @@
-"""What the processes of a run agree on: errors, signals, sums, and who does what in lockstep."""
+"""What the processes of a run share: errors, signals, sums, and work in lockstep."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from torch import Tensor
 
 
 class Agreement:
-    """What any process wants, all do: a maximum over the processes that costs the GPU nothing."""
+    """Decisions that all processes take together, by a maximum that costs the GPU nothing.
+
+    The collectives of Accelerate run on the GPUs, and would wait there for all work queued before, at every update. So
+    the processes have a group of their own, on the CPU.
+    """
 
     def __init__(self, num_processes: int) -> None:
         self.group = dist.new_group(backend="gloo") if num_processes > 1 else None
@@ -29,9 +33,9 @@ class Agreement:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A foreseen error (ValueError, OSError) of one process within this context is raised in all at its end.
+        """Raise a ValueError or OSError of one process in all of them, at the end of this context.
 
-        All of them must enter it, and wait for no other within.
+        All of them must enter it, and none may wait for another within.
         """
         failure: Exception | None = None
         try:
@@ -39,7 +43,7 @@ class Agreement:
         except (ValueError, OSError) as error:
             failure = error
         if self.largest(int(failure is not None)):
-            raise failure or RuntimeError("another process failed; its message says why.")
+            raise failure or RuntimeError("another process failed: see its message.")
 
 
 def sum_over_processes(table: Tensor) -> Tensor:

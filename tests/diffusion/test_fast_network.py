@@ -44,7 +44,7 @@ def test_half_precision_keeps_a_float32_trajectory_near_the_exact_one(make_pipel
 
 
 @pytest.mark.parametrize("change", ["step", "ema", "convert", "replace"])
-def test_a_twin_of_other_weights_is_refused(make_pipeline, make_unet, change):
+def test_a_twin_of_outdated_weights_is_refused(make_pipeline, make_unet, change):
     pipe = make_pipeline()
     pipe.use_fast_network(torch.bfloat16)
     if change == "step":
@@ -75,7 +75,7 @@ def test_offloaded_networks_are_refused(make_pipeline):
 
 @pytest.mark.parametrize("solver_order", [1, 2])
 def test_network_and_update_are_one_graph(make_unet, solver_order):
-    """No value of a tensor is looked at: the whole step can be compiled, or captured in a CUDA graph."""
+    """No value of a tensor is read: the whole step can be compiled, or captured in a CUDA graph."""
     unet, scheduler = make_unet(), DDPMSchedulerCustom()
     scheduler.set_timesteps(10)
 
@@ -93,7 +93,7 @@ def test_network_and_update_are_one_graph(make_unet, solver_order):
 
 
 class Lookups(TorchDispatchMode):
-    """Counts the values of computed tensors that Python looks at; a timestep on the CPU is none."""
+    """Counts the values of computed tensors that Python reads; timesteps on the CPU are not computed."""
 
     count = 0
 
@@ -104,7 +104,7 @@ class Lookups(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_no_step_looks_at_a_value(make_pipeline, fast):
+def test_no_step_reads_a_value_of_a_tensor(make_pipeline, fast):
     """Before the first step and after the last there are some: are all images finite?"""
     pipe = make_pipeline()
     if fast:

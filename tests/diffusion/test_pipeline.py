@@ -302,14 +302,14 @@ def test_parts_of_a_pipeline_load(make_pipeline, tmp_path):
         DDPMPipelineCustom(make_pipeline().unet, make_pipeline().unet)
 
 
-def test_images_that_are_not_finite_are_warned_of(make_pipeline):
+def test_non_finite_images_cause_a_warning(make_pipeline):
     pipe = make_pipeline()
     pipe.unet.conv_out.bias.data.fill_(float("nan"))
     with pytest.warns(UserWarning, match="NaN.*bfloat16"):
         pipe(num_inference_steps=2, output_type="np")
 
 
-def test_schedulers_without_eta_or_timesteps_say_so(make_pipeline):
+def test_eta_and_timesteps_are_refused_for_schedulers_without_them(make_pipeline):
     pipe = make_pipeline(DPMSolverMultistepScheduler())
     with pytest.raises(ValueError, match="eta.*DPMSolverMultistepScheduler"):
         pipe(num_inference_steps=3, eta=0.5)

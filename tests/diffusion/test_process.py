@@ -354,7 +354,7 @@ def test_decoder_is_a_distribution_over_the_256_levels(mean, std):
 
 
 @pytest.mark.parametrize("num_levels", [2, 16, 1024])
-def test_decoder_knows_other_numbers_of_levels(num_levels):
+def test_decoder_supports_other_numbers_of_levels(num_levels):
     levels = torch.linspace(-1, 1, num_levels, dtype=torch.float64)
     log_p = discretized_gaussian_log_likelihood(levels, torch.tensor(0.3), torch.tensor(0.04).log(), num_levels)
     close(log_p.exp().sum(), 1.0, rtol=1e-12)

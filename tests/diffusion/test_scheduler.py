@@ -220,7 +220,7 @@ def test_spacing_can_be_chosen_per_call():
     assert scheduler.config.timestep_spacing == "leading"
 
 
-def test_leading_spacing_warns_where_its_start_is_no_noise():
+def test_leading_spacing_warns_where_it_does_not_start_from_noise():
     scheduler = DDPMSchedulerCustom()
     with pytest.warns(UserWarning, match="starts from pure noise at t = 599.*trailing"):
         scheduler.set_timesteps(600)
@@ -366,7 +366,7 @@ def test_zero_terminal_snr_with_epsilon_is_refused_with_its_remedy():
         ({"num_train_timesteps": 4000}, "too soon: ᾱ_T = .*1000/4000"),
     ],
 )
-def test_betas_of_another_length_are_warned_of(config, message):
+def test_unsuitable_betas_cause_a_warning(config, message):
     """Trap 9."""
     with pytest.warns(UserWarning, match=message):
         DDPMSchedulerCustom(**config)
@@ -382,7 +382,7 @@ def test_betas_of_another_length_are_warned_of(config, message):
         {"beta_schedule": "sigmoid"},
     ],
 )
-def test_suitable_betas_are_not_warned_of(config):
+def test_suitable_betas_cause_no_warning(config):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         DDPMSchedulerCustom(**config)
@@ -636,7 +636,7 @@ def test_bad_steps_are_refused():
         scheduler.step(torch.cat([x, x], 1), 5, x)
 
 
-def test_tables_that_inference_mode_has_made_serve_training_too():
+def test_tables_cached_in_inference_mode_serve_training_too():
     scheduler, x = DDPMSchedulerCustom(), torch.randn(2, 3, 4, 4)
     scheduler.set_timesteps(1000)
     with torch.inference_mode():

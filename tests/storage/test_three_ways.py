@@ -1,4 +1,4 @@
-"""Three ways to load × folder, Hub, offline × saved first and again in each way × what a model may hold."""
+"""Three ways to load × folder, Hub, offline × saved first and again in each way × what a model may contain."""
 
 import json
 import os
@@ -25,7 +25,7 @@ CLASSES = {
 
 
 def loader(installed, home, hub, offline=False):
-    """A function that runs tasks in a new process with its own caches; the package is there or it is not."""
+    """A function that runs tasks in a new process with its own caches; with or without the package."""
 
     def run(tasks):
         env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHONPATH"))}
@@ -41,7 +41,7 @@ def loader(installed, home, hub, offline=False):
 
 
 def tasks(ways, root, saved, *, places=("folder", "hub")):
-    """One task for each model and way. What stock diffusers has saved has no code: it takes that of the first save."""
+    """One task for each model and way. Stock diffusers saves no code: that of the first save is used."""
     found = []
     for variant in VARIANTS:
         for way in ways:
@@ -110,7 +110,7 @@ def test_every_model_loads_every_way_from_everywhere(everything):
 
 
 @pytest.mark.slow
-def test_images_are_the_same_whoever_has_saved_and_loaded(everything):
+def test_images_are_the_same_however_a_model_was_saved_and_loaded(everything):
     expected = {r["task"]["variant"]: r["image"] for r in everything[1] if r["task"]["way"] == "package"}
     for result in results(everything):
         if not result["task"]["way"].startswith("stock"):
@@ -127,9 +127,9 @@ def test_calibration_data_survives(everything):
 
 
 @pytest.mark.slow
-def test_nothing_is_warned_of(everything):
+def test_no_load_causes_a_warning(everything):
     for result in results(everything):  # but of the network, by diffusers, where there is none
-        assert [t for t in result["said"] if "Couldn't connect to the Hub" not in t] == [], result["task"]
+        assert [t for t in result["messages"] if "Couldn't connect to the Hub" not in t] == [], result["task"]
 
 
 @pytest.mark.slow

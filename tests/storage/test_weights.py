@@ -5,7 +5,7 @@ import torch
 from ddpm_hf.storage.weights import hash_weights
 
 
-def test_a_hash_of_weights_tells_them_apart(make_unet):
+def test_different_weights_have_different_hashes(make_unet):
     network = make_unet()
     digest = hash_weights(network)
     assert digest == hash_weights(make_unet())

@@ -1,4 +1,4 @@
-"""Run in a process of its own: load models in a given way, say what came of each, and save some of them again.
+"""Run in a process of its own: load models in a given way, report on each, and save some of them again.
 
 Reads a list of tasks {"way", "model", "code", "save", "labels"} as JSON from stdin; writes a list of results to stdout.
 """
@@ -16,9 +16,9 @@ if sys.argv[1] != "package":
     sys.modules["ddpm_hf"] = None  # not installed
 torch.set_num_threads(1)
 logged = logging.Handler()
-logged.emit = lambda record: said.append(record.getMessage())
+logged.emit = lambda record: messages.append(record.getMessage())
 logging.getLogger("diffusers").addHandler(logged)
-said = []
+messages = []
 
 
 def load(way, model, code):
@@ -53,7 +53,7 @@ def sample(pipe, way, labels):
 
 results = []
 for task in json.load(sys.stdin):
-    said.clear()
+    messages.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pipe = load(task["way"], task["model"], task.get("code"))
@@ -64,7 +64,8 @@ for task in json.load(sys.stdin):
             "classes": [type(pipe).__name__, type(pipe.scheduler).__name__],
             "image": image,
             "calibration": pipe.scheduler.config.get("_calibration"),
-            "said": said + [str(w.message) for w in caught if issubclass(w.category, (UserWarning, FutureWarning))],
+            "messages": messages
+            + [str(w.message) for w in caught if issubclass(w.category, (UserWarning, FutureWarning))],
         }
     )
     if task.get("save"):

@@ -1,4 +1,4 @@
-"""What people look at: grids of images and the loss curve."""
+"""Grids of images."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
 from torch import Tensor
 
-MIN_SIDE = 48  # smaller images are enlarged by whole factors, so that their pixels can be seen
+MIN_SIDE = 48  # smaller images are enlarged by integer factors, so that their pixels are visible
 
 
 def check_plotting() -> None:
-    """Raise a ValueError unless the plots at the end of a run can be made."""
+    """Raise a ValueError unless matplotlib, which plots need, is installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the plots need matplotlib: pip install 'ddpm-hf[train]'.")
 
@@ -26,7 +26,7 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 
 
 def image_grid(images: Sequence[Image.Image]) -> Image.Image:
-    """The images in reading order, in a grid as square as it gets.
+    """The images in reading order, in a grid as square as possible.
 
     Raises:
         ValueError: for no images.

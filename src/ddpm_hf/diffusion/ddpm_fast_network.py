@@ -1,7 +1,7 @@
 """A network's twin for sampling: in another precision, and compiled.
 
 The network itself stays as it is, and so does what is saved of it. The trajectory stays float32: only the network's own
-arithmetic changes. What pays on a machine is for `sampling/fast.py` of ddpm-hf to say, which is not copied with this.
+arithmetic changes. `sampling/fast.py` of ddpm-hf, which is not copied, chooses what is faster on a machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class FastNetwork:
     """The twin of a network, called as the network is, for inference alone and by one thread alone.
 
     Args:
-        unet: the network. It is copied; `is_twin_of` finds out whether it has changed since.
+        unet: the network. It is copied; `is_twin_of` detects later changes.
         dtype: of the twin's weights and activations. Below float32, a CPU gets images channels last.
 
     Raises:
@@ -67,7 +67,7 @@ class FastNetwork:
         self._network.to(memory_format=self._memory_format)
 
     def is_twin_of(self, unet: UNet2DModel) -> bool:
-        """Whether the network still has the weights, in the place, that this one was made from."""
+        """Whether the network still has the weights, on the same device, that this one was copied from."""
         return self._state == _state_of(unet)
 
 

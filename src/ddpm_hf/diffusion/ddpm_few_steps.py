@@ -1,8 +1,8 @@
-"""Few steps: what a network's measured error says about the reverse process (Bao et al. 2022, arXiv 2201.06503).
+"""Few steps: what follows from a network's measured error for the reverse process (Bao et al. 2022, arXiv 2201.06503).
 
 One number per timestep, e_t = E‖x_0 - x̂_0‖²/d, gives the optimal reverse variance of any step
 (`DDPMProcess.optimal_variance`), what that step costs in the variational bound, and so the best trajectory of K steps.
-`calibration.py` measures the numbers; here they are kept in a scheduler's configuration, and used.
+`calibration.py` of ddpm-hf measures them; this file stores them in a scheduler's configuration, and uses them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Calibration:
         """Read what `to_config` wrote.
 
         Args:
-            expected: the `fingerprint` of the scheduler that wants to use it.
+            expected: the `fingerprint` of the scheduler that is to use it.
 
         Raises:
             ValueError: for a calibration of another process or kind of x̂_0, or one that is damaged.

@@ -1,7 +1,7 @@
 """The mathematics of DDPM: Ho, Jain, Abbeel (2020), "Denoising Diffusion Probabilistic Models", arXiv 2006.11239.
 
-All of it stands in one file, so that it can be read beside the paper, and copied into saved models. Pure torch, no
-network and no sampling loop: each public function is one equation, named as in the paper (`q_*` for the fixed forward
+One file, to be read beside the paper and copied into saved models. Pure torch, no network and no sampling loop: each
+public function is one equation, named as in the paper (`q_*` for the fixed forward
 kernels, `p_*` for the learned reverse ones).
 
 **Index convention.** `t` runs over 0 … T-1 and means "after t + 1 steps of noise", so `t` here is the paper's t + 1.
@@ -156,7 +156,7 @@ class Gaussian(NamedTuple):
 
 
 class PMeanVariance(NamedTuple):
-    """p_θ(x_s | x_t) and the x̂_0 it was made from."""
+    """p_θ(x_s | x_t) and the x̂_0 that it was computed from."""
 
     mean: Tensor
     variance: Tensor
@@ -193,9 +193,9 @@ class DDPMProcess:
                 "may be 1, for zero terminal SNR)."
             )
         self.alphas = 1 - self.betas
-        # Where ᾱ_T = 0, x_T holds nothing of x_0, and ε says nothing about it.
+        # Where ᾱ_T = 0, x_T is pure noise, and x_0 does not follow from ε.
         self.has_zero_terminal_snr = bool(self.betas[-1] == 1)
-        # log ᾱ keeps 1 - ᾱ_t and 1 - ᾱ_t/ᾱ_s right to the last digit, by expm1, where subtraction would cancel.
+        # log ᾱ keeps 1 - ᾱ_t and 1 - ᾱ_t/ᾱ_s accurate to the last digit, by expm1, where subtraction would cancel.
         log_alpha_bar = torch.cumsum(torch.log1p(-self.betas), dim=0)
         self.alphas_cumprod = log_alpha_bar.exp()
         # Row t + 1 holds log ᾱ_t, sqrt(ᾱ_t) and sqrt(1 - ᾱ_t), so that t = -1 (clean data, ᾱ = 1) is an ordinary row.
@@ -232,7 +232,7 @@ class DDPMProcess:
         check_timesteps(t, len(self.betas), first)
         key = (t.device, dtype)
         if key not in self._tables:
-            with torch.inference_mode(False):  # what is kept must serve outside of it, too
+            with torch.inference_mode(False):  # a cached table is used outside of it, too
                 self._tables[key] = self._tables[torch.device("cpu"), torch.float64].to(*key)
         # Not table[t + 1], which reads a single t from the device.
         return self._tables[key].index_select(0, (t + 1).reshape(-1)).reshape(*t.shape, 3)
@@ -241,7 +241,7 @@ class DDPMProcess:
         return self._row(t, first)[..., 0]
 
     def _signal_noise(self, t: Timestep, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        """sqrt(ᾱ_t) and sqrt(1 - ᾱ_t), in the dtype of the arithmetic that follows: what is cast once costs nothing."""
+        """sqrt(ᾱ_t) and sqrt(1 - ᾱ_t), in the dtype of the arithmetic that follows, from tables cast once."""
         _, signal, noise = self._row(t, dtype=dtype).unbind(-1)
         return signal, noise
 

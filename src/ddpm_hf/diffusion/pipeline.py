@@ -46,7 +46,7 @@ class DDPMPipelineCustomOutput(BaseOutput):
         images: a list of B PIL images, an array (B, H, W, C) or a tensor (B, C, H, W) in [0, 1]; a tensor
             (B, C, H, W) that is not clamped and has its data in [-1, 1] for `output_type="latent"`.
         trajectory: x_t after each recorded step, (S, B, C, H, W), float32 on the CPU, its data in [-1, 1].
-        trajectory_x_0: the x̂_0 of the same steps; None where the scheduler does not give it.
+        trajectory_x_0: the x̂_0 of the same steps; None if the scheduler does not return it.
         trajectory_timesteps: the S timesteps t that these steps started from.
     """
 
@@ -62,7 +62,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
     Args:
         unet: a `UNet2DModel`, unconditional or with `num_class_embeds` classes.
         scheduler: a stock `DDPMScheduler` is replaced by our `DDPMSchedulerCustom` of the same configuration; any
-            other scheduler (DDIM, DPM-Solver++, …) stays what it is.
+            other scheduler (DDIM, DPM-Solver++, …) is used as it is.
 
     Raises:
         ValueError: where the network's channels and the scheduler's `variance_type` contradict each other.
@@ -256,7 +256,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
             fast = import_module("ddpm_hf.sampling.fast")  # looked up as in `update_card`
         except ImportError as error:
             raise ImportError(
-                "`enable_fast_sampling` needs the package ddpm-hf, which chooses by what it knows of this machine: "
+                "`enable_fast_sampling` needs the package ddpm-hf, which makes the choice for this machine: "
                 "pip install ddpm-hf, or choose yourself, as in pipe.use_fast_network(torch.bfloat16)."
             ) from error
         self.disable_fast_sampling()  # the twin of before makes room
@@ -297,7 +297,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
     def _predict(
         self, network: UNet2DModel | FastNetwork, x: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """The network's prediction at its input x, in its dtype, guided if asked for, in float32."""
+        """The network's prediction at its input x, in its dtype, with guidance if requested, in float32."""
         channels = x.shape[1]
         guided = labels is not None and guidance_scale != 1
         if labels is not None and guided:

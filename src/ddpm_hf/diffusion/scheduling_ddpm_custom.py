@@ -54,12 +54,12 @@ ZERO_SNR_ERROR = (
 
 @dataclass
 class DDPMSchedulerCustomOutput(BaseOutput):
-    """What `step` returns: x_s of shape (B, C, *), and the x̂_0 (after clipping) that it was made from."""
+    """What `step` returns: x_s of shape (B, C, *), and the x̂_0 (after clipping) that it was computed from."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
 
-    def __post_init__(self) -> None:  # diffusers' looks up the fields each time, for a tenth of the time of a step
+    def __post_init__(self) -> None:  # diffusers' own looks the fields up, which takes a tenth of a step
         self["prev_sample"] = self.prev_sample
         if self.pred_original_sample is not None:
             self["pred_original_sample"] = self.pred_original_sample
@@ -201,7 +201,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         return self._calibration
 
     def set_calibration(self, calibration: Calibration) -> None:
-        """Keep a calibration in the configuration, as `_calibration`, which stock diffusers carries along."""
+        """Store a calibration in the configuration, as `_calibration`, which stock diffusers keeps when it saves."""
         self.register_to_config(_calibration=calibration.to_config())
         self._calibration = self._step_costs = None
         self._tables.clear()
@@ -232,8 +232,8 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
                 of least variational cost: see `optimal_timesteps`.
 
         Raises:
-            ValueError: for any other value, where the terminal SNR is zero but the network predicts ε, and where
-                `optimal` finds no calibration that fits.
+            ValueError: for any other value, where the terminal SNR is zero but the network predicts ε, and for
+                `optimal` without a matching calibration.
         """
         T = len(self)
         if (num_inference_steps is None) == (timesteps is None):
@@ -435,9 +435,9 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         key = (eta, device, dtype)
         if key in self._tables:
             return self._tables[key]
-        with torch.inference_mode(False):  # what is kept must serve outside of it, too
+        with torch.inference_mode(False):  # a cached table is used outside of it, too
             table = to_device(self._exact_table(eta).to(dtype), device)
-        if not torch.compiler.is_compiling():  # what a graph computes, its next call may overwrite
+        if not torch.compiler.is_compiling():  # the next call of a graph may overwrite its outputs
             self._tables[key] = table
         return table
 
