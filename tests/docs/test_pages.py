@@ -13,7 +13,7 @@ import ddpm_hf
 from support.hub_server import point_client_at, serve_hub
 from support.reader import ROOT, furnish, run_shell, write_yaml
 
-PAGES = sorted((ROOT / "docs" / "pages").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
 SLOW = {"train"}
 MAY_BE_SKIPPED = 12  # blocks, of all pages together
 
