@@ -545,6 +545,14 @@ def test_defaults_are_those_of_the_stock_scheduler():
     assert ours == stock
 
 
+@pytest.mark.parametrize("stock", [DDPMScheduler, DDIMScheduler])
+def test_the_number_of_timesteps_survives_a_swap_however_it_was_passed(stock):
+    """Of the stock schedulers' own swaps, those by position fall back to 1000."""
+    assert len(DDPMSchedulerCustom.from_config(DDPMSchedulerCustom(20, beta_schedule="squaredcos_cap_v2").config)) == 20
+    assert len(DDPMSchedulerCustom.from_config(stock(20, beta_schedule="squaredcos_cap_v2").config)) == 20
+    assert len(stock.from_config(DDPMSchedulerCustom(20, beta_schedule="squaredcos_cap_v2").config)) == 20
+
+
 def test_trained_betas_survive_saving_and_set_the_number_of_timesteps(tmp_path):
     scheduler = DDPMSchedulerCustom(trained_betas=np.array([0.1, 0.3]))
     assert len(scheduler) == scheduler.config.num_train_timesteps == 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -138,6 +138,7 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ) -> None:
+        _keep_number_of_timesteps(self.config)
         if variance_type is None:  # DPM-Solver writes null for "not learned"
             variance_type = "fixed_small"
             self.register_to_config(variance_type=variance_type)
@@ -176,6 +177,12 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._set_trajectory(np.arange(self.process.num_train_timesteps)[::-1].copy(), device=None)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """What `from_config` makes of a configuration: see diffusers."""
+        _keep_number_of_timesteps(config_dict)
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def __len__(self) -> int:
         """T."""
@@ -512,6 +519,13 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
         """V (arXiv 2202.00512, Appendix D) of x_0 = `sample`: see `DDPMProcess.velocity`."""
         return self.process.velocity(sample, noise, timesteps)
+
+
+def _keep_number_of_timesteps(config: Mapping[str, Any]) -> None:
+    """Let `from_config` hand T on where it was passed by position: diffusers takes it for a default, and drops it."""
+    assumed_defaults = config.get("_use_default_values", [])
+    if "num_train_timesteps" in assumed_defaults and config["num_train_timesteps"] != 1000:
+        assumed_defaults.remove("num_train_timesteps")
 
 
 def check_eta(eta: float) -> None:
