@@ -17,24 +17,22 @@ from ..config.commands import EvaluateConfig
 from ..data.pictures import check_plotting
 from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
+from ..distributed import Agreement
 from ..sampling.generate import check_options
 from ..storage.files import check_writable, lock_output_dir
 from ..storage.weights import hash_weights
 from .metrics.features import CHANNELS, INCEPTION, Extractor, open_extractor
 from .metrics.measure import INCEPTION_METRICS, OTHER_METRICS, check_metrics
 from .phases import (
+    EXTRACTOR_FREE,
     NEIGHBOURS,
     Evaluation,
-    make_samples,
     measure_likelihood,
     measure_memorization,
     measure_quality,
 )
 from .real_images import load_real_images
 from .results import RESULTS_FILE, Result, markdown_table, read_results
-
-SAMPLE_FREE = {"bpd"}  # metrics that need no samples
-EXTRACTOR_FREE = {"bpd", "nearest"}
 
 
 def evaluate(pipeline: DDPMPipelineCustom, config: EvaluateConfig, *, ema: bool | None = None) -> list[Result]:
@@ -58,27 +56,20 @@ def evaluate(pipeline: DDPMPipelineCustom, config: EvaluateConfig, *, ema: bool 
         OSError: if results can't be written.
     """
     # 1. Check everything, and load the images
-    job = prepare(pipeline, config, ema)
-    state = PartialState()
-    distances = [name for name in job.metrics if name not in EXTRACTOR_FREE]
+    job, state = prepare(pipeline, config, ema), PartialState()
 
     # 2. Say what it will cost
     if state.is_main_process:
         notes = dict.fromkeys(note for data in (job.train, job.unseen) if data for note in data.notes)
         tqdm.write("\n".join([*(f"Note: {note}." for note in notes), estimate(job)]))
-    state.wait_for_everyone()  # all have read the earlier results
 
     # 3. Measure what is missing
-    lock = lock_output_dir(job.cache) if state.is_main_process else None
+    with Agreement(state.num_processes).together():
+        lock = lock_output_dir(job.cache) if state.is_main_process else None
     try:
-        if "bpd" in job.metrics:
-            measure_likelihood(job)
-        if set(job.metrics) - SAMPLE_FREE:
-            samples = make_samples(job)
-            if distances and job.extractor is not None:
-                measure_quality(job, samples, job.extractor, distances)
-            if "nearest" in job.metrics:
-                measure_memorization(job, samples)
+        measure_likelihood(job)
+        measure_quality(job)
+        measure_memorization(job)
     finally:
         if lock is not None:
             lock.release()
@@ -183,7 +174,7 @@ def estimate(job: Evaluation) -> str:
     if "bpd" in job.metrics:
         calls = config.calls_per_image or config.likelihood_steps or T
         rows.append(("Likelihood", job.num_likelihood_images, calls))
-    if set(job.metrics) - SAMPLE_FREE:
+    if set(job.metrics) != {"bpd"}:
         calls = job.sampling["num_inference_steps"] * (1 if config.guidance_scale == 1 else 2)
         rows.append(("Samples", config.num_images, calls))
     lines = [

@@ -1,4 +1,4 @@
-"""The phases of an evaluation: each measures what is missing and stores it at once. All processes run them."""
+"""The phases of an evaluation: each measures what is requested and missing, and stores it at once, on all processes."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from .real_images import RealImages
 from .results import RESULTS_FILE, Result, Settings, files_of, write_results
 
 NEIGHBOURS = 3  # beside each sample in the picture
+EXTRACTOR_FREE = ("bpd", "nearest")  # metrics; all others compare features
 MAX_HELD_OUT = 10_000  # real images whose distances to the training set are compared with those of samples
 
 
@@ -81,8 +82,28 @@ class Evaluation:
 
     @cached_property
     def sampling(self) -> dict[str, Any]:
-        """The chain that makes the samples."""
+        """The chain that makes the samples, as `Settings.chain` has it."""
         return self.chain(**self.config.call_options())
+
+    @cached_property
+    def samples(self) -> Tensor:
+        """Samples, uint8 (N, C, H, W): those of an earlier run, or new ones. All processes must ask for them."""
+        config, folder = self.config, self.folder("samples", self.sampling)
+        pixels = _stored_samples(folder)
+        if len(pixels) < config.num_images:
+            sample_to_folder(
+                self.pipeline, folder, config.num_images, config.seed, config.batch_size,
+                format="npz", class_labels=self.class_labels, **config.call_options(),
+            )  # fmt: skip
+            pixels = _stored_samples(folder)
+        return pixels[: config.num_images]
+
+    @cached_property
+    def sample_features(self) -> Features:
+        """What the extractor makes of the samples. All processes must ask for them."""
+        if self.extractor is None:
+            raise ValueError("this evaluation has no feature extractor: name one.")
+        return self.extractor(self.samples, self.config.batch_size)
 
     def chain(self, **options: Any) -> dict[str, Any]:
         """A trajectory and the model that follows it, as `Settings.chain` has them."""
@@ -116,11 +137,21 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def _stored_samples(folder: Path) -> Tensor:
+    file = folder / "samples.npz"
+    if not file.is_file():
+        return torch.empty(0)
+    with np.load(file) as stored:
+        return torch.from_numpy(stored["arr_0"]).permute(0, 3, 1, 2).contiguous()
+
+
 # --- likelihood ----------------------------------------------------------------------------------------------------
 
 
 def measure_likelihood(job: Evaluation) -> None:
     """Bits/dim of unseen images, or else of training images."""
+    if "bpd" not in job.metrics:
+        return
     config, data = job.config, job.held_out
     options = {"num_inference_steps": config.likelihood_steps, "timesteps": config.call_options()["timesteps"]}
     settings = Settings(
@@ -150,57 +181,21 @@ def measure_likelihood(job: Evaluation) -> None:
     job.add(found, settings)
 
 
-# --- samples -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Samples:
-    """Samples, uint8 (N, C, H, W), and their features, computed once."""
-
-    pixels: Tensor
-    _features: Features | None = None
-
-    def features(self, extractor: Extractor, batch_size: int) -> Features:
-        """The features of the samples. All processes must call it."""
-        if self._features is None:
-            self._features = extractor(self.pixels, batch_size)
-        return self._features
-
-
-def make_samples(job: Evaluation) -> Samples:
-    """The samples: those of an earlier run, or new ones."""
-    config, folder = job.config, job.folder("samples", job.sampling)
-    pixels = _stored_samples(folder)
-    if len(pixels) < config.num_images:
-        sample_to_folder(
-            job.pipeline, folder, config.num_images, config.seed, config.batch_size,
-            format="npz", class_labels=job.class_labels, **config.call_options(),
-        )  # fmt: skip
-        pixels = _stored_samples(folder)
-    return Samples(pixels[: config.num_images])
-
-
-def _stored_samples(folder: Path) -> Tensor:
-    file = folder / "samples.npz"
-    if not file.is_file():
-        return torch.empty(0)
-    with np.load(file) as stored:
-        return torch.from_numpy(stored["arr_0"]).permute(0, 3, 1, 2).contiguous()
-
-
 # --- quality -------------------------------------------------------------------------------------------------------
 
 
-def measure_quality(job: Evaluation, samples: Samples, extractor: Extractor, metrics: Sequence[str]) -> None:
+def measure_quality(job: Evaluation) -> None:
     """FID, KID and their like, against the training images and, if there are any, against unseen ones."""
+    extractor, metrics = job.extractor, [name for name in job.metrics if name not in EXTRACTOR_FREE]
+    if extractor is None:
+        return
     for data in filter(None, (job.train, job.unseen)):
         settings = Settings(data.identity(), job.sampling, job.config.num_images, extractor.identity)
         names = [name for name in metrics if name != "isc" or data is job.train]  # isc compares with no real images
         missing = [name for name in names if job.is_missing("recall" if name == "prc" else name, settings)]
         if not missing:
             continue
-        features = samples.features(extractor, job.config.batch_size)
-        reference = _real_features(job, data, extractor)
+        features, reference = job.sample_features, _real_features(job, data, extractor)
         for name in missing if PartialState().is_main_process else ():
             for found in measure([name], features, reference, extractor):
                 job.add(replace(found, warnings=found.warnings + data.notes), settings)
@@ -219,8 +214,10 @@ def _real_features(job: Evaluation, data: RealImages, extractor: Extractor) -> R
 # --- memorization --------------------------------------------------------------------------------------------------
 
 
-def measure_memorization(job: Evaluation, samples: Samples) -> None:
+def measure_memorization(job: Evaluation) -> None:
     """Whether samples lie nearer to training images than new images do: in pixels and in features, with pictures."""
+    if "nearest" not in job.metrics:
+        return
     pixels = job.held_out.pixels
     chosen = draw_indices(len(pixels), min(len(pixels), MAX_HELD_OUT), job.config.seed)
     settings = Settings(
@@ -230,15 +227,14 @@ def measure_memorization(job: Evaluation, samples: Samples) -> None:
         held_out=job.held_out.identity() | {"used": len(chosen)},
     )
     if job.is_missing("nearest", settings):
-        _compare(job, settings, samples, (samples.pixels, job.train.pixels, pixels[chosen]), chosen)
+        _compare(job, settings, (job.samples, job.train.pixels, pixels[chosen]), chosen)
     if job.extractor is None:
         return
     settings = replace(settings, extractor=job.extractor.identity)
     if job.is_missing("nearest", settings):
-        features = samples.features(job.extractor, job.config.batch_size).pooled
         train = _all_real_features(job, job.train, job.extractor)
         held_out = _all_real_features(job, job.unseen, job.extractor) if job.unseen else train
-        _compare(job, settings, samples, (features, train, held_out[chosen]), chosen)
+        _compare(job, settings, (job.sample_features.pooled, train, held_out[chosen]), chosen)
 
 
 def _all_real_features(job: Evaluation, data: RealImages, extractor: Extractor) -> Tensor:
@@ -247,9 +243,7 @@ def _all_real_features(job: Evaluation, data: RealImages, extractor: Extractor) 
     return stored if len(stored) == len(data.pixels) else extractor(data.pixels, job.config.batch_size).pooled
 
 
-def _compare(
-    job: Evaluation, settings: Settings, samples: Samples, points: tuple[Tensor, Tensor, Tensor], chosen: Tensor
-) -> None:
+def _compare(job: Evaluation, settings: Settings, points: tuple[Tensor, Tensor, Tensor], chosen: Tensor) -> None:
     """One result of `measure_memorization`, and its picture.
 
     Args:
@@ -272,7 +266,7 @@ def _compare(
         )
     if PartialState().is_main_process:
         (picture,) = files_of("nearest", settings)
-        save_neighbours(samples.pixels, job.train.pixels, found.indices, distances, job.output_dir / picture)
+        save_neighbours(job.samples, job.train.pixels, found.indices, distances, job.output_dir / picture)
     details = {
         "threshold": test.threshold,
         "median": float(distances.median()),

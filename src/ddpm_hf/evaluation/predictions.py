@@ -17,6 +17,7 @@ from ..diffusion.ddpm_process import check_integer, to_device
 from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..diffusion.scheduling_ddpm_custom import ZERO_SNR_ERROR, DDPMSchedulerCustom
 from ..distributed import lockstep_batches
+from ..sampling.generate import eval_mode
 
 READ_EVERY = 16  # network calls, by which the CPU is ahead of a GPU at most
 Key = TypeVar("Key")
@@ -111,13 +112,12 @@ class NoisyImages:
                 at each, so that the errors of a sum over t are independent.
         """
         state, unet, process = PartialState(), self.pipe.unet, self.pipe.scheduler.process
-        was_training = unet.training
-        unet.eval()
         n = len(self.indices)
         batches = lockstep_batches(n, self.batch_size)
         is_quiet = not (show_progress and state.is_main_process)
         timesteps = timesteps.expand(n, -1)
-        with tqdm(total=len(batches) * timesteps.shape[1], desc=title, unit="call", disable=is_quiet) as bar:
+        bar = tqdm(total=len(batches) * timesteps.shape[1], desc=title, unit="call", disable=is_quiet)
+        with bar, eval_mode(unet):
             for places in batches:
                 batch, mine = places % n, int((places < n).sum())  # the last batch is padded
                 x_0, labels = self._load(batch)
@@ -133,7 +133,6 @@ class NoisyImages:
                         rows, *images = (part[:mine] for part in (batch, t, x_0, noise, x_t, output.float()))
                         yield Prediction(rows, column, *images)
                     bar.update()
-        unet.train(was_training)
 
     def _load(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """x_0 and labels of some images."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.pixels import to_uint8
@@ -118,24 +119,29 @@ def sample_in_lockstep(
     unet, batches = pipeline.unet, lockstep_batches(num_images, batch_size)
     steps = len(check_options(pipeline, class_labels, **call_options))
     is_quiet = not (show_progress and PartialState().is_main_process)
-    was_training = unet.training
-    unet.eval()
-    try:
-        with tqdm(total=steps * len(batches), desc="Sampling", unit="step", leave=False, disable=is_quiet) as bar:
+    bar = tqdm(total=steps * len(batches), desc="Sampling", unit="step", leave=False, disable=is_quiet)
 
-            def advance() -> None:
-                bar.update()
-                on_step()
+    def advance() -> None:
+        bar.update()
+        on_step()
 
-            made = [
-                to_uint8(
-                    _sample_batch(pipeline, (batch % num_images).tolist(), seed, class_labels, advance, call_options)
-                )
-                for batch in batches
-            ]
-    finally:
-        unet.train(was_training)
+    with bar, eval_mode(unet):
+        made = [
+            to_uint8(_sample_batch(pipeline, (batch % num_images).tolist(), seed, class_labels, advance, call_options))
+            for batch in batches
+        ]
     return gather_lockstep(torch.cat(made), num_images)
+
+
+@contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Within this context the network is in evaluation mode: dropout is off."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
 
 
 def _sample_batch(
