@@ -1,4 +1,4 @@
-"""How the network is computed: what `auto` takes, and that a run stays the run it was, whatever it takes."""
+"""How the network is computed: what `auto` chooses, and that the result is the same whatever it chooses."""
 
 import shutil
 from collections import Counter
@@ -46,11 +46,11 @@ def largest_difference(one, other):
     return max(differences)
 
 
-# --- what auto takes -------------------------------------------------------------------------------------------------
+# --- what auto chooses -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_half_precision_is_taken_where_it_is_native_and_never_fp16(native, monkeypatch):
+def test_auto_chooses_bf16_where_it_is_native_and_never_fp16(native, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     monkeypatch.setattr(fast, "cpu_has_bfloat16", lambda: native)
     wanted = "bf16" if native else "no"
@@ -59,7 +59,7 @@ def test_half_precision_is_taken_where_it_is_native_and_never_fp16(native, monke
     assert choose_precision(CPU, SMALL).value == "no"
 
 
-def test_channels_last_and_compilation_are_taken_where_they_pay():
+def test_auto_chooses_channels_last_and_compilation_where_they_pay_off():
     assert choose_channels_last("bf16", GPU, LARGE).value == "no"
     assert choose_channels_last("bf16", CPU, LARGE).value == "yes"
     assert choose_channels_last("bf16", CPU, SMALL).value == "no"
@@ -71,7 +71,7 @@ def test_only_a_cpu_is_asked_for_its_instructions():
     assert choose_precision(torch.device("mps"), LARGE).value == "no"
 
 
-def test_auto_says_in_a_line_what_it_took_and_why_and_the_default_says_nothing(tmp_path, capsys):
+def test_auto_reports_its_choices_and_reasons_in_one_line_and_the_default_nothing(tmp_path, capsys):
     options = {"max_train_steps": 1, "dry_run": True, "output_dir": str(tmp_path / "run")}
     train(TrainConfig(**{**TINY_OPTIONS, **options}))
     assert "Chosen" not in capsys.readouterr().out
@@ -92,11 +92,11 @@ def test_yes_and_no_of_yaml_are_words(tmp_path):
         parse_train_config(["--config", str(file)])
 
 
-# --- a run is a run, whatever it takes -------------------------------------------------------------------------------
+# --- the same run, whatever it chooses -------------------------------------------------------------------------------
 
 
 def test_a_run_in_bf16_and_channels_last_resumes_bit_for_bit(tmp_path):
-    """The fused AdamW takes moments for laid out as their weights are; files know one order only."""
+    """The fused AdamW assumes that moments have the memory format of their weights; files have one format only."""
     options = {"mixed_precision": "bf16", "channels_last": "yes"}
     whole = a_run(tmp_path / "whole", **options)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
@@ -106,14 +106,14 @@ def test_a_run_in_bf16_and_channels_last_resumes_bit_for_bit(tmp_path):
     assert all(weight.is_contiguous() for weight in whole.weights.values())
 
 
-def test_the_order_in_memory_changes_rounding_alone(tmp_path):
+def test_the_memory_format_changes_rounding_alone(tmp_path):
     no_dropout = {"unet": {**TINY_OPTIONS["unet"], "dropout": 0.0}}
     first, last = (a_run(tmp_path / order, channels_last=order, **no_dropout) for order in ("no", "yes"))
     assert 0 < largest_difference(first, last) < 1e-4
 
 
 @pytest.mark.slow
-def test_compiled_and_not_a_run_leaves_the_same_names_and_goes_on_as_the_other(tmp_path, monkeypatch):
+def test_a_compiled_run_saves_the_same_names_and_is_resumed_by_an_uncompiled_one(tmp_path, monkeypatch):
     """All of torch.compile but the generation of code, which takes a minute."""
     compiled = []
 
@@ -139,7 +139,7 @@ def test_compiled_and_not_a_run_leaves_the_same_names_and_goes_on_as_the_other(t
 # --- nothing waits ---------------------------------------------------------------------------------------------------
 
 
-class Waits(TorchDispatchMode):
+class Synchronizations(TorchDispatchMode):
     """Counts what would make the CPU wait for a GPU: a value that Python looks at, a size that depends on values."""
 
     def __init__(self):
@@ -159,7 +159,7 @@ def test_an_update_never_waits_for_the_device(tmp_path, monkeypatch):
     counts = {}
     for steps in (12, 18):
         options = {"max_train_steps": steps, "checkpointing_steps": 100, "gradient_accumulation_steps": 1}
-        with Waits() as waits:
+        with Synchronizations() as waits:
             a_run(tmp_path / str(steps), **options)
         counts[steps] = waits.counts
     assert counts[12] == counts[18]
@@ -171,7 +171,7 @@ def test_accumulation_shares_gradients_once_per_update(two_processes):
     assert two_processes[1].count("shared 3 times") == 2
 
 
-def test_a_gpu_that_is_built_for_but_absent_leaves_the_choice_to_the_cpu(monkeypatch):
+def test_a_build_for_absent_gpus_chooses_for_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: GPU)
     assert performance._device() == CPU

@@ -17,7 +17,7 @@ def plan(num_images=100, num_processes=1, **options):
 @pytest.mark.parametrize(
     "name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 )
-def test_learning_rate_is_that_of_diffusers_per_update_whatever_the_processes_and_accumulation(name):
+def test_the_learning_rate_follows_diffusers_per_update_whatever_the_processes_and_accumulation(name):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
     reference = get_scheduler(name, optimizer, num_warmup_steps=10, num_training_steps=110)
     options = {"learning_rate": 1e-3, "lr_scheduler": name, "lr_warmup_steps": 10, "max_train_steps": 110}
@@ -51,8 +51,8 @@ def test_pipelines_and_previews_come_at_the_ends_of_epochs():
     assert sum(p.export_due(done) for done in range(1, p.max_steps + 1)) == 25
 
 
-def test_what_is_left_of_the_epochs_is_counted_in_images_whatever_the_batch_was():
-    """25 updates of 4 images are done of 10 epochs of 100; the rest goes on with 8 at a time."""
+def test_the_remaining_epochs_are_counted_in_images_whatever_the_batch_was():
+    """25 updates of 4 images of 10 epochs of 100 are done; the rest has 8 per update."""
     p = Plan(TrainConfig(dataset_name="digits", num_epochs=10, train_batch_size=8), 100, 1, 25, 100)
     assert p.max_steps == 25 + math.ceil(900 / 8)
     p = Plan(
@@ -72,7 +72,7 @@ def test_checkpoints_come_regularly_and_at_the_end():
     assert [done for done in range(1, 26) if p.checkpoint_due(done)] == [10, 20, 25]
 
 
-def test_plans_that_make_no_sense_are_refused():
+def test_impossible_plans_are_refused():
     with pytest.raises(ValueError, match=r"train_batch_size.*101.*only 100 images"):
         plan(train_batch_size=101)
     with pytest.raises(ValueError, match=r"120 images per update.*only 100"):
@@ -81,7 +81,7 @@ def test_plans_that_make_no_sense_are_refused():
         plan(num_images=None)
 
 
-def test_validation_comes_regularly_and_at_the_end_and_says_what_it_costs():
+def test_validation_comes_regularly_and_at_the_end_and_reports_its_cost():
     p = plan(num_images=1000, max_train_steps=25, eval_steps=10, eval_images=32, train_batch_size=24)
     assert [done for done in range(1, 26) if p.validation_due(done)] == [10, 20, 25]
     # 18 network calls for each of 32 images, where ten updates take 3 × 24 × 10.

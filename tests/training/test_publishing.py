@@ -30,7 +30,7 @@ def environment(hub, tmp_path, token=TOKEN):
 
 
 @pytest.mark.slow
-def test_a_run_pushes_checkpoints_and_its_end_and_keeps_the_token_to_itself(hub, tmp_path):
+def test_a_run_pushes_checkpoints_and_its_result_and_keeps_the_token_secret(hub, tmp_path):
     """While the Hub stumbles: one commit is refused for a moment, the answer to another is lost."""
     hub.fail("POST .*/commit/", 503)
     hub.fail("POST .*/commit/", "lose")
@@ -69,7 +69,7 @@ def test_a_token_that_may_not_write_is_found_before_training(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hub_that_is_gone_at_the_end_costs_nothing_but_one_command(hub, tmp_path):
+def test_a_hub_that_fails_at_the_end_costs_only_one_command(hub, tmp_path):
     hub.add_repo("me/digits")
     hub.fail("POST .*/commit/", 403, times=100)
     done = run(train_command(tmp_path / "run", *PUSH), env=environment(hub, tmp_path))

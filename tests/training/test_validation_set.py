@@ -41,7 +41,7 @@ def test_held_out_images_are_not_trained_on_and_all_others_are():
 
 @pytest.fixture
 def dataset_with_a_test_split(tmp_path):
-    """Gray images whose level tells their class; the test split has fewer classes, which count otherwise there."""
+    """Gray images whose level encodes their class; the test split has fewer classes, numbered differently."""
 
     def split(names, count):
         levels = {"cat": 10, "dog": 100, "eel": 200}
@@ -102,7 +102,7 @@ def test_a_stream_is_measured_on_another_split(dataset_with_a_test_split):
         (["--dataset_name=x/y", "--eval_steps=9", "--eval_split", "train[:9]"], "which is trained on"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(flags, message):
+def test_inconsistent_options_are_refused(flags, message):
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         parse_train_config(flags)
 

@@ -4,7 +4,7 @@
 
 Three jobs of 1000 steps on each of three networks of random weights: one image, one batch of 16, and 10,000 images in
 batches of 64. Each is set up for the whole job, and a few steps of it are timed, in turns. "The job, fast × stock" is
-what these times say of the whole job, set-up included: below 1, it would have been slower than stock. Beside the times:
+what they imply for the whole job, set-up included: below 1, it would have been slower than stock. Beside the times:
 the error of the fast network's prediction against float32, what share of the machine's fastest matrix product the
 network reaches, and the peak memory of one step at the largest batch. Nothing compiled before this run is used.
 """
@@ -27,11 +27,11 @@ from ddpm_hf import DDPMPipelineCustom
 STEPS = 1000  # of a job
 JOBS = {1: 1, 16: 16, 64: 10_000}  # batch size: images of the job
 PEERS = ("stock", "ours", "fast")
-LONG = 5  # a step that takes so many times `--seconds` is timed once
+LONG = 5  # a step that takes this many times `--seconds` is timed once
 
 
 def pipeline_of(peer: str, network: str, batch_size: int, num_images: int) -> tuple[DDPMPipeline, str, float]:
-    """A pipeline, ready for the job, what it says about it, and the seconds that `enable_fast_sampling` took."""
+    """A pipeline, ready for the job, its description, and the seconds that `enable_fast_sampling` took."""
     kind = DDPMPipeline if peer == "stock" else DDPMPipelineCustom
     pipe = kind(build(network), DDPMScheduler()).to(best_device())
     pipe.set_progress_bar_config(disable=True)

@@ -3,10 +3,10 @@
     python training/benchmarks/training_quality.py --data digits --minutes 5 --stock_script train_unconditional.py
 
 (The script lies in diffusers' repository under examples/unconditional_image_generation; `--stock_python` names a Python
-that has torchvision, which it needs, where this one has not.)
+that has torchvision, which it needs, if this one lacks it.)
 
 1. Write the images as RGB files, 16×16, and the network's configuration, both of which the script needs.
-2. Two short runs of each peer tell how many updates fit into the minutes.
+2. Two short runs of each peer measure how many updates fit into the minutes.
 3. Train at the same time, one peer on each of two cores: the script with its own defaults, ours with our recipe.
    With --same_command, a second round trains ours with the script's own command line.
 4. Sample all in the same number of steps from the same seeds, the script's model with stock diffusers, and score with a
@@ -70,7 +70,7 @@ class Peer:
         self.command = [python, script, *common, *QUIET, *flags]
 
     def start(self, images: Path, epochs: int, output_dir: Path | None = None) -> subprocess.Popen:
-        """Begin to train for so many epochs."""
+        """Start training for this many epochs."""
         folder = output_dir or self.output_dir
         flags = ["--train_data_dir", str(images), "--num_epochs", str(epochs), "--output_dir", str(folder)]
         rhythm = [f for name in ("images", "model") for f in (f"--save_{name}_epochs", str(10 * epochs))]

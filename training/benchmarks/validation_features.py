@@ -1,4 +1,4 @@
-"""Which features tell a bad model's images from real ones: those of validation, random convolutions, and pixels.
+"""Which features separate a bad model's images from real ones: those of validation, random convolutions, and pixels.
 
     python training/benchmarks/validation_features.py [--dataset_name FILE.parquet --label_column label --resolution 32]
 

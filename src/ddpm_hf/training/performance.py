@@ -1,6 +1,6 @@
 """How the network is computed: its precision, its memory format, and whether it is compiled.
 
-The limits for CPUs are measured (training/benchmarks/README.md); what is said of GPUs is from their documentation.
+The limits for CPUs are measured (training/benchmarks/README.md); those for GPUs come from documentation.
 """
 
 from __future__ import annotations

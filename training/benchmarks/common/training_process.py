@@ -1,4 +1,4 @@
-"""A training command that takes turns: it runs for some updates, and stands still while others run."""
+"""A training command that takes turns: it runs for some updates, and is stopped while others run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UPDATES_ALONE = [
 
 
 class TrainingProcess:
-    """`train_unconditional.py`, or ours, as a process. It is stopped, by the kernel, but for the time of `advance`.
+    """`train_unconditional.py`, or ours, as a process. The kernel stops it, except during `advance`.
 
     On a GPU, kernels that it queued before it was stopped still run, in the time of whoever comes next.
     """
@@ -55,7 +55,7 @@ class TrainingProcess:
         self.process.wait()
 
     def advance(self, updates: int) -> None:
-        """Run for so many updates."""
+        """Run for this many updates."""
         goal = self.done + updates
         self._signal(signal.SIGCONT)
         self._wait_for(goal)
@@ -84,7 +84,7 @@ class TrainingProcess:
             raise SystemExit(f"{' '.join(self.command)}\nended with status {self.process.returncode}: see {self.log}")
 
     def _read(self) -> None:
-        """Follow the progress bar, and keep what is said."""
+        """Follow the progress bar, and copy the output into a file."""
         assert self.process.stderr is not None
         last = ""
         with self.log.with_suffix(".err").open("w") as kept:
@@ -102,7 +102,7 @@ class TrainingProcess:
 
 
 def write_network(name: str, folder: Path, **changes: Any) -> Path:
-    """The configuration of one of the networks, for RGB, as `--model_config_name_or_path` wants it."""
+    """The configuration of one of the networks, for RGB, as `--model_config_name_or_path` reads it."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = {**NETWORKS[name], "in_channels": 3, "out_channels": 3, **changes}
     (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **arguments}))
