@@ -1,12 +1,9 @@
 """Few steps: the optimal variance, the best timesteps and their calibration, against closed forms and brute force."""
 
 import itertools
-import json
 import logging
 import math
 import shutil
-import subprocess
-import sys
 import warnings
 
 import mpmath
@@ -223,38 +220,6 @@ def test_batches_and_variance_channels_change_nothing():
         calibrate(oracle_pipeline(0.1, **options), images, num_images=20, seed=4, show_progress=False).x_0_error,
         one.x_0_error,
     )
-
-
-TWO_PROCESSES = """
-import json
-from accelerate import PartialState
-from support.oracle import gaussian_images, oracle_pipeline
-from ddpm_hf.evaluation.calibration import calibrate
-from ddpm_hf.evaluation.likelihood import bits_per_dim
-state = PartialState(cpu=True)
-pipe = oracle_pipeline(0.1, num_train_timesteps=10, beta_schedule="squaredcos_cap_v2")
-images = gaussian_images(0.1, 21)
-calibration = calibrate(pipe, images, show_progress=False)
-bits = bits_per_dim(pipe, images, calls_per_image=4, variance_type="optimal", show_progress=False)
-values = [*calibration.x_0_error.tolist(), bits.total, bits.standard_error, *bits.terms.tolist()]
-open({out!r} + str(state.process_index), "w").write(json.dumps([state.num_processes, values]))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_measure_what_one_does(tmp_path):
-    results = {}
-    for n in (1, 2):
-        script = tmp_path / f"measure{n}.py"
-        script.write_text(TWO_PROCESSES.format(out=str(tmp_path / f"result{n}-")))
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if n == 2 else []
-        done = subprocess.run([sys.executable, *launcher, str(script)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        results[n] = [json.loads(file.read_text()) for file in sorted(tmp_path.glob(f"result{n}-*"))]
-    (one,), (first, second) = results[1], results[2]
-    assert first == second
-    assert (one[0], first[0]) == (1, 2)
-    assert first[1] == pytest.approx(one[1], rel=1e-9)
 
 
 # --- keeping and loading -------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Evaluations by several processes, and interrupted ones, end with the results of one uninterrupted process."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -9,19 +8,18 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from ddpm_hf.cli import main
 from support.evaluation import save_extractor, save_model, stored_results
+from support.measure_together import measure
 from support.models import tiny_unet
-from support.runs import ROOT, run
-
-ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+from support.runs import ROOT, SUPPORT, TWO_PROCESSES, TWO_PROCESSES_ENV, run
 
 
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory):
-    """What follows `evaluate` on the command line, but for the folder, and the folder of a run with it."""
+    """The arguments of `evaluate` but for --output_dir, and the folder of a run with them."""
     folder = tmp_path_factory.mktemp("evaluation")
     model, extractor = save_model(tiny_unet(channels=1), folder / "model"), save_extractor(folder / "extractor")
     options = [
@@ -32,25 +30,25 @@ def evaluation(tmp_path_factory):
     return options, folder / "whole"
 
 
-def script(options, output_dir, launcher=(sys.executable,)):
-    return [*launcher, str(ROOT / "training" / "evaluate.py"), *options, "--output_dir", str(output_dir)]
-
-
 def samples(folder):
     (file,) = folder.glob("evaluation/samples-*/samples.npz")
     return np.load(file)["arr_0"]
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_where_it_was(evaluation, tmp_path):
+def test_a_killed_evaluation_resumes_where_it_was(evaluation, tmp_path):
     options, whole = evaluation
     parts, shards = "evaluation/likelihood-*/*.json", "evaluation/samples-*/shards/*.npy"
     measured = {}
     for trace in (parts, shards):
-        process = subprocess.Popen(script(options, tmp_path), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "training" / "evaluate.py"), *options, "--output_dir", str(tmp_path)],
+            env=TWO_PROCESSES_ENV,
+            stderr=subprocess.DEVNULL,
+        )
         while len(list(tmp_path.glob(trace))) < 2 and process.poll() is None:
             time.sleep(0.005)
-        assert process.poll() is None, "it was to be killed in the middle"
+        assert process.poll() is None, "the run ended before it was killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
         measured |= {file: file.stat().st_mtime_ns for file in tmp_path.glob(parts)}
@@ -65,14 +63,31 @@ def test_a_killed_evaluation_goes_on_where_it_was(evaluation, tmp_path):
     assert all(np.array_equal(samples(tmp_path)[first:][: len(shard)], shard) for first, shard in made.items())
 
 
-@pytest.mark.slow
-def test_two_processes_find_what_one_does(evaluation, tmp_path):
+@pytest.fixture(scope="module")
+def two_processes(evaluation, tmp_path_factory):
+    """The folder of what two processes have measured, and their output.
+
+    They evaluate once into a shared folder, and once into folders of their own, of which the second lacks the results
+    that the first has.
+    """
     options, one = evaluation
-    done = run(script(options, tmp_path, TORCHRUN), env=ENVIRONMENT)
+    folder = tmp_path_factory.mktemp("two")
+    for rank in (0, 1):
+        shutil.copytree(one, folder / str(rank))
+    (folder / "1" / "metrics.json").unlink()
+    extractor = options[options.index("--feature_extractor") + 1]
+    command = [*TWO_PROCESSES, str(SUPPORT / "measure_together.py"), str(folder), extractor, *options]
+    done = run(command, env=TWO_PROCESSES_ENV, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("The results are in") == 1
-    assert np.array_equal(samples(tmp_path), samples(one))
-    for result, expected in zip(stored_results(tmp_path), stored_results(one), strict=True):
+    return folder, done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(evaluation, two_processes):
+    (_, one), (folder, printed) = evaluation, two_processes
+    assert printed.count(f"The results are in {folder / 'shared'}") == 1
+    assert np.array_equal(samples(folder / "shared"), samples(one))
+    for result, expected in zip(stored_results(folder / "shared"), stored_results(one), strict=True):
         if result["metric"] == "bpd":  # in batches of other sizes, which changes the last bits of float32
             assert result["value"] == pytest.approx(expected["value"], rel=1e-5)
             assert result["standard_error"] == pytest.approx(expected["standard_error"], rel=1e-4)
@@ -82,16 +97,20 @@ def test_two_processes_find_what_one_does(evaluation, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_agree_on_what_is_missing(evaluation, tmp_path):
+def test_processes_agree_on_what_is_missing(evaluation, two_processes):
     """The other process sees no metrics.json, and would wait for the main one in every phase."""
-    options, one = evaluation
-    for rank in (0, 1):
-        shutil.copytree(one, tmp_path / str(rank))
-    (tmp_path / "1" / "metrics.json").unlink()
-    (tmp_path / "evaluate.py").write_text(
-        "import os, sys; from ddpm_hf.cli import main\n"
-        "main(['evaluate', *sys.argv[1:-1], '--output_dir', os.path.join(sys.argv[-1], os.environ['RANK'])])\n"
-    )
-    done = run([*TORCHRUN, str(tmp_path / "evaluate.py"), *options, str(tmp_path)], env=ENVIRONMENT, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert stored_results(tmp_path / "0") == stored_results(one)
+    (_, one), (folder, _) = evaluation, two_processes
+    assert stored_results(folder / "0") == stored_results(one)
+
+
+@pytest.mark.slow
+def test_two_processes_calibrate_measure_and_extract_as_one_does(evaluation, two_processes):
+    (options, _), (folder, _) = evaluation, two_processes
+    expected = measure(options[options.index("--feature_extractor") + 1])
+    for process in (0, 1):
+        count, found = torch.load(folder / f"measured-{process}", weights_only=True)
+        assert count == 2
+        for name in ("x_0_error", "bits"):
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=0)
+        for name in ("features", "two features"):
+            assert torch.equal(found[name], expected[name])

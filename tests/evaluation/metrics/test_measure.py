@@ -1,7 +1,6 @@
 """Features of any vision model, their stored statistics, and the measurements with their errors and warnings."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -122,35 +121,6 @@ def test_identity_changes_with_weights_and_resizing_and_holds_no_path(resnet, tm
     file = tmp_path / "resnet" / "model.safetensors"
     save_file({k: v + 1e-4 if v.ndim == 4 else v for k, v in load_file(file).items()}, file, {"format": "pt"})
     assert len({first, second, open_extractor(resnet, device=CPU).identity}) == 3
-
-
-TWO_PROCESSES = """
-import sys, torch
-from accelerate import PartialState
-from ddpm_hf.evaluation.metrics.features import open_extractor
-state, extractor = PartialState(cpu=True), open_extractor(sys.argv[1])
-images = torch.load(sys.argv[2], weights_only=True)
-features = [extractor(images, batch_size=3).pooled, extractor(images[:2], batch_size=3).pooled]
-torch.save([state.num_processes, *features], f"{sys.argv[2]}.{state.process_index}")
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_extract_the_features_that_one_does(resnet, tmp_path):
-    (tmp_path / "extract.py").write_text(TWO_PROCESSES)
-    x, file = images(7), tmp_path / "images"
-    torch.save(x, file)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, str(tmp_path / "extract.py"), resnet, str(file)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    extractor = open_extractor(resnet, device=CPU)
-    for process in (0, 1):
-        count, of_all, of_two = torch.load(f"{file}.{process}", weights_only=True)
-        assert count == 2
-        assert torch.equal(of_all, extractor(x, batch_size=3).pooled)
-        assert torch.equal(of_two, extractor(x[:2], batch_size=3).pooled)
 
 
 @pytest.mark.parametrize(
