@@ -75,11 +75,15 @@ class Calibration:
                     f"`_calibration` of the scheduler was measured with {key} = {found.get(key)!r}, but the scheduler "
                     f"has {value!r}: {remedy}."
                 )
-        wrong = [n for n, v in tables.items() if v.shape != (expected["num_train_timesteps"],) or not (v >= 0).all()]
+        wrong = [
+            n
+            for n, v in tables.items()
+            if v.shape != (expected["num_train_timesteps"],) or not ((v >= 0) & v.isfinite()).all()
+        ]
         if wrong:
             raise ValueError(
-                f"`_calibration` of the scheduler is damaged: {wrong[0]} must hold a number of at least 0 for each of "
-                f"{expected['num_train_timesteps']} timesteps. To repair it, {remedy}."
+                f"`_calibration` of the scheduler is damaged: {wrong[0]} must hold a finite number of at least 0 "
+                f"for each of {expected['num_train_timesteps']} timesteps. To repair it, {remedy}."
             )
         return calibration
 

@@ -34,6 +34,7 @@ BETA_SCHEDULES: tuple[str, ...] = get_args(BetaSchedule)
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 VARIANCE_TYPES: tuple[str, ...] = get_args(VarianceType)
 LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
+MAX_TIMESTEPS = 100_000  # a configuration from elsewhere must not fill the memory
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -80,7 +81,7 @@ def make_betas(
         ValueError: for an unknown schedule, T < 1, or betas outside (0, 1).
     """
     check_choice("beta_schedule", schedule, BETA_SCHEDULES)
-    check_integer("num_train_timesteps", num_train_timesteps, 1)
+    check_integer("num_train_timesteps", num_train_timesteps, 1, MAX_TIMESTEPS)
     if schedule in ("squaredcos_cap_v2", "laplace"):
         alpha_bar = _cosine_alpha_bar if schedule == "squaredcos_cap_v2" else _laplace_alpha_bar
         times = [i / num_train_timesteps for i in range(num_train_timesteps + 1)]

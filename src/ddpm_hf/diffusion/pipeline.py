@@ -80,6 +80,8 @@ class DDPMPipelineCustom(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         if unet is None or scheduler is None:  # diffusers loads parts of a pipeline this way
             return
+        if not isinstance(getattr(unet, "_orig_mod", unet), UNet2DModel):
+            raise TypeError(f"`unet` is a {type(unet).__name__}, but must be a UNet2DModel.")
         if not isinstance(scheduler, SchedulerMixin):
             raise TypeError(
                 f"`scheduler` is a {type(scheduler).__name__}, but must be a scheduler of diffusers or ours."
@@ -500,7 +502,10 @@ def image_size(unet: UNet2DModel) -> tuple[int, int]:
     size = unet.config.sample_size
     if size is None:
         raise ValueError("the network's configuration has no `sample_size`: set unet.config.sample_size.")
-    height, width = (size, size) if isinstance(size, int) else size
+    sizes = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sizes) != 2 or not all(isinstance(side, int) and side > 0 for side in sizes):
+        raise ValueError(f"`sample_size` of the network is {size!r}, but must be one or two positive integers.")
+    height, width = sizes
     halvings = len(unet.config.block_out_channels) - 1
     if height % 2**halvings or width % 2**halvings:
         raise ValueError(

@@ -68,6 +68,12 @@ class CardFacts:
     results: Sequence[EvalResult] = ()
 
 
+FACT_TYPES: dict[str, Any] = {
+    "repo_id": str, "license": str, "dataset": str, "dataset_ids": list, "base_model": str, "options": dict,
+    "updates": int, "images_seen": int, "seconds": (int, float), "hardware": str, "results": list,
+}  # fmt: skip
+
+
 def write_card(folder: Path, facts: CardFacts | Mapping[str, Any] | None = None) -> Path:
     """Write the README.md of a saved pipeline, or update the existing one.
 
@@ -109,8 +115,11 @@ def known_facts(card: str, weights: str) -> CardFacts:
     """The facts recorded in a card: all of them if it describes these weights, else only its name on the Hub."""
     record = parse_card(card).record
     names = {f.name for f in fields(CardFacts)} if record.get("weights") == weights else {"repo_id"}
-    known = {name: value for name, value in record.get("facts", {}).items() if name in names}
-    return CardFacts(**{**known, "results": [EvalResult(**r) for r in known.get("results", ())]})
+    known = {k: v for k, v in record.get("facts", {}).items() if k in names and isinstance(v, FACT_TYPES[k])}
+    try:
+        return CardFacts(**{**known, "results": [EvalResult(**r) for r in known.get("results", ())]})
+    except (TypeError, ValueError, AttributeError):  # a record that somebody has edited
+        return CardFacts()
 
 
 def combine_facts(known: CardFacts, facts: CardFacts) -> CardFacts:

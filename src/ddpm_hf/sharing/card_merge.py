@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 
-SECTION = re.compile(r"<!-- ddpm-hf:(?P<name>\w+) -->\s*(?P<text>.*?)\s*<!-- /ddpm-hf:(?P=name) -->", re.DOTALL)
-RECORD = re.compile(r"\n*<!-- ddpm-hf generated the sections above: (\{.*\}) -->\n*")
+MARKER = re.compile(r"<!-- (/?)ddpm-hf:(\w{1,40}) -->")
+RECORD_START, RECORD_END = "<!-- ddpm-hf generated the sections above: ", " -->"
+RECORD_TYPES = {"sections": dict, "metadata": dict, "facts": dict, "whole": str, "weights": str}
+MAX_DEPTH = 50
+MAX_CHARACTERS = 1_000_000  # far beyond any card; cards come from strangers, too
 RESULTS = "model-index"
 AUTOMATIC = "This model card has been automatically generated"  # by diffusers' push_to_hub, not written by a person
 
@@ -40,7 +42,19 @@ class Card:
 
     def sections(self) -> dict[str, str]:
         """The text of each generated section, by name."""
-        return {m["name"]: m["text"] for m in SECTION.finditer(self.text)}
+        return {name: self.text[start:end].strip() for name, start, end in self.places()}
+
+    def places(self) -> list[tuple[str, int, int]]:
+        """Name, start and end of what stands between the markers of each section, in order. Linear in the text."""
+        found: list[tuple[str, int, int]] = []
+        opened: re.Match[str] | None = None
+        for marker in MARKER.finditer(self.text):
+            if not marker[1]:
+                opened = marker
+            elif opened is not None and marker[2] == opened[2]:
+                found.append((marker[2], opened.end(), marker.start()))
+                opened = None
+        return found
 
     def fingerprint(self) -> str:
         """A hash of all that a person can edit."""
@@ -54,27 +68,69 @@ class Card:
 def parse_card(content: str) -> Card:
     """Take a card apart.
 
+    The time and the memory that it takes are linear in its length, whoever wrote it.
+
     Raises:
-        ValueError: where its metadata is not a YAML mapping.
+        ValueError: where its metadata is not a YAML mapping, and for cards of more than a million characters.
     """
+    if len(content) > MAX_CHARACTERS:
+        raise ValueError(
+            f"README.md has {len(content):,} characters, but must have at most {MAX_CHARACTERS:,}: shorten it."
+        )
     content = content.replace("\r\n", "\n").removeprefix("\ufeff")
-    block = REGEX_YAML_BLOCK.search(content)
+    front, text = _split_front(content)
     try:
-        metadata = (yaml.safe_load(block[2]) if block else None) or {}
-    except yaml.YAMLError as error:
+        _check_events(front)
+        metadata = yaml.safe_load(front) or {}
+    except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"the metadata of README.md is not valid YAML ({reason}): fix it, or remove the file."
         ) from error
     if not isinstance(metadata, dict):
         raise ValueError("the metadata of README.md is not a mapping: fix it, or remove the file.")
-    text = content[block.end() :] if block else content
-    found = RECORD.search(text)
+    text, record = _split_record(text)
+    return Card(metadata, text, record, front)
+
+
+def _check_events(front: str) -> None:
+    """Refuse YAML whose cost is not linear in its length: nested deeply, or with aliases, which multiply.
+
+    Raises:
+        ValueError: before the whole of it has been read.
+    """
+    depth = 0
+    for event in yaml.parse(front, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("the metadata of README.md has YAML aliases (*name): write the values out.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"the metadata of README.md is nested more than {MAX_DEPTH} levels deep: simplify it.")
+
+
+def _split_front(content: str) -> tuple[str, str]:
+    """The YAML block at the start of a card, if there is one, and the text after it."""
+    lines = content.lstrip().split("\n")
+    if lines[0].rstrip() != "---":
+        return "", content
+    end = next((i for i, line in enumerate(lines[1:], 1) if line.rstrip() == "---"), None)
+    return ("", content) if end is None else ("\n".join(lines[1:end]), "\n".join(lines[end + 1 :]))
+
+
+def _split_record(text: str) -> tuple[str, dict[str, Any]]:
+    """The text without the record, and what of the record is sound: it may have been edited, too."""
+    start = text.find(RECORD_START)
+    end = text.find(RECORD_END, start)
+    if start < 0 or end < 0:
+        return text, {}
     try:
-        record = json.loads(found[1]) if found else {}
-    except ValueError:
+        record = json.loads(text[start + len(RECORD_START) : end])
+    except (ValueError, RecursionError):
         record = {}
-    return Card(metadata, RECORD.sub("\n\n", text), record, block[2] if block else "")
+    record = record if isinstance(record, dict) else {}
+    sound = {k: v for k, v in record.items() if isinstance(v, RECORD_TYPES.get(k, object))}
+    before, after = text[:start].rstrip("\n"), text[end + len(RECORD_END) :].lstrip("\n")
+    return f"{before}\n\n{after}", sound
 
 
 def format_card(card: Card) -> str:
@@ -103,14 +159,13 @@ def merge_cards(existing: str, new: str) -> str:
     known, texts = old.record.get("sections", {}), fresh.sections()
     sections = dict(known)
 
-    def newer(match: re.Match[str]) -> str:
-        name = match["name"]
-        if name not in texts or _hash(match["text"]) != known.get(name):
-            return match[0]
-        sections[name] = fresh.record.get("sections", {}).get(name, "")
-        return f"<!-- ddpm-hf:{name} -->\n\n{texts[name]}\n\n<!-- /ddpm-hf:{name} -->"
-
-    text = SECTION.sub(newer, old.text)
+    parts, done = [], 0
+    for name, start, end in old.places():
+        if name in texts and _hash(old.text[start:end]) == known.get(name):
+            sections[name] = fresh.record.get("sections", {}).get(name, "")
+            parts += [old.text[done:start], f"\n\n{texts[name]}\n\n"]
+            done = end
+    text = "".join([*parts, old.text[done:]])
     metadata = merge_metadata(old.record.get("metadata", {}), old.metadata, fresh.metadata)
     return format_card(Card(metadata, text, {**fresh.record, "sections": sections}, old.front))
 

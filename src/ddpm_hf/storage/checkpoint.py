@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,20 @@ def _remove(folder: Path) -> None:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """The counts and options of an intact checkpoint."""
-    return json.loads((folder / STATE / "progress.json").read_text("utf-8"))
+    """The counts and options of an intact checkpoint.
+
+    Raises:
+        ValueError: for a file that no run has written.
+    """
+    file = folder / STATE / "progress.json"
+    try:
+        progress = json.loads(file.read_text("utf-8"))
+        missing = [name for name in ("step", "images_seen", "config") if name not in progress]
+    except (ValueError, RecursionError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if missing or not isinstance(progress["step"], int) or not isinstance(progress["config"], dict):
+        raise ValueError(f"{file} is damaged: it has no {missing[0] if missing else 'step and config'}.")
+    return progress
 
 
 def load_checkpoint(folder: Path) -> TrainingState:
@@ -150,9 +163,13 @@ def check_intact(folder: Path) -> None:
         raise ValueError(f"{folder} is not a checkpoint: it has no {MANIFEST}.")
     try:
         manifest = json.loads(manifest_file.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{manifest_file} is damaged: {error}") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{manifest_file} is damaged: it is not a mapping of files to hashes.")
     for name, digest in manifest.items():
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{manifest_file} is damaged: {name} lies outside of the checkpoint.")
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is damaged: {name} is missing.")
         if _sha256(folder / name) != digest:
@@ -183,6 +200,8 @@ def _sha256(file: Path) -> str:
 
 
 def _sync(path: Path) -> None:
+    if sys.platform == "win32":  # which opens no folders, and syncs no handle that can't write
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
@@ -10,8 +12,20 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from ..diffusion.ddpm_process import MAX_TIMESTEPS
 from ..diffusion.pipeline import DDPMPipelineCustom
 from .checkpoint import MANIFEST, check_intact, checkpoint_steps, latest_checkpoint
+
+MAX_CONFIG_BYTES = 20_000_000  # a calibration of T = 1000 takes 70 kB
+MAX_SCHEDULER = {"num_train_timesteps": MAX_TIMESTEPS}
+MAX_NETWORK = {
+    "sample_size": 65_536,
+    "in_channels": 65_536,
+    "out_channels": 65_536,
+    "layers_per_block": 64,
+    "block_out_channels": 65_536,
+    "num_class_embeds": 10_000_000,
+}
 
 
 def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> DDPMPipelineCustom:
@@ -34,10 +48,8 @@ def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = 
             weights = [name for name, p in pipeline.unet.named_parameters() if p.is_meta]
             if weights:
                 raise OSError(f"its weights have no {weights[0]}")
-        except (OSError, TypeError, KeyError, AttributeError, RuntimeError, ValueError) as error:
-            if isinstance(error, ValueError) and "expected shape" not in str(error):
-                raise
-            reason = str(error).strip().splitlines()[0]
+        except (OSError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, ImportError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(f"the model in {model!r} is damaged ({reason}): save or download it again.") from error
         return pipeline
     try:
@@ -54,7 +66,39 @@ def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = 
         ) from error
 
 
+def _check_configurations(folder: Path) -> None:
+    """Refuse configurations that no model has, before anything is built from them.
+
+    Raises:
+        ValueError: names the file and the value.
+    """
+    for file in (folder / "model_index.json", *folder.glob("*/*config.json")):
+        if not file.is_file():
+            continue
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"{str(file)!r} has {file.stat().st_size:,} bytes, more than a configuration ever has.")
+        try:
+            config = json.loads(file.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{str(file)!r} is not valid JSON ({error}): save or download the model again.") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{str(file)!r} is not a mapping: save or download the model again.")
+        _check_sizes(file, config, MAX_NETWORK if file.parent.name.startswith("unet") else MAX_SCHEDULER)
+
+
+def _check_sizes(file: Path, config: dict[str, Any], limits: dict[str, int]) -> None:
+    for name, highest in limits.items():
+        value = config.get(name)
+        numbers = value if isinstance(value, list) else [] if value is None else [value]
+        sound = len(numbers) <= 32 and all(type(v) is int and 0 <= v <= highest for v in numbers)
+        if not sound:
+            raise ValueError(
+                f"{str(file)!r} has {name} = {value!r:.100}, but must have integers from 0 to {highest:,}."
+            )
+
+
 def _load_folder(folder: Path, dtype: torch.dtype) -> DDPMPipelineCustom:
+    _check_configurations(folder)
     if (folder / "model_index.json").is_file():
         if (folder / MANIFEST).is_file():
             check_intact(folder)
