@@ -80,9 +80,9 @@ def _check_configurations(folder: Path) -> None:
         try:
             config = json.loads(file.read_text("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{str(file)!r} is not valid JSON ({error}): save or download the model again.") from error
+            raise ValueError(f"{str(file)!r} is damaged ({error}): save or download the model again.") from error
         if not isinstance(config, dict):
-            raise ValueError(f"{str(file)!r} is not a mapping: save or download the model again.")
+            raise ValueError(f"{str(file)!r} is damaged (no mapping): save or download the model again.")
         _check_sizes(file, config, MAX_NETWORK if file.parent.name.startswith("unet") else MAX_SCHEDULER)
 
 
