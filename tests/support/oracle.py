@@ -6,6 +6,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
+from ddpm_hf.diffusion.ddpm_few_steps import Calibration, fingerprint
 
 
 class OracleUNet(UNet2DModel):
@@ -60,3 +61,15 @@ def exact_x_0_error(process, c):
     """e_t = Var(x_0 | x_t) for x_0 ~ N(0, c), float64 of shape (T,)."""
     noise = 1 - process.alphas_cumprod
     return c * noise / (c * process.alphas_cumprod + noise)
+
+
+def calibrated_scheduler(c, **config):
+    """A scheduler with the exact calibration of x_0 ~ N(0, c)."""
+    scheduler = oracle_pipeline(c, **config).scheduler
+    error = exact_x_0_error(scheduler.process, c)
+    zeros = torch.zeros_like(error)
+    second_moment = (1 - scheduler.alphas_cumprod) / (c * scheduler.alphas_cumprod + 1 - scheduler.alphas_cumprod)
+    scheduler.set_calibration(
+        Calibration(error, zeros, second_moment, zeros, 100, fingerprint(scheduler.process, scheduler.config))
+    )
+    return scheduler
