@@ -34,7 +34,7 @@ def test_calibration_of_the_oracle_is_the_closed_form(prediction_type):
 
 
 def test_calibration_sees_the_x_0_that_sampling_uses():
-    """A network that always says ε = 0 overshoots; with clipping, the error is bounded by the range of images."""
+    """A network that always predicts ε = 0 overshoots; with clipping, the error is bounded by the range of images."""
     images = gaussian_images(0.05, 20)
     pipe = oracle_pipeline(0.05, num_train_timesteps=30, beta_schedule="squaredcos_cap_v2", clip_sample=True)
     pipe.unet.slope.zero_()
@@ -80,7 +80,7 @@ def test_dropout_is_off_during_calibration_and_nan_is_refused(make_unet):
 
 @pytest.mark.parametrize("timesteps", [[999, 0], [999, 500, 0], [800, 700, 10, 3], list(range(999, -1, -1))])
 def test_every_trajectory_costs_the_information_that_gaussian_data_holds(timesteps):
-    """Independent Gaussian pixels make every reverse step Gaussian: the steps then tell I(x_0; x_first … x_last)."""
+    """Independent Gaussian pixels make every reverse step Gaussian: the terms then sum to I(x_0; x_first … x_last)."""
     c = 0.3
     scheduler = calibrated_scheduler(c)
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)

@@ -376,7 +376,7 @@ def test_models_and_data_that_do_not_fit_are_refused(make_unet, tmp_path):
         main(["evaluate", "google/ddpm-cifar10-32", *QUICK])
 
 
-def test_images_of_both_sets_are_counted(model, tmp_path):
+def test_images_that_are_in_both_sets_are_counted(model, tmp_path):
     train, unseen = save_noise(tmp_path / "train", 12, 0), save_noise(tmp_path / "unseen", 12, 1)
     for i in range(3):
         shutil.copy(train / f"{i}.png", unseen / f"{i + 20}.png")
@@ -389,7 +389,7 @@ def test_images_of_both_sets_are_counted(model, tmp_path):
 
 
 @pytest.mark.parametrize("channels", [2, 4])
-def test_transparent_images_have_no_features_but_neighbours(channels, make_unet, extractor, tmp_path):
+def test_images_with_transparency_have_neighbours_but_no_features(channels, make_unet, extractor, tmp_path):
     model = save_model(make_unet(channels=channels), tmp_path / "model")
     nowhere = ["--train_data_dir", "/nowhere", "--feature_extractor", str(extractor)]
     with pytest.raises(SystemExit, match=f"{channels} channels.*--metrics bpd,nearest"):

@@ -74,7 +74,7 @@ def test_the_bound_with_optimal_variances_is_the_entropy_of_gaussian_data(oracle
         assert bits.standard_error < 0.02
 
 
-def test_an_estimate_is_unbiased_and_knows_its_error(oracle, images):
+def test_an_estimate_is_unbiased_with_a_correct_standard_error(oracle, images):
     exact = bits_per_dim(oracle, images, **QUIET)
     errors = []
     for calls in (2, 5, 13, 39):
@@ -88,7 +88,7 @@ def test_an_estimate_is_unbiased_and_knows_its_error(oracle, images):
     assert errors[0] == pytest.approx(spread, rel=0.25)
 
 
-def test_what_an_estimate_leaves_out_is_made_up_for(oracle, images):
+def test_an_estimate_compensates_for_the_timesteps_it_leaves_out(oracle, images):
     """Averaged over images that are all alike, so that chance is in the noise and the timesteps alone."""
     alike = images[:1].expand(6000, -1, -1, -1)
     steps = {"timesteps": [39, 16, 7, 3, 0], "variance_type": "optimal"}
@@ -99,7 +99,7 @@ def test_what_an_estimate_leaves_out_is_made_up_for(oracle, images):
     assert error < 0.005 * (exact.total - exact.L_0)
 
 
-def test_every_term_is_met_equally_often():
+def test_every_term_is_visited_equally_often():
     from ddpm_hf.evaluation.likelihood import _columns
 
     columns = _columns(11, 4000, 5, seed=0)
@@ -141,7 +141,7 @@ def test_terms_are_the_equations_one_by_one(make_unet):
         assert float(bits.terms[k]) == pytest.approx(float(nats.mean()) / LN2, rel=1e-4)
 
 
-def test_learned_ranges_meet_the_fixed_variances_at_their_ends(images):
+def test_learned_ranges_end_at_the_fixed_variances(images):
     fixed = oracle_pipeline(C, **COSINE)
     for raw, variance_type in ((-1.0, "fixed_small"), (1.0, "fixed_large")):
         learned = oracle_pipeline(C, raw_variance=raw, variance_type="learned_range", **COSINE)
@@ -175,7 +175,7 @@ def test_any_repository_can_be_measured(make_unet, tmp_path):
     assert len(pipe.scheduler.timesteps) == 3  # what the caller was sampling is left alone
 
 
-def test_parts_make_the_whole(oracle, images):
+def test_combined_parts_equal_the_whole(oracle, images):
     whole = bits_per_dim(oracle, images, num_images=50, seed=7, **QUIET)
     chosen = draw_indices(len(images), 50, seed=7).split([20, 2, 28])
     parts = [bits_per_dim(oracle, images, indices=part, seed=7, **QUIET) for part in chosen]

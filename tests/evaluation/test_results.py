@@ -43,7 +43,7 @@ def test_results_are_readable_in_a_notebook():
     assert rows[-1].startswith("1. N = 24 raises it")
 
 
-def test_a_saved_pipeline_alone_is_added_to_and_no_checkpoint_or_other_model(make_unet, tmp_path):
+def test_results_are_added_to_a_saved_pipeline_but_to_no_checkpoint_or_other_model(make_unet, tmp_path):
     model = save_model(make_unet(channels=1), tmp_path / "model")
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(model, checkpoint)

@@ -32,7 +32,7 @@ class OracleUNet(UNet2DModel):
 
 
 def oracle_pipeline(c, size=8, channels=1, raw_variance=None, **config):
-    """A pipeline around the oracle; clipping is off unless asked for, as Gaussian data has no range."""
+    """A pipeline around the oracle; clipping is off by default, as Gaussian data has no range."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scheduler = DDPMSchedulerCustom(**{"clip_sample": False, **config})

@@ -84,7 +84,7 @@ def draws(count, n, m):
         yield x, torch.randn(m, D, dtype=torch.float64, generator=g) * SPREAD
 
 
-def test_frechet_interval_holds_the_expected_distance_of_so_many_images():
+def test_frechet_interval_covers_the_expected_distance_at_this_number_of_images():
     values, errors = torch.tensor([frechet_estimate(x, y, moments(y)) for x, y in draws(200, 300, 400)]).T[:2]
     assert float(errors.mean() / values.std()) == pytest.approx(1, abs=0.15)
     covered = ((values - values.mean()).abs() < 1.96 * errors).float().mean()
@@ -97,7 +97,7 @@ def test_frechet_error_of_distant_sets_is_that_of_their_means():
     assert frechet_estimate(x, y, moments(y)).standard_error == pytest.approx(expected, rel=0.1)
 
 
-def test_frechet_interval_knows_the_draw_of_either_set():
+def test_frechet_interval_includes_the_draw_of_either_set():
     x, y = next(draws(1, 200, 100_000))
     found = frechet_estimate(x, y, moments(y))
     assert found.value == pytest.approx(frechet_distance(moments(x), moments(y)), rel=1e-12)
@@ -106,7 +106,7 @@ def test_frechet_interval_knows_the_draw_of_either_set():
     assert frechet_estimate(x, y, moments(y)).standard_error > found.standard_error / 3
 
 
-def test_frechet_bias_is_what_endlessly_many_images_would_take_away():
+def test_frechet_bias_is_the_excess_over_infinitely_many_images():
     reference = gaussian([0.0] * D, SPREAD.square().diag())
     found = [frechet_estimate(x, y, reference) for x, y in draws(400, 100, 2)]
     value, _, bias = torch.tensor(found, dtype=torch.float64).mean(0).tolist()

@@ -89,7 +89,7 @@ def test_metrics_are_those_of_torch_fidelity_on_the_same_files(channels, names, 
     assert (found["kid"].num_images, found["kid"].num_reference) == (N, M)
 
 
-def test_frechet_distance_and_precision_recall_agree_with_torch_fidelity_to_the_rounding_of_its_means():
+def test_frechet_distance_and_precision_recall_are_those_of_torch_fidelity_up_to_rounding():
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -101,7 +101,7 @@ def test_frechet_distance_and_precision_recall_agree_with_torch_fidelity_to_the_
     assert precision_recall(x, y) == pytest.approx((direct["precision"], direct["recall"]), rel=1e-6)
 
 
-def test_inception_score_of_sure_answers_is_the_number_of_classes():
+def test_inception_score_of_certain_predictions_is_the_number_of_classes():
     logits = torch.eye(1008)[torch.arange(10_000) % 10] * 100
     features = metrics.Features(torch.zeros(10_000, 2), logits)
     (found,) = metrics._inception_score(features, None)
@@ -133,7 +133,7 @@ def test_weights_are_never_unpickled(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no weights", "other weights"])
-def test_bad_weights_are_refused_with_where_the_right_ones_are(content, tmp_path):
+def test_for_bad_weights_the_error_names_the_right_ones(content, tmp_path):
     file = tmp_path / "weights.pth"
     if content == "other weights":
         torch.save({"layer.weight": torch.zeros(3)}, file)
@@ -167,14 +167,14 @@ def test_weights_are_downloaded_once(served, weights, monkeypatch):
     assert inception.downloaded_weights().read_bytes() == weights.read_bytes()
 
 
-def test_a_download_of_other_weights_is_refused_and_leaves_nothing(served):
+def test_a_download_of_other_weights_is_refused_and_leaves_no_file(served):
     with pytest.raises(ValueError, match="can't be downloaded.*--inception_weights"):
         inception.downloaded_weights()
     assert list(served.iterdir()) == []
 
 
 @pytest.mark.parametrize("offline", [False, True])
-def test_without_internet_the_error_says_what_to_get_and_where_to_put_it(offline, tmp_path, monkeypatch):
+def test_without_internet_the_error_names_the_file_and_its_place(offline, tmp_path, monkeypatch):
     monkeypatch.setattr(inception, "URL", "http://127.0.0.1:1/gone")
     monkeypatch.setattr(inception, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))

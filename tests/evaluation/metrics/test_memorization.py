@@ -1,4 +1,4 @@
-"""Nearest training images: exact, and able to tell a model that memorises from one that does not."""
+"""Nearest training images: exact, and a test that detects memorization."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_an_image_is_not_its_own_neighbour_but_its_copy_is(monkeypatch):
     assert found.distances[[2, 8], 0].tolist() == [0, 0]
 
 
-def test_a_model_that_memorises_is_told_from_one_that_does_not():
+def test_a_model_that_memorizes_is_distinguished_from_one_that_does_not():
     train, held_out, new = photographs(400, 0), photographs(300, 1), photographs(500, 2)
     copies = train[torch.randint(400, (500,))].int() + torch.randint(-6, 7, (500, 3, 8, 8))
 
@@ -78,7 +78,7 @@ def test_the_standard_error_covers_the_truth():
     assert 0.92 < sum(within) / 400 < 0.99
 
 
-def test_copies_are_found_where_the_data_has_copies_itself():
+def test_copies_are_found_although_the_data_contains_copies_itself():
     """A tenth of the held-out images are in the training set: nothing is nearer than that, but as near."""
     held_out = torch.cat([torch.zeros(30), torch.rand(270) + 1])
     copier = memorization(torch.zeros(50), held_out)
@@ -87,7 +87,7 @@ def test_copies_are_found_where_the_data_has_copies_itself():
     assert memorization(torch.ones(50), held_out + 1).expected == 0.05
 
 
-def test_copies_are_copies_in_features_too():
+def test_copies_are_found_in_features_too():
     """Long vectors of float32, and the same from a batch of another size, which rounds otherwise."""
     features = torch.randn(40, 2048) * 30
     rounded = features * (1 + 1e-7 * torch.randn(40, 2048))
@@ -97,14 +97,14 @@ def test_copies_are_copies_in_features_too():
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_the_extremes_of_a_share_are_not_certain(share):
+def test_a_share_of_none_or_all_has_a_standard_error(share):
     """Of 500 samples, none or all are near: a true share of 0.3 % less is likely enough to lie within two errors."""
     result = memorization(torch.full((500,), 1 - share), torch.rand(100_000))
     assert result.share == share
     assert 0.0018 < result.standard_error < 0.004
 
 
-def test_only_the_neighbours_that_are_shown_are_looked_up(tmp_path):
+def test_only_the_neighbours_in_the_picture_are_looked_up(tmp_path):
     samples, train = photographs(100, 0), photographs(50, 1)
     found, distances = torch.full((100, 3), 10**6), torch.rand(100) + 1
     found[:16], found[-16:], distances[-16:] = 1, 2, 0.5

@@ -1,4 +1,4 @@
-"""The features of validation: what they tell apart, without a trained network."""
+"""Patch features: which flaws of images they detect."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def digits():
     return images.pixels[order], images.labels[order]
 
 
-def test_the_distance_tells_what_a_bad_model_does_from_what_a_good_one_does(digits):
+def test_the_distance_distinguishes_flaws_of_bad_models_from_real_images(digits):
     pixels, labels = digits
     validation_set, real, others = pixels[:256], pixels[256:512], pixels[512:]
     features = PatchFeatures(validation_set)
@@ -43,7 +43,7 @@ def test_the_distance_tells_what_a_bad_model_does_from_what_a_good_one_does(digi
         assert distance(worse) > 2 * floor
 
 
-def test_features_are_a_function_of_the_images_in_every_size_and_mode():
+def test_features_depend_on_the_images_alone_in_every_size_and_mode():
     for shape in ((4, 1, 8, 8), (16, 3, 40, 40), (20, 2, 16, 16)):
         images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
         one, two = PatchFeatures(images), PatchFeatures(images)
