@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.storage.checkpoint import checkpoint_steps, read_progress
-from ddpm_hf.training import loop, step
+from ddpm_hf.training import step
+from support.devices import assert_equal, train
 from support.pretend_gpu import PretendGpu
-from support.runs import TINY_OPTIONS
 
 OBJECTIVES = {
     "simple": {},
@@ -17,23 +15,6 @@ OBJECTIVES = {
     "v-prediction": {"prediction_type": "v_prediction"},
     "hybrid": {"objective": "hybrid", "variance_type": "learned_range"},
 }
-
-
-def train(output_dir, **options):
-    """A run; the weights and the optimizer of its last checkpoint, by file and name."""
-    calm = {"max_train_steps": 12, "checkpointing_steps": 100, "gradient_accumulation_steps": 1, "save_images_steps": 0}
-    loop.train(TrainConfig(**{**TINY_OPTIONS, **calm, **options, "output_dir": str(output_dir)}))
-    folder = output_dir / f"checkpoint-{checkpoint_steps(output_dir)[-1]}" / "training_state"
-    return {
-        (file, name): value
-        for file in ("weights", "optimizer")
-        for name, value in load_file(folder / f"{file}.safetensors").items()
-    }
-
-
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -11,6 +11,7 @@ The paths for GPUs run with the CPU's numbers, so that results can be compared b
   from memory that is not pinned, shapes that depend on values;
 - copies that may be read, or overwritten, before they are done are counted in `unsafe`;
 - numbers on the CPU among the operands, which a captured CUDA graph would freeze, are counted in `frozen`;
+- more than `memory` bytes at once raise an out-of-memory error;
 - on "mps", float64 raises as Metal does, and the fused AdamW ignores `found_inf` (as its Metal kernel does).
 
 Accelerate takes the pretended device for its own. The device is an attribute of a tensor's storage, so views share it.
@@ -20,6 +21,7 @@ What a GPU computes differently (rounding, kernels, streams, autocast) is not pr
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import Counter
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -56,6 +58,7 @@ class PretendGpu:
         self.waits, self.unsafe, self.frozen = Counter(), Counter(), Counter()
         self.factories_here = False  # whether operations without operands make tensors on the device
         self.is_watching = True
+        self.used = self.peak = 0  # bytes
         self.events = self.reached = 0  # recorded, and known to be over
         self.furthest_ahead = 0  # so many events, at most, the CPU was ahead
 
@@ -73,8 +76,21 @@ class PretendGpu:
                 "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
             )
         if t.device.type == "cpu":
-            t.untyped_storage().pretended = place
+            storage = t.untyped_storage()
+            if place == "gpu" and getattr(storage, "pretended", None) != "gpu":
+                self.allocate(storage)
+            storage.pretended = place
         return t
+
+    def allocate(self, storage: torch.UntypedStorage) -> None:
+        self.used += storage.nbytes()
+        self.peak = max(self.peak, self.used)
+        weakref.finalize(storage, self.free, storage.nbytes())
+        if self.used > self.memory:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {storage.nbytes()} bytes.")
+
+    def free(self, size: int) -> None:
+        self.used -= size
 
     def holds(self, t: object) -> bool:
         with torch._C.DisableTorchFunction():

@@ -158,7 +158,7 @@ def one_line_errors() -> Iterator[None]:
     """Within this context, foreseen errors end the process with one line and status 1, and Ctrl-C with status 130."""
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\nInterrupted. What was saved before is unharmed.", file=sys.stderr)

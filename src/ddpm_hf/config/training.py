@@ -13,6 +13,7 @@ from .options import at_least, check_seed, check_types, fraction, option, positi
 IMAGE_MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}  # Pillow's name → channels
 TRACKERS = ("tensorboard", "wandb", "trackio")
 MIN_EVAL_IMAGES = 16
+PAPER_BATCH_SIZE = 128  # Appendix B, of CIFAR-10
 SECRETS = ("hub_token",)  # options that are never logged or saved
 
 
@@ -135,8 +136,21 @@ class OptimizationOptions:
 
     _argument_group_name: ClassVar[str] = "optimisation"
 
-    train_batch_size: int = option(16, "Images per process and forward pass.")
+    # None is no value of it: a union with None is how HfArgumentParser takes text and numbers.
+    train_batch_size: int | str | None = option(
+        16,
+        "Images per process and forward pass; auto is the most that the GPU's memory holds, found by trial. A resumed "
+        "run keeps what was found.",
+    )
     gradient_accumulation_steps: int = option(1, "Forward passes per optimizer update.")
+    global_batch_size: int | None = option(
+        None,
+        "Images per optimizer update, over all processes: sets --gradient_accumulation_steps. Default: what the other "
+        f"options come to; with --train_batch_size auto {PAPER_BATCH_SIZE}, as in the paper.",
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute the network's activations twice instead of storing them: slower, and in much less memory."
+    )
     num_epochs: int = option(100, "Passes over the data.")
     max_train_steps: int | None = option(None, "Optimizer updates; overrides --num_epochs.")
     learning_rate: float = option(1e-4, "The peak learning rate.")
@@ -266,9 +280,10 @@ class TrainConfig(
         for name in ("mixed_precision", "channels_last", "compile"):  # `no` and `yes` there
             if isinstance(getattr(self, name), bool):
                 setattr(self, name, "yes" if getattr(self, name) else "no")
+        self._check_batch_size()
         check_types(self)
         at_least(
-            1, self, "resolution", "shuffle_buffer_size", "train_batch_size", "gradient_accumulation_steps",
+            1, self, "resolution", "shuffle_buffer_size", "gradient_accumulation_steps", "global_batch_size",
             "num_epochs", "max_train_steps", "ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size",
             "checkpointing_steps", "checkpoints_total_limit", "save_model_epochs", "save_images_epochs",
             "max_skipped_steps", "eval_steps",
@@ -287,6 +302,18 @@ class TrainConfig(
         self._check_model()
         self._check_output()
         self._check_validation()
+
+    def _check_batch_size(self) -> None:
+        value = self.train_batch_size
+        if isinstance(value, str) and value.isdecimal():
+            value = self.train_batch_size = int(value)
+        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"`train_batch_size` is {value!r}, but must be an integer of at least 1, or 'auto'.")
+        if value == "auto" and self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}, but `train_batch_size` 'auto' "
+                "sets it: leave it out, and choose the images per update with --global_batch_size."
+            )
 
     def _check_data(self) -> None:
         if self.dataset_name is None and self.train_data_dir is None:
@@ -383,6 +410,13 @@ class TrainConfig(
             raise ValueError(
                 f"`eval_split` is {self.eval_split!r}, which is trained on: leave it out, or name another."
             )
+
+    @property
+    def batch_size(self) -> int:
+        """`train_batch_size`, once it is a number."""
+        if not isinstance(self.train_batch_size, int):
+            raise ValueError("`train_batch_size` is 'auto', which only a run finds out: pass a number.")
+        return self.train_batch_size
 
     @property
     def weighting(self) -> Literal["uniform", "snr", "min_snr", "p2"]:

@@ -20,6 +20,7 @@ from ..diffusion.pipeline import DDPMPipelineCustom
 from ..sharing.background_push import BackgroundPusher
 from ..storage.checkpoint import best_step, save_checkpoint
 from ..storage.files import lock_output_dir
+from .batch_size import out_of_memory_explained
 from .interruption import Interrupted, Interruption
 from .log import TrainingLog
 from .network import build_ema, build_optimizer, build_unet
@@ -45,9 +46,11 @@ def train(config: TrainConfig) -> Path:
         ValueError: before anything is written, for what can't work.
         OSError: where a checkpoint can't be written; earlier ones are unharmed.
         FloatingPointError: after too many updates without a finite gradient.
+        MemoryError: where a batch does not fit the device, with what to lower.
         Interrupted: after SIGTERM or Ctrl-C, when a checkpoint is saved.
     """
     setup = prepare(config)  # what can be wrong is found here, before anything is decoded or written
+    config = setup.config
     setup.accelerator.print("\n".join(setup.notes))
     if config.dry_run:
         setup.accelerator.print(dry_run_report(config, setup))
@@ -55,7 +58,8 @@ def train(config: TrainConfig) -> Path:
     with setup.agreement.together():
         lock = lock_output_dir(Path(config.output_dir)) if setup.accelerator.is_main_process else None
     try:
-        train_prepared(config, setup)
+        with out_of_memory_explained(config):
+            train_prepared(config, setup)
     finally:
         if lock is not None:
             lock.release()
@@ -80,7 +84,7 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
     validation = None if validation_set is None else Validation(run, log, validation_set)
 
     # 3. Training: each rank takes every num_processes-th part of the stream of images
-    size, rank = config.train_batch_size, accelerator.process_index
+    size, rank = config.batch_size, accelerator.process_index
     batches = images.batches(run.images_seen + rank * size, size, accelerator.num_processes * size, config.seed)
     with Interruption(run.agreement) as interruption, pushing(setup.target) as pusher:
         try:

@@ -68,6 +68,8 @@ def build_unet(config: TrainConfig, num_classes: int | None = None) -> UNet2DMod
         if importlib.util.find_spec("xformers") is None:
             raise ValueError("--enable_xformers_memory_efficient_attention needs xFormers: pip install xformers.")
         unet.enable_xformers_memory_efficient_attention()
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     return unet
 
 

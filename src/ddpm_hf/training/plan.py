@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ..config.training import TrainConfig
 
+MAX_INFERENCE_BATCH = 64
 MIN_CALIBRATION_IMAGES = 16
 EVAL_CALLS = 8  # network calls for the bits/dim of one held-out image
 EVAL_SAMPLING_STEPS = 10  # and for one sample to compare with it
@@ -40,14 +41,22 @@ class Plan:
             raise ValueError("the length of a stream is unknown: pass --max_train_steps instead of --num_epochs.")
         if self.num_images is not None and self.global_batch > self.num_images:
             raise ValueError(
-                f"`train_batch_size` is {self.config.train_batch_size}, with accumulation and all processes "
+                f"`train_batch_size` is {self.config.batch_size}, with accumulation and all processes "
                 f"{self.global_batch} images per update, but there are only {self.num_images} images: lower it."
             )
 
     @property
     def global_batch(self) -> int:
         """Images per update, over all processes."""
-        return self.config.train_batch_size * self.config.gradient_accumulation_steps * self.num_processes
+        return self.config.batch_size * self.config.gradient_accumulation_steps * self.num_processes
+
+    @property
+    def inference_batch(self) -> int:
+        """Images per network call and process without gradients, in previews and validation.
+
+        Without gradients no activations are stored, so four times as many images fit as in training, and more.
+        """
+        return min(MAX_INFERENCE_BATCH, 4 * self.config.batch_size)
 
     @property
     def max_steps(self) -> int:

@@ -14,8 +14,6 @@ from ..sampling.generate import sample_in_lockstep
 from .network import ema_weights
 from .state import Run
 
-BATCH_SIZE = 64
-
 
 def sample_grids(run: Run, check: Callable[[], None]) -> dict[str, Image.Image]:
     """Grids by name: `test_samples` of the weights that are exported, and with an EMA `test_samples_raw` too.
@@ -38,7 +36,7 @@ def _sample_grid(run: Run, check: Callable[[], None]) -> Image.Image:
         run.pipeline(),
         run.config.eval_batch_size,
         run.config.seed,
-        BATCH_SIZE,
+        run.plan.inference_batch,
         class_labels=range(classes - 1) if classes else None,
         show_progress=True,
         on_step=check,

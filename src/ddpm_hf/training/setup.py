@@ -23,6 +23,7 @@ from ..distributed import Agreement
 from ..sharing.hub import HubTarget
 from ..storage.checkpoint import MANIFEST, read_progress
 from ..storage.files import check_free_space
+from .batch_size import settle_batch_size
 from .log import check_trackers
 from .network import build_unet
 from .output_folder import prepare_output_dir
@@ -38,6 +39,7 @@ class Setup:
     """What a run starts from."""
 
     started: float  # on the clock of `time.monotonic`
+    config: TrainConfig  # with numbers where options left them to the run
     accelerator: Accelerator
     agreement: Agreement
     scheduler: DDPMSchedulerCustom
@@ -79,10 +81,13 @@ def prepare(config: TrainConfig) -> Setup:
     source = open_stream(config) if config.streaming else open_source(config)
     notes += source.notes if isinstance(source, Source) else ()
     label_names = source.label_names
+    num_classes = len(label_names) if label_names else None
     eval_split = open_eval_split(config, source)
     with torch.device("meta"):
-        unet = build_unet(config, len(label_names) if label_names else None)
+        unet = build_unet(config, num_classes)
     progress = read_progress(checkpoint) if checkpoint is not None else {}
+    config, batch_notes = settle_batch_size(config, accelerator, agreement, scheduler.process, num_classes, progress)
+    notes += batch_notes
     plan = Plan(
         config,
         None if isinstance(source, Stream) else len(source) - num_held_out(config),
@@ -106,8 +111,8 @@ def prepare(config: TrainConfig) -> Setup:
     with agreement.together():
         target = check_target(config) if accelerator.is_main_process and not config.dry_run else None
     return Setup(
-        started, accelerator, agreement, scheduler, source, eval_split, plan, unet.num_parameters(), performance,
-        checkpoint, target, notes,
+        started, config, accelerator, agreement, scheduler, source, eval_split, plan, unet.num_parameters(),
+        performance, checkpoint, target, notes,
     )  # fmt: skip
 
 

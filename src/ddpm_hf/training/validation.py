@@ -26,8 +26,6 @@ from .plots import save_validation_curves
 from .state import Run
 from .validation_set import ValidationSet
 
-BATCH_SIZE = 64
-
 
 class Validation:
     """Measures a run on held-out images.
@@ -68,7 +66,7 @@ class Validation:
         """bits/dim with its standard error, and the Fréchet distances of samples and of training images."""
         run, images, labels = self.run, self.validation_set.pixels, self.validation_set.labels
         pipeline = run.pipeline()
-        batches = math.ceil(math.ceil(len(images) / run.plan.num_processes) / BATCH_SIZE)
+        batches = math.ceil(math.ceil(len(images) / run.plan.num_processes) / run.plan.inference_batch)
         calls, T = min(EVAL_CALLS, run.config.ddpm_num_steps), run.config.ddpm_num_steps
         with (
             tqdm(
@@ -86,7 +84,7 @@ class Validation:
                 images,
                 calls_per_image=calls if calls < T else None,
                 seed=run.config.seed,
-                batch_size=BATCH_SIZE,
+                batch_size=run.plan.inference_batch,
                 class_labels=labels,
                 show_progress=False,
             )
@@ -94,7 +92,7 @@ class Validation:
                 pipeline,
                 len(images),
                 run.config.seed,
-                BATCH_SIZE,
+                run.plan.inference_batch,
                 class_labels=None if labels is None else labels.tolist(),
                 num_inference_steps=min(EVAL_SAMPLING_STEPS, T),
                 timesteps="linspace",
