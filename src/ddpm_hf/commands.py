@@ -99,14 +99,14 @@ def calibrate(model: str, config: CalibrateConfig) -> Path:
     from .data.dataset import load_images
     from .evaluation.calibration import calibrate as measure
     from .evaluation.calibration import save_calibrated, steps_table
-    from .evaluation.real_images import images_of_model
+    from .evaluation.real_images import loading_config
     from .evaluation.results import choose_output_dir
     from .sharing.card import write_card
 
     folder = choose_output_dir(model, config.output_dir)
     state = _processes()
     pipeline = _load_pipeline(model, config)
-    images = load_images(images_of_model(pipeline.unet, config, config.seed), show_progress=state.is_main_process)
+    images = load_images(loading_config(pipeline.unet, config, config.seed), show_progress=state.is_main_process)
     count = config.num_images
     if count > len(images):
         raise ValueError(f"`num_images` is {count}, but {images.name} has {len(images)}: lower it.")

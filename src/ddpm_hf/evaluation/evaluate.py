@@ -93,7 +93,7 @@ def prepare(pipeline: DDPMPipelineCustom, config: EvaluateConfig, ema: bool | No
     check_writable(output_dir)
     check_plotting()
     weights = hash_weights(pipeline.unet)
-    results = [r for r in read_results(output_dir / RESULTS_FILE) if r.settings.chain["weights"] == weights]
+    results = read_results(output_dir / RESULTS_FILE, weights)
     metrics = config.chosen_metrics or default_metrics(config.feature_extractor, pipeline.unet.config.in_channels)
     distances = [name for name in metrics if name not in EXTRACTOR_FREE]
     check_metrics(distances, config.feature_extractor, config.num_images)
@@ -118,7 +118,8 @@ def prepare(pipeline: DDPMPipelineCustom, config: EvaluateConfig, ema: bool | No
     for steps in (config.num_inference_steps, config.likelihood_steps):
         check_options(pipeline, labels, **config.call_options() | {"num_inference_steps": steps})
     return Evaluation(
-        pipeline, output_dir, config, metrics, train, unseen, extractor, labels, weights, results, ema
+        pipeline, output_dir, config, metrics=metrics, train=train, unseen=unseen, extractor=extractor,
+        class_labels=labels, weights=weights, results=results, ema=ema,
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ variances as well as networks.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -199,27 +198,18 @@ class _Chain:
         timesteps: Sequence[int] | Tensor | str | None,
         variance_type: VarianceType | None,
     ) -> None:
-        # A copy: the trajectory that the caller's scheduler has in progress stays what it is.
-        scheduler = copy.copy(pipe.scheduler)
-        self.variance_type: VarianceType = variance_type or scheduler.variance_type
+        self.variance_type: VarianceType = variance_type or pipe.scheduler.variance_type
         check_choice("variance_type", self.variance_type, VARIANCE_TYPES)
-        if (
-            self.variance_type in LEARNED_VARIANCE_TYPES
-            and pipe.unet.config.out_channels == pipe.unet.config.in_channels
-        ):
+        has_variance = pipe.unet.config.out_channels > pipe.unet.config.in_channels
+        if self.variance_type in LEARNED_VARIANCE_TYPES and not has_variance:
             raise ValueError(
                 f"`variance_type` is {self.variance_type!r}, but the network predicts no variance: choose a fixed one, "
                 "or 'optimal' after a calibration."
             )
-        if timesteps is None or isinstance(timesteps, str):
-            steps = len(scheduler) if num_inference_steps is None else num_inference_steps
-            scheduler.set_timesteps(steps, spacing=timesteps)
-        else:
-            scheduler.set_timesteps(num_inference_steps, timesteps=timesteps)
-        self.scheduler: DDPMSchedulerCustom = scheduler
-        self.timesteps: Tensor = scheduler.timesteps.cpu()
-        self.process: DDPMProcess = scheduler.process.on_trajectory(self.timesteps)
-        self.x_0_error = scheduler.calibration.x_0_error if self.variance_type == "optimal" else None
+        self.scheduler: DDPMSchedulerCustom = pipe.scheduler_on_trajectory(num_inference_steps, timesteps)
+        self.timesteps: Tensor = self.scheduler.timesteps.cpu()
+        self.process: DDPMProcess = self.scheduler.process.on_trajectory(self.timesteps)
+        self.x_0_error = self.scheduler.calibration.x_0_error if self.variance_type == "optimal" else None
 
     def L_T(self, x_0: Tensor) -> Tensor:
         """The prior's term of a chain that starts where this one does, (B,), float64 on the CPU."""
@@ -229,8 +219,7 @@ class _Chain:
         """The term, the error of x̂_0 and that of ε̂ at timesteps[k], (3, B)."""
         prediction = p.output[:, : p.x_t.shape[1]]
         reverse = self.p_mean_variance(p, prediction)
-        is_last = bool((k == len(self.timesteps) - 1).all())
-        if is_last:
+        if (k == len(self.timesteps) - 1).all():
             term = self.process.L_0(p.x_0, reverse)
         else:
             term = self.process.L_t_minus_1(p.x_0, p.x_t, p.t, reverse, self.scheduler.previous_timestep(p.t))

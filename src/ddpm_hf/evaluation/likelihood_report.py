@@ -104,17 +104,5 @@ def save_likelihood(bits: BitsPerDim, place: Path) -> None:
     write_text_atomically(place / "likelihood.json", f"{{\n{lines}\n}}\n")
 
 
-def rate_distortion_table(bits: BitsPerDim, rows: int = 11) -> str:
-    """Rate and distortion at evenly spaced timesteps, as a Markdown table; empty if timesteps were left out."""
-    if bits.terms.isnan().any():
-        return ""
-    curve = rate_distortion(bits)
-    K = len(curve.timesteps)
-    places = sorted({round(i * (K - 1) / max(1, rows - 1)) for i in range(rows)})
-    lines = ["| reverse steps done | t | rate (bits/dim) | distortion (RMSE, 0 to 255) |", "|---:|---:|---:|---:|"]
-    lines += [f"| {k} | {curve.timesteps[k]} | {curve.rate[k]:.4f} | {curve.distortion[k]:.3f} |" for k in places]
-    return "\n".join(lines)
-
-
 def _rounded(table: Tensor) -> list[float | None]:
     return [None if value != value else float(f"{value:.6g}") for value in table.tolist()]

@@ -15,13 +15,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..config.commands import EvaluateConfig
 from ..diffusion.pipeline import DDPMPipelineCustom
 from ..sampling.folder import sample_to_folder
 from ..sampling.generate import describe_sampling
-from .likelihood_report import likelihood_details, rate_distortion_table, resumable_bits_per_dim, save_likelihood
+from .likelihood_report import likelihood_details, resumable_bits_per_dim, save_likelihood
 from .metrics.features import Extractor, Features
 from .metrics.measure import measure
 from .metrics.measurement import Measurement
@@ -172,7 +171,6 @@ def measure_likelihood(job: Evaluation) -> None:
     )
     if PartialState().is_main_process:
         save_likelihood(bits, job.output_dir)
-        tqdm.write(rate_distortion_table(bits))
     warnings = data.notes if job.unseen else (*data.notes, "of images that the model was trained on")
     found = Measurement(
         "bpd", bits.total, bits.num_images,

@@ -56,7 +56,7 @@ class RealImages:
         }  # fmt: skip
 
 
-def images_of_model(network: UNet2DModel, options: ImageOptions, seed: int) -> TrainConfig:
+def loading_config(network: UNet2DModel, options: ImageOptions, seed: int) -> TrainConfig:
     """The options that load images at the size of a network, and with its channels.
 
     Raises:
@@ -87,7 +87,7 @@ def load_real_images(
     Raises:
         ValueError: for sets that do not exist, can't be read, or are empty; for unseen images that are training images.
     """
-    images = images_of_model(network, config, config.seed)
+    images = loading_config(network, config, config.seed)
     train = _load(images, "train", "train", show_progress)
     if config.test_data_dir is not None:
         folder = replace(images, dataset_name=None, train_data_dir=config.test_data_dir)

@@ -69,6 +69,11 @@ class Result(Measurement):
         return f"{self.title}: {self.numbers()}"
 
     @property
+    def weights(self) -> str:
+        """The hash of the measured weights, as they are stored."""
+        return self.settings.chain["weights"]
+
+    @property
     def title(self) -> str:
         """The metric, and whatever makes results of one data set incomparable."""
         settings, chain = self.settings, self.settings.chain
@@ -143,15 +148,21 @@ def _short(value: float | None) -> float | None:
 # --- on disk -------------------------------------------------------------------------------------------------------
 
 
-def read_results(file: Path) -> list[Result]:
+def read_results(file: Path, weights: str | None = None) -> list[Result]:
     """The results in a `metrics.json` of this version or of 0.1.0, in the order in which they were measured.
+
+    Args:
+        weights: the hash of weights, to leave out the results of others.
 
     Raises:
         ValueError: for a file of another kind.
     """
     try:
         stored = json.loads(file.read_text("utf-8"))["figures"] if file.is_file() else []
-        return [Result(**r | {"settings": Settings(**r["settings"]), "warnings": tuple(r["warnings"])}) for r in stored]
+        results = [
+            Result(**r | {"settings": Settings(**r["settings"]), "warnings": tuple(r["warnings"])}) for r in stored
+        ]
+        return [result for result in results if weights in (None, result.weights)]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{str(file)!r} was not written by `ddpm-hf evaluate`, or is damaged ({error!r}): move it away."
@@ -207,9 +218,9 @@ def evaluation_files(folder: Path) -> list[str]:
     """
     try:
         results = read_results(folder / RESULTS_FILE)
-        if {result.settings.chain["weights"] for result in results} != {hash_loaded_weights(folder)}:
+        if not results or {result.weights for result in results} != {hash_loaded_weights(folder)}:
             return []
-    except (OSError, ValueError, TypeError, KeyError):  # a file of the user's own
+    except (OSError, ValueError):  # a file of the user's own
         return []
     names = {RESULTS_FILE}.union(*(files_of(result.metric, result.settings) for result in results))
     return [name for name in EVALUATION_FILES if name in names and (folder / name).is_file()]
