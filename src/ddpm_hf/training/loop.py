@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from ..config.training import TrainConfig
 from ..data.dataset import Images, load_images
 from ..diffusion.pipeline import DDPMPipelineCustom
+from ..distributed import lost_processes_raise
 from ..sharing.background_push import BackgroundPusher
 from ..storage.checkpoint import best_step, save_checkpoint
 from ..storage.files import lock_output_dir
@@ -29,7 +31,7 @@ from .plan import Plan
 from .plots import save_pictures
 from .previews import real_grid, sample_grids
 from .publishing import calibrate_export, card_facts, publish, pushing
-from .setup import Setup, dry_run_report, prepare
+from .setup import Setup, check_same_data, dry_run_report, prepare
 from .state import Run, capture, exported_network, restore
 from .step import accumulate_gradients, update_ema, update_weights
 from .validation import Validation
@@ -70,23 +72,26 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
     """`train`, once everything is checked and the output folder is locked."""
     # 1. Images to train on, and images to measure on
     accelerator = setup.accelerator
-    images = load_images(config, setup.source, show_progress=accelerator.is_main_process)
-    images, validation_set = make_validation_set(config, images, setup.eval_split)
+    with setup.agreement.together(patiently=True):  # one process of each machine decodes them
+        images = load_images(config, setup.source, show_progress=accelerator.is_main_process)
+        images, validation_set = make_validation_set(config, images, setup.eval_split)
+    check_same_data(setup.agreement, images)
     plan = replace(setup.plan, num_images=len(images)) if images.has_length else setup.plan  # without unreadable ones
 
     # 2. Network, optimizer and EMA, new or from a checkpoint
     run = build_run(config, setup, plan, images)
     network = torch.compile(run.unet, dynamic=False) if setup.performance.compiled else run.unet  # for the losses alone
-    if accelerator.is_main_process:
-        clear_output_dir(config, run.step, log=accelerator.print)
     log = TrainingLog(accelerator, config, plan.max_steps)
-    log.begin(run.step, run.unlogged, images.skipped)
+    with run.agreement.together():
+        if accelerator.is_main_process:
+            clear_output_dir(config, run.step, log=accelerator.print)
+        log.begin(run.step, run.unlogged, images.skipped)
     validation = None if validation_set is None else Validation(run, log, validation_set)
 
     # 3. Training: each rank takes every num_processes-th part of the stream of images
     size, rank = config.batch_size, accelerator.process_index
     batches = images.batches(run.images_seen + rank * size, size, accelerator.num_processes * size, config.seed)
-    with Interruption(run.agreement) as interruption, pushing(setup.target) as pusher:
+    with _naming_the_last_checkpoint(run), Interruption(run.agreement) as interruption, pushing(setup.target) as pusher:
         try:
             if run.step:  # an interrupted run may not have come to it
                 save_and_report(run, log, validation, pusher, interruption.check)
@@ -118,6 +123,20 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
         publish(run, setup.target)
     accelerator.end_training()
     accelerator.print(summary(run, validation, time.monotonic() - setup.started))
+
+
+@contextmanager
+def _naming_the_last_checkpoint(run: Run) -> Iterator[None]:
+    """A run that loses a process says where to resume."""
+    try:
+        with lost_processes_raise():
+            yield
+    except ConnectionError as error:
+        folder = Path(run.config.output_dir) / f"checkpoint-{run.saved_step}"
+        raise ConnectionError(
+            f"{error}. The run ends after {run.step:,} updates; its last checkpoint is "
+            f"{folder if run.saved_step else 'none yet'}. Start it again with --resume_from_checkpoint latest."
+        ) from error
 
 
 def build_run(config: TrainConfig, setup: Setup, plan: Plan, images: Images) -> Run:
@@ -201,7 +220,7 @@ def export(run: Run, log: TrainingLog) -> None:
 def export_best(run: Run, log: TrainingLog) -> None:
     """Return to the best checkpoint, if validation has found one, and export it. All processes must call it."""
     output_dir = Path(run.config.output_dir)
-    best = best_step(output_dir)
+    best = run.agreement.from_main(best_step(output_dir))  # others may not see the folder
     if best is not None:
         restore(run, output_dir / f"checkpoint-{best}")
         export(run, log)

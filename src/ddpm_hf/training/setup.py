@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, gather_object
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 
 from ..config.training import TrainConfig
+from ..data.dataset import Images
 from ..data.pictures import check_plotting
 from ..data.sources import Source, Stream, open_source, open_stream
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
-from ..distributed import Agreement
+from ..distributed import TIMEOUT, Agreement
 from ..sharing.hub import HubTarget
-from ..storage.checkpoint import MANIFEST, read_progress
+from ..storage.checkpoint import read_progress
 from ..storage.files import check_free_space
 from .batch_size import settle_batch_size
 from .log import check_trackers
@@ -30,8 +31,10 @@ from .output_folder import prepare_output_dir
 from .performance import Performance, choose_performance, settle_precision
 from .plan import Plan
 from .publishing import check_target
-from .state import CHECKPOINT_BYTES, compare
+from .state import CHECKPOINT_BYTES, MACHINE_OPTIONS, compare
 from .validation_set import check_still_held_out, num_held_out, open_eval_split
+
+SAMPLE_OF_DATA = 16  # images, drawn from all of them, whose pixels the processes compare
 
 
 @dataclass
@@ -61,16 +64,21 @@ def prepare(config: TrainConfig) -> Setup:
         OSError: if the Hub is needed and can't be reached.
     """
     started, output_dir = time.monotonic(), Path(config.output_dir)
-    checkpoint, notes = prepare_output_dir(output_dir, config)
     check_plotting()
     precision = settle_precision(config)
     accelerator = make_accelerator(config, precision.value, check_trackers(config))
     agreement = Agreement(accelerator.num_processes)
-    manifest = None if checkpoint is None else (checkpoint / MANIFEST).read_text("utf-8")
-    if len(set(gather_object([manifest]))) > 1:
-        raise ValueError(
-            f"the processes see different checkpoints in {config.output_dir!r}: use a disk that all machines share."
-        )
+    is_main = accelerator.is_main_process
+    options = {f"`{name}`": value for name, value in config.public().items() if name not in MACHINE_OPTIONS}
+    agreement.check_same(options, "Give all of them the same options.")
+    checkpoint: Path | None = None
+    notes: list[str] = []
+    progress: dict[str, Any] = {}
+    with agreement.together():
+        if is_main:  # others may not see the output folder
+            checkpoint, notes = prepare_output_dir(output_dir, config)
+            progress = read_progress(checkpoint) if checkpoint is not None else {}
+    checkpoint, notes, progress = agreement.from_main((checkpoint, notes, progress))
     scheduler = DDPMSchedulerCustom(
         config.ddpm_num_steps,
         beta_schedule=config.ddpm_beta_schedule,
@@ -78,14 +86,15 @@ def prepare(config: TrainConfig) -> Setup:
         variance_type=config.variance_type,
         timestep_spacing=config.timestep_spacing,
     )
-    source = open_stream(config) if config.streaming else open_source(config)
+    with agreement.together(patiently=True):  # each machine may have to download them
+        source = open_stream(config) if config.streaming else open_source(config)
+        eval_split = open_eval_split(config, source)
+    check_same_data(agreement, source)
     notes += source.notes if isinstance(source, Source) else ()
     label_names = source.label_names
     num_classes = len(label_names) if label_names else None
-    eval_split = open_eval_split(config, source)
     with torch.device("meta"):
         unet = build_unet(config, num_classes)
-    progress = read_progress(checkpoint) if checkpoint is not None else {}
     config, batch_notes = settle_batch_size(config, accelerator, agreement, scheduler.process, num_classes, progress)
     notes += batch_notes
     plan = Plan(
@@ -107,13 +116,28 @@ def prepare(config: TrainConfig) -> Setup:
     if config.eval_steps is not None:
         notes.append(f"Validation {plan.describe_validation()}.")
     notes.append(plan.describe(source.name, unet.num_parameters(), accelerator.device))
-    check_free_space(output_dir, 2 * CHECKPOINT_BYTES * unet.num_parameters(), "two checkpoints")
     with agreement.together():
-        target = check_target(config) if accelerator.is_main_process and not config.dry_run else None
+        if is_main:
+            check_free_space(output_dir, 2 * CHECKPOINT_BYTES * unet.num_parameters(), "two checkpoints")
+        target = check_target(config) if is_main and not config.dry_run else None
     return Setup(
         started, config, accelerator, agreement, scheduler, source, eval_split, plan, unet.num_parameters(),
         performance, checkpoint, target, notes,
     )  # fmt: skip
+
+
+def check_same_data(agreement: Agreement, data: Source | Stream | Images) -> None:
+    """Raise a ValueError in all processes unless all see the same data, as far as a quick look shows.
+
+    Different numbers of images would make different numbers of updates, in which processes wait for each other.
+    """
+    seen: dict[str, Any] = {"the labels": data.label_names}
+    if isinstance(data, Source) or (isinstance(data, Images) and data.has_length):
+        seen["the number of images"] = len(data)
+    if isinstance(data, Images) and data.has_length:
+        first = data.sample(SAMPLE_OF_DATA, seed=0).numpy()
+        seen["the pixels of the first images"] = f"SHA-256 {hashlib.sha256(first.tobytes()).hexdigest()[:16]}"
+    agreement.check_same(seen, "Give all machines the same files, in the same order.")
 
 
 def dry_run_report(config: TrainConfig, setup: Setup) -> str:
@@ -142,7 +166,7 @@ def make_accelerator(config: TrainConfig, precision: str | None, trackers: list[
     options: dict[str, Any] = {
         "log_with": trackers or None,
         "project_config": ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
-        "kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        "kwargs_handlers": [InitProcessGroupKwargs(timeout=TIMEOUT)],
     }
     accelerator = Accelerator(mixed_precision=precision, **options)
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # which overrides the environment

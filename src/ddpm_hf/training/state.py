@@ -43,6 +43,12 @@ FREE_TO_CHANGE = (
     "cache_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "share_training_images",
 )  # fmt: skip
 
+# Options that may differ between the machines of a run: places on their disks, and what costs them time.
+MACHINE_OPTIONS = (
+    "output_dir", "cache_dir", "train_data_dir", "dataset_name", "model_config_name_or_path", "resume_from_checkpoint",
+    "local_rank", "dataloader_num_workers", "cache_limit_gb",
+)  # fmt: skip
+
 
 @dataclass
 class Run:
@@ -128,33 +134,38 @@ def capture(run: Run) -> tuple[TrainingState, UNet2DModel | None]:
 
 
 def restore(run: Run, folder: Path) -> None:
-    """Load a checkpoint into a run. All processes must call it.
+    """Load a checkpoint, which the main process reads, into a run. All processes must call it.
 
     Raises:
         ValueError: for a damaged checkpoint.
     """
-    state = load_checkpoint(folder)
-    progress = state.progress
+    agreement, state = run.agreement, None
+    with agreement.together():
+        if run.accelerator.is_main_process:
+            state = load_checkpoint(folder)
+    progress = agreement.from_main({} if state is None else state.progress)
     moments: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, value in state.optimizer.items():
+    for name, value in agreement.tensors_from_main(None if state is None else state.optimizer).items():
         parameter, _, key = name.rpartition("/")
         moments[parameter][key] = value
     current_options = get_optimizer_state_dict(run.unet, run.optimizer.optimizer)["param_groups"]
     optimizer: dict[str, Any] = {"state": dict(moments), "param_groups": current_options}
     set_optimizer_state_dict(run.unet, run.optimizer.optimizer, optimizer, options=FULL_STATE_DICT)
     _order_moments(run.optimizer.optimizer)
-    if run.ema is not None and state.ema is not None:
-        set_model_state_dict(run.unet, {**state.ema}, options=FULL_STATE_DICT)
+    if run.ema is not None:
+        ema = agreement.tensors_from_main(None if state is None else state.ema)
+        set_model_state_dict(run.unet, {**ema}, options=FULL_STATE_DICT)
         with torch.no_grad():
             for shadow, weight in zip(run.ema.shadow_params, local_weights(run.unet), strict=True):
                 shadow.copy_(weight)
-        run.ema.optimization_step = state.step
-    set_model_state_dict(run.unet, {**state.weights}, options=FULL_STATE_DICT)
+        run.ema.optimization_step = progress["step"]
+    weights = agreement.tensors_from_main(None if state is None else state.weights)
+    set_model_state_dict(run.unet, {**weights}, options=FULL_STATE_DICT)
     if run.accelerator.scaler is not None and progress["grad_scaler"] is not None:
         run.accelerator.scaler.load_state_dict(progress["grad_scaler"])
-    run.step = state.step
-    if folder.resolve().parent == Path(run.config.output_dir).resolve():  # otherwise this folder has none yet
-        run.saved_step = state.step
+    run.step = progress["step"]
+    if agreement.from_main(folder.resolve().parent == Path(run.config.output_dir).resolve()):  # else this has none yet
+        run.saved_step = progress["step"]
     run.images_seen, run.seconds = progress["images_seen"], progress["seconds"]
     run.unlogged = progress["unlogged"]
 
