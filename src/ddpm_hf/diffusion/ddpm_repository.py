@@ -21,7 +21,7 @@ CODE_FILES = (
     "ddpm_repository.py",
 )  # fmt: skip
 
-# What an evaluation leaves, beside samples: figures, and pictures for the card.
+# What an evaluation leaves, beside samples: results, and plots for the card.
 EVALUATION_FILES = (
     "metrics.json",
     "likelihood.json",

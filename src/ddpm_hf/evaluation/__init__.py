@@ -1,1 +1,1 @@
-"""What is measured: likelihood, calibration, and the results of both."""
+"""Measure a model: its likelihood, its calibration for few steps, the quality of its samples, and memorization."""
