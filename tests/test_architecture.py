@@ -72,6 +72,7 @@ FILES = {
     "sharing.push": {"card", "card_merge", "hub"},
     "storage.loading": {"checkpoint"},
     "training.batch_size": {"losses", "network"},
+    "training.environment": {"performance"},
     "training.loop": {
         "batch_size", "interruption", "log", "network", "output_folder", "plan", "plots", "previews", "publishing",
         "setup", "state", "step", "validation", "validation_set",

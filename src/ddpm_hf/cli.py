@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import __version__
-from .commands import calibrate, convert, evaluate, push, sample, train
-from .config.commands import CalibrateConfig, ConvertConfig, EvaluateConfig, PushConfig, SampleConfig
+from .commands import calibrate, convert, env, evaluate, push, sample, train
+from .config.commands import CalibrateConfig, ConvertConfig, EnvConfig, EvaluateConfig, PushConfig, SampleConfig
 from .config.parsing import HelpFormatter, HfArgumentParser, one_line_errors
 
 DESCRIPTION = """\
@@ -40,6 +40,10 @@ Share it, or convert another model:
 
   ddpm-hf push ddpm-digits me/ddpm-digits --private
   ddpm-hf convert google/ddpm-cifar10-32 my-cifar10
+
+See what of this machine will be used (and report it with a bug):
+
+  ddpm-hf env
 
 Several processes: ddpm-hf train --num_processes N; for sample, evaluate and calibrate,
 accelerate launch -m ddpm_hf sample …
@@ -98,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
         "PyTorch ports) or improved-diffusion",
         destination="a new folder",
     )  # fmt: skip
+    _add_command(
+        commands, "env", EnvConfig, env, "show this machine, and what of it will be used",
+        "Show versions, device, precision, compiler and cache folders: what a bug report needs.",
+    )  # fmt: skip
     return parser
 
 
@@ -106,13 +114,13 @@ def _add_command(
     **positionals: str,
 ) -> None:  # fmt: skip
     """A command whose options are the fields of a dataclass, and which runs as `run(*positionals, config)`."""
-    arguments = " ".join(argument.upper() for argument in positionals)
+    usage = " ".join(["ddpm-hf", name, *(argument.upper() for argument in positionals), "[--OPTION VALUE …]"])
     parser = commands.add_parser(
         name,
         dataclass_types=[config_type],
         help=help,
         description=description,
-        usage=f"ddpm-hf {name} {arguments} [--OPTION VALUE …]",
+        usage=usage,
         allow_abbrev=False,
         formatter_class=HelpFormatter,
     )

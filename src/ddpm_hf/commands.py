@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from .config.commands import (
     CalibrateConfig,
     ConvertConfig,
+    EnvConfig,
     EvaluateConfig,
     PushConfig,
     SampleConfig,
@@ -165,6 +166,13 @@ def convert(source: str, destination: str, config: ConvertConfig) -> Path:
     print(f"Converted {source} to {folder}; the outputs are equal.")
     print(f"Sample with:\n  ddpm-hf sample {shlex.quote(str(folder))}")
     return folder
+
+
+def env(config: EnvConfig) -> None:
+    """Print what this machine is, and what training and sampling will use of it."""
+    from .training.environment import describe_environment
+
+    print(describe_environment())
 
 
 def _processes() -> PartialState:

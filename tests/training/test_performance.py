@@ -174,4 +174,4 @@ def test_accumulation_shares_gradients_once_per_update(two_processes):
 def test_a_build_for_absent_gpus_chooses_for_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: GPU)
-    assert performance._device() == CPU
+    assert performance.expected_device() == CPU

@@ -217,3 +217,8 @@ class EvaluateConfig(ImageOptions, SamplingOptions):
     def chosen_metrics(self) -> list[str] | None:
         """The requested metrics; None leaves the choice to `default_metrics`."""
         return None if self.metrics is None else [name.strip() for name in self.metrics.split(",")]
+
+
+@dataclass
+class EnvConfig:
+    """Options of `ddpm-hf env`, which has none."""

@@ -40,7 +40,7 @@ def settle_precision(config: TrainConfig) -> Choice:
         return Choice(config.mixed_precision)
     with torch.device("meta"):
         unet = build_unet(config, 1 if config.label_column else None)
-    return choose_precision(_device(), unet.num_parameters())
+    return choose_precision(expected_device(), unet.num_parameters())
 
 
 def choose_performance(
@@ -110,7 +110,7 @@ def choose_compile(device: torch.device, updates: int) -> Choice:
     return Choice("yes", f"which {updates:,} updates earn back")
 
 
-def _device() -> torch.device:
+def expected_device() -> torch.device:
     """The device that Accelerate will choose. Asking it would start its process group, without our time limit."""
     if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
         return torch.device("cpu")
