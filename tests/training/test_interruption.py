@@ -1,5 +1,6 @@
 """Interrupted runs."""
 
+import os
 import signal
 import sys
 
@@ -7,7 +8,9 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from ddpm_hf.config.training import TrainConfig
+from ddpm_hf.distributed import Agreement
 from ddpm_hf.storage.checkpoint import checkpoint_steps
+from ddpm_hf.training.interruption import Interrupted, Interruption
 from ddpm_hf.training.loop import train
 from support.runs import TINY_OPTIONS, start, train_command, train_here, wait_for
 
@@ -25,6 +28,14 @@ def test_a_second_ctrl_c_exits_immediately():
     process.send_signal(signal.SIGINT)
     process.communicate()
     assert process.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_waits_for_the_next_check(signum):
+    with Interruption(Agreement(1)) as interruption:
+        os.kill(os.getpid(), signum)
+        with pytest.raises(Interrupted, match=signum.name):
+            interruption.check()
 
 
 @pytest.mark.slow

@@ -45,6 +45,11 @@ def test_what_cannot_work_is_found_before_anything_is_decoded(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def test_deepspeed_is_refused_before_accelerate_looks_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert "DeepSpeed is not supported: use FSDP" in refused(tmp_path, "--unet=" + json.dumps(TINY_UNET))
+
+
 def test_a_dry_run_reports_the_plan_and_trains_nothing(finished_run, tmp_path):
     output_dir = tmp_path / "run"
     shutil.copytree(finished_run[0], output_dir)

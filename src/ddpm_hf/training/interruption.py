@@ -1,4 +1,4 @@
-"""Interrupted runs: SIGTERM and Ctrl-C wait for the end of an update, and stop all processes together."""
+"""Interrupted runs: SIGTERM, SIGUSR1 and Ctrl-C wait for the end of an update, and stop all processes together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Self
 
 from ..distributed import Agreement
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))  # not on Windows
 # The launcher passes on a Ctrl-C that its processes have already received from the terminal.
 ECHO_SECONDS = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
@@ -25,7 +25,7 @@ class Interrupted(Exception):  # noqa: N818  (not an error)
 
 
 class Interruption:
-    """Within this context, SIGTERM and Ctrl-C wait for the next `check`; a second one ends the process immediately."""
+    """Within this context, SIGTERM, SIGUSR1 and Ctrl-C wait for the next `check`; a second one exits immediately."""
 
     def __init__(self, agreement: Agreement) -> None:
         self.agreement = agreement

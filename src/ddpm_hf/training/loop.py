@@ -122,7 +122,8 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
         save_pictures(Path(config.output_dir), grids["test_samples"], real_grid(images, config), *log.loss_curve())
         publish(run, setup.target)
     accelerator.end_training()
-    accelerator.print(summary(run, validation, time.monotonic() - setup.started))
+    if accelerator.is_main_process:
+        print(summary(run, validation, time.monotonic() - setup.started))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
 
 from ..config.training import TrainConfig
 from ..data.dataset import Images
@@ -168,12 +168,12 @@ def make_accelerator(config: TrainConfig, precision: str | None, trackers: list[
         "project_config": ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
         "kwargs_handlers": [InitProcessGroupKwargs(timeout=TIMEOUT)],
     }
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("DeepSpeed is not supported: use FSDP, which shards weights and optimizer as ZeRO does.")
     accelerator = Accelerator(mixed_precision=precision, **options)
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # which overrides the environment
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("`mixed_precision` is 'fp16', which needs a GPU: use bf16 or no.")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed is not supported: use FSDP, which shards weights and optimizer as ZeRO does.")
     use_all_cores(accelerator)
     if accelerator.device.type == "cuda" and accelerator.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")  # TF32
