@@ -57,7 +57,7 @@ def parse_train_config(argv: Sequence[str], epilog: str | None = None) -> TrainC
     """
     phrases = "".join(f"\n  {name:26}{_first_comment(PRESETS / f'{name}.yaml')}" for name in presets())
     parser = HfArgumentParser(
-        GROUPS,
+        cast(Any, GROUPS),  # its stubs know no tuples of dataclasses
         prog="ddpm-hf train",
         usage="%(prog)s [--config PRESET] [--OPTION VALUE …]",
         description=f"{TRAIN_DESCRIPTION}\npresets:{phrases}",
@@ -87,7 +87,7 @@ def parse_train_command(argv: Sequence[str]) -> tuple[LaunchOptions, list[str]]:
         SystemExit, ValueError: as `parse_train_config`.
     """
     parser = HfArgumentParser(
-        LaunchOptions,
+        cast(Any, LaunchOptions),
         prog="ddpm-hf train",
         usage=argparse.SUPPRESS,
         formatter_class=HelpFormatter,
