@@ -5,9 +5,11 @@
 
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -99,29 +101,39 @@ def start_ranks(folder, *options, by_rank=((), ()), config=None):
     if config is not None:
         arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / config), str(TRAIN)])
         env |= {k: v for k, v in prepare_multi_gpu_env(_validate_launch_command(arguments)[0]).items() if "FSDP" in k}
-    started = []
-    for rank, own in enumerate(by_rank):
-        log = folder / f"rank{rank}.log"
-        arguments = ({**node_env(folder / f"node{rank}"), **env, "RANK": str(rank)}, [*options, *own], log)
-        process = forkserver.Process(target=_rank, args=arguments)
-        process.start()
-        started.append(Started(process, log))
-    return started
+    return [
+        start_script(
+            TRAIN,
+            *options,
+            *own,
+            env={**node_env(folder / f"node{rank}"), **env, "RANK": str(rank)},
+            log=folder / f"rank{rank}.log",
+        )
+        for rank, own in enumerate(by_rank)
+    ]
 
 
-def _rank(env, options, log):
-    from ddpm_hf.training.__main__ import main
+def start_script(script, *options, env, log):
+    """A script of this project, in a process that need not import torch."""
+    process = forkserver.Process(target=_script, args=(script, options, env, log))
+    process.start()
+    return Started(process, log)
+
+
+def _script(script, options, env, log):
     from support.fsdp_on_cpu import allow_fsdp_on_cpu
 
     os.environ.clear()
     os.environ.update(env)
     os.chdir(ROOT)
+    tempfile.tempdir = None  # look again
     with log.open("wb") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     if "ACCELERATE_USE_FSDP" in env:
         allow_fsdp_on_cpu()
-    main(options)
+    sys.argv = [str(script), *options]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def succeed(started):
