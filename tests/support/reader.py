@@ -38,7 +38,7 @@ def furnish(folder: Path) -> None:
     train_here([*SMALL_RUN, "--ddpm_num_steps", "100", "--output_dir", str(output_dir)])
     (output_dir / "checkpoint-2").rename(output_dir / "checkpoint-3400")
 
-    pixels = np.random.default_rng(0).integers(256, size=(64, 32, 32, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(256, size=(160, 32, 32, 3), dtype=np.uint8)
     pictures = [Image.fromarray(p) for p in pixels]
     for i, picture in enumerate(pictures):
         place = folder / "my-images" / ("cats", "dogs")[i % 2] / f"{i:02d}.png"

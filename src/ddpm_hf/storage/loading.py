@@ -48,7 +48,11 @@ def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = 
             weights = [name for name, p in pipeline.unet.named_parameters() if p.is_meta]
             if weights:
                 raise OSError(f"its weights have no {weights[0]}")
-        except (OSError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, ImportError) as error:
+        except (
+            OSError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, ImportError, ValueError,
+        ) as error:  # fmt: skip
+            if isinstance(error, ValueError) and "expected shape" not in str(error):
+                raise  # says already what is wrong
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(f"the model in {model!r} is damaged ({reason}): save or download it again.") from error
         return pipeline

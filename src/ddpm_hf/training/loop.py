@@ -20,7 +20,7 @@ from ..data.dataset import Images, load_images
 from ..diffusion.pipeline import DDPMPipelineCustom
 from ..distributed import lost_processes_raise
 from ..sharing.background_push import BackgroundPusher
-from ..storage.checkpoint import best_step, save_checkpoint
+from ..storage.checkpoint import best_step, checkpoint_steps, save_checkpoint
 from ..storage.files import lock_output_dir
 from .batch_size import out_of_memory_explained
 from .interruption import Interrupted, Interruption
@@ -133,10 +133,12 @@ def _naming_the_last_checkpoint(run: Run) -> Iterator[None]:
         with lost_processes_raise():
             yield
     except ConnectionError as error:
-        folder = Path(run.config.output_dir) / f"checkpoint-{run.saved_step}"
+        # What the disk has, not what this process counted: it may have ended while others still wrote.
+        last = max([run.saved_step, *checkpoint_steps(Path(run.config.output_dir))])
+        folder = Path(run.config.output_dir) / f"checkpoint-{last}"
         raise ConnectionError(
             f"{error}. The run ends after {run.step:,} updates; its last checkpoint is "
-            f"{folder if run.saved_step else 'none yet'}. Start it again with --resume_from_checkpoint latest."
+            f"{folder if last else 'none yet'}. Start it again with --resume_from_checkpoint latest."
         ) from error
 
 
