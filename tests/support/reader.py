@@ -45,7 +45,7 @@ def furnish(folder: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         picture.save(place)
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
-    rows = datasets.Dataset.from_dict({"img": pictures, "label": [0, 1] * 32}, features)
+    rows = datasets.Dataset.from_dict({"img": pictures, "label": [0, 1] * 80}, features)
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(folder / "uoft-cs" / "cifar10")
 
     shutil.copytree(ROOT / "training" / "accelerate", folder / "training" / "accelerate")
