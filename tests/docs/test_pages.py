@@ -15,7 +15,7 @@ from support.reader import ROOT, furnish, run_shell, write_yaml
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
 SLOW = {"train"}
-MAY_BE_SKIPPED = 12  # blocks, of all pages together
+MAY_BE_SKIPPED = 15  # blocks, of all pages together
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +63,12 @@ def test_blocks_that_are_not_run_are_few_and_say_why():
 def test_every_public_name_is_on_the_page_of_the_public_names():
     names = re.findall(r"\[`(\w+)`\]", (ROOT / "docs" / "pages" / "api" / "index.md").read_text("utf-8"))
     assert sorted(names) == [name for name in ddpm_hf.__all__ if not name.startswith("__")]
+
+
+def test_messages_that_troubleshooting_quotes_are_those_of_the_code():
+    quoted = re.findall(
+        r'^\| "([^"…]+)', (ROOT / "docs" / "pages" / "troubleshooting.md").read_text("utf-8"), re.MULTILINE
+    )
+    code = "".join(file.read_text("utf-8") for file in (ROOT / "src").rglob("*.py"))
+    assert quoted
+    assert [message for message in quoted if message.strip() not in code] == []

@@ -108,6 +108,8 @@ def run_ddpm_hf(given: list[str]) -> None:
     arguments = [*given, *SMALL.get(given[0], ())]
     if given[0] in ("sample", "evaluate") and "--steps" not in given:
         arguments += ["--steps", "4"]
+    if given[0] == "train" and "--global_batch_size" not in given:
+        arguments += ["--global_batch_size", "4"]  # those of the paper need more images
     if given == ["train"]:  # `furnish` has done it
         return
     if given[0] == "train":  # this process stands for all of them
