@@ -61,7 +61,9 @@ def sources(folder, tmp_path_factory):
 
 @pytest.fixture
 def load(tmp_path, sources, monkeypatch):
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.01)  # 5 s, else, per epoch of parquet
+    monkeypatch.setattr(
+        datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.01, raising=False
+    )  # 5 s, else, per epoch of parquet
 
     def load(kind="cached", source="folder", **options):
         given = {"resolution": 8, "channels": 1, "cache_dir": str(tmp_path / "cache"), **sources[source]}

@@ -165,10 +165,13 @@ class PretendGpu:
                 "is_available": lambda: True,
                 "current_accelerator": lambda check_available=False: self.device,
             },
-            torch.optim.Optimizer: {"_accelerator_graph_capture_health_check": lambda optimizer: None},
+            torch.optim.Optimizer: {  # named after CUDA in older releases
+                "_accelerator_graph_capture_health_check": lambda optimizer: None,
+                "_cuda_graph_capture_health_check": lambda optimizer: None,
+            },
         }.items():
             for name, value in values.items():
-                self._stack.enter_context(mock.patch.object(module, name, value))
+                self._stack.enter_context(mock.patch.object(module, name, value, create=True))
         AcceleratorState._reset_state(True)
         PartialState(cpu=True)
         PartialState._shared_state["device"] = self.device
