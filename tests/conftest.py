@@ -2,8 +2,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded in tests
-# One thread, here and in every process that a test starts: with more, MKL picks their number by the machine's load, sums
-# change in their last digit, and two processes on two cores wait for each other tenfold.
+# One thread, here and in every process that a test starts: with more, MKL picks their number by the machine's load,
+# sums change in their last digit, and two processes on two cores wait for each other tenfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join(  # processes that tests start import `support`, too
     [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
