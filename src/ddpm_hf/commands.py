@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -63,16 +64,17 @@ def sample(model: str, config: SampleConfig) -> Path:
         described = pipeline.enable_fast_sampling(share, config.num_inference_steps, rows, config.guidance_scale)
         if state.is_main_process:
             print(f"Fast sampling: {described}.")
-    made = sample_to_folder(
-        pipeline,
-        output_dir,
-        config.num_images,
-        config.seed,
-        batch_size,
-        format=config.format,
-        class_labels=config.class_label,
-        **call_options,
-    )
+    with _out_of_memory_explained(batch_size):
+        made = sample_to_folder(
+            pipeline,
+            output_dir,
+            config.num_images,
+            config.seed,
+            batch_size,
+            format=config.format,
+            class_labels=config.class_label,
+            **call_options,
+        )
     if state.is_main_process:
         earlier = config.num_images - made
         print(f"{config.num_images} images are in {output_dir}/: {made} new, {earlier} from before.")
@@ -87,7 +89,9 @@ def evaluate(model: str, config: EvaluateConfig) -> Path:
 
     folder, ema = choose_output_dir(model, config.output_dir), is_average(Path(model))
     state = _processes()
-    results = measure(_load_pipeline(model, config), replace(config, output_dir=str(folder)), ema=ema)
+    pipeline = _load_pipeline(model, config)
+    with _out_of_memory_explained(config.batch_size):
+        results = measure(pipeline, replace(config, output_dir=str(folder)), ema=ema)
     if state.is_main_process:
         if config.update_card and (folder / "model_index.json").is_file():
             write_card(folder, CardFacts(results=[result.for_card() for result in results]))
@@ -112,14 +116,15 @@ def calibrate(model: str, config: CalibrateConfig) -> Path:
     if count > len(images):
         raise ValueError(f"`num_images` is {count}, but {images.name} has {len(images)}: lower it.")
     batch = next(images.batches(0, count, count, config.seed))
-    calibration = measure(
-        pipeline,
-        batch.pixels,
-        num_images=count,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        class_labels=batch.labels,
-    )
+    with _out_of_memory_explained(config.batch_size):
+        calibration = measure(
+            pipeline,
+            batch.pixels,
+            num_images=count,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            class_labels=batch.labels,
+        )
     if state.is_main_process:
         save_calibrated(pipeline, folder)
         write_card(folder)
@@ -173,6 +178,22 @@ def env(config: EnvConfig) -> None:
     from .training.environment import describe_environment
 
     print(describe_environment())
+
+
+@contextmanager
+def _out_of_memory_explained(batch_size: int) -> Iterator[None]:
+    """Within this context, a device without memory left raises a MemoryError that says what to lower."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    try:
+        yield
+    except Exception as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise MemoryError(
+            f"{str(error).splitlines()[0]} `batch_size` is {batch_size}: pass a smaller --batch_size. What was made "
+            "before is kept."
+        ) from error
 
 
 def _processes() -> PartialState:

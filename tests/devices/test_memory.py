@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, commands
+from ddpm_hf.config.commands import CalibrateConfig, EvaluateConfig, SampleConfig
 from ddpm_hf.config.parsing import parse_train_config
 from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.storage.checkpoint import read_progress
 from ddpm_hf.training.network import build_unet
 from support.devices import assert_equal, train
+from support.models import tiny_unet
 from support.pretend_gpu import PretendGpu
 from support.runs import TINY_OPTIONS
 
@@ -81,6 +84,23 @@ def test_a_batch_that_does_not_fit_says_what_to_lower(tmp_path, memory_for_eight
 def test_a_network_that_does_not_fit_at_all_says_so(tmp_path):
     with PretendGpu(memory=100_000), pytest.raises(ValueError, match="not even one image at a time fits"):
         train(tmp_path, train_batch_size="auto")
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("sample", SampleConfig(num_images=64, batch_size=64, fast=False)),
+        ("evaluate", EvaluateConfig(dataset_name="digits", metrics="bpd", num_likelihood_images=64, batch_size=64)),
+        ("calibrate", CalibrateConfig(dataset_name="digits", num_images=64, batch_size=64)),
+    ],
+)
+def test_a_command_that_does_not_fit_says_what_to_lower(command, options, tmp_path):
+    scheduler = DDPMSchedulerCustom(10, beta_schedule="squaredcos_cap_v2")
+    DDPMPipelineCustom(tiny_unet(channels=1), scheduler).save_pretrained(tmp_path / "model")
+    options.output_dir = str(tmp_path / "made")
+    message = "CUDA out of memory.* `batch_size` is 64: pass a smaller --batch_size"
+    with PretendGpu(memory=200_000), pytest.raises(MemoryError, match=message):
+        getattr(commands, command)(str(tmp_path / "model"), options)
 
 
 # --- the global batch, on any device ---------------------------------------------------------------------------------

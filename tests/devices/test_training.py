@@ -1,5 +1,8 @@
 """Training on a pretended GPU: the numbers of a CPU, no mix of devices, and no wait in an update."""
 
+import json
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -43,6 +46,25 @@ def test_apples_gpu_trains_what_a_cpu_trains_and_never_meets_float64(tmp_path, o
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
     else:
         assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_what_a_run_measures_and_shows_is_that_of_a_cpu(tmp_path, kind):
+    """Validation, previews and the calibration of the exported model."""
+    options = {"label_column": "label", "eval_steps": 6, "eval_images": 32, "save_images_steps": 6}
+    options |= {"calibration_images": 32, "load_best_model_at_end": True}
+    measured = []
+    for device in ("cpu", kind):
+        with PretendGpu(kind) if device == kind else nullcontext() as gpu:
+            train(tmp_path / device, **options)
+        config = json.loads((tmp_path / device / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+        best = json.loads((tmp_path / device / "best_checkpoint.json").read_text("utf-8"))
+        values = [best[f"eval_{metric}"] for metric in ("bits_per_dim", "frechet")]
+        measured.append(values + config["_calibration"]["x_0_error"])
+    assert not gpu.unsafe
+    assert measured[1] == pytest.approx(measured[0], rel=1e-4)
+    preview, expected = ((tmp_path / d / "samples.png").read_bytes() for d in (kind, "cpu"))
+    assert preview == expected
 
 
 # --- these tests can fail --------------------------------------------------------------------------------------------
