@@ -38,6 +38,9 @@ FOLDERS = {
 
 # Within a folder. A file that is not named here imports none of its neighbours.
 FILES = {
+    "commands.calibrate": {"model"},
+    "commands.evaluate": {"model"},
+    "commands.sample": {"model"},
     "restoration.methods": {"operators"},
     "restoration.restore": {"methods", "operators"},
     "restoration.edit": {"restore"},

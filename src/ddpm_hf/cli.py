@@ -8,7 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import __version__
-from .commands import calibrate, convert, env, evaluate, push, sample, train
+from .commands.calibrate import calibrate
+from .commands.convert import convert
+from .commands.env import env
+from .commands.evaluate import evaluate
+from .commands.push import push
+from .commands.sample import sample
+from .commands.train import train
 from .config.commands import CalibrateConfig, ConvertConfig, EnvConfig, EvaluateConfig, PushConfig, SampleConfig
 from .config.parsing import HelpFormatter, HfArgumentParser, one_line_errors
 

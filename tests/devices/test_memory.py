@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, commands
+from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
+from ddpm_hf.commands.calibrate import calibrate
+from ddpm_hf.commands.evaluate import evaluate
+from ddpm_hf.commands.sample import sample
 from ddpm_hf.config.commands import CalibrateConfig, EvaluateConfig, SampleConfig
 from ddpm_hf.config.parsing import parse_train_config
 from ddpm_hf.config.training import TrainConfig
@@ -89,9 +92,9 @@ def test_a_network_that_does_not_fit_at_all_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("sample", SampleConfig(num_images=64, batch_size=64, fast=False)),
-        ("evaluate", EvaluateConfig(dataset_name="digits", metrics="bpd", num_likelihood_images=64, batch_size=64)),
-        ("calibrate", CalibrateConfig(dataset_name="digits", num_images=64, batch_size=64)),
+        (sample, SampleConfig(num_images=64, batch_size=64, fast=False)),
+        (evaluate, EvaluateConfig(dataset_name="digits", metrics="bpd", num_likelihood_images=64, batch_size=64)),
+        (calibrate, CalibrateConfig(dataset_name="digits", num_images=64, batch_size=64)),
     ],
 )
 def test_a_command_that_does_not_fit_says_what_to_lower(command, options, tmp_path):
@@ -100,7 +103,7 @@ def test_a_command_that_does_not_fit_says_what_to_lower(command, options, tmp_pa
     options.output_dir = str(tmp_path / "made")
     message = "CUDA out of memory.* `batch_size` is 64: pass a smaller --batch_size"
     with PretendGpu(memory=200_000), pytest.raises(MemoryError, match=message):
-        getattr(commands, command)(str(tmp_path / "model"), options)
+        command(str(tmp_path / "model"), options)
 
 
 # --- the global batch, on any device ---------------------------------------------------------------------------------

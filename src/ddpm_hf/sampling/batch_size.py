@@ -1,9 +1,13 @@
-"""How many images fit the memory of a device at once."""
+"""How many images fit the memory of a device at once, and what to do where they do not."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import psutil
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import UNet2DModel
 
 from ..diffusion.pipeline import image_size
@@ -28,6 +32,17 @@ def fitting_batch_size(unet: UNet2DModel) -> int:
     while batch_size > max(fitting, 1):
         batch_size //= 2
     return batch_size
+
+
+@contextmanager
+def out_of_memory_explained(remedy: str) -> Iterator[None]:
+    """Within this context, a device without memory left raises a MemoryError that ends with the remedy."""
+    try:
+        yield
+    except Exception as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise MemoryError(f"{str(error).splitlines()[0]} {remedy}") from error
 
 
 def _bytes_per_image(unet: UNet2DModel) -> int:

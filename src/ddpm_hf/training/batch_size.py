@@ -1,16 +1,14 @@
-"""How many images fit the memory at once: found by trial, and what to lower where they do not fit."""
+"""How many images are trained on at once: as many as the memory holds, and what to lower where they do not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, find_executable_batch_size
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 
 from ..config.training import PAPER_BATCH_SIZE, TrainConfig
 from ..diffusion.ddpm_process import DDPMProcess
@@ -74,20 +72,14 @@ def settle_batch_size(
     return replace(config, **numbers), notes
 
 
-@contextmanager
-def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
-    """Within this context, a device without memory left raises a MemoryError that says what to lower."""
-    try:
-        yield
-    except Exception as error:
-        if not should_reduce_batch_size(error):
-            raise
-        saving = "" if config.gradient_checkpointing else "add --gradient_checkpointing, or "
-        raise MemoryError(
-            f"{str(error).splitlines()[0]} `train_batch_size` is {config.train_batch_size}: {saving}lower it, and pass "
-            f"--global_batch_size to keep the images per update; --train_batch_size auto finds the most that fits. "
-            "Then continue with --resume_from_checkpoint latest."
-        ) from error
+def what_to_lower(config: TrainConfig) -> str:
+    """The remedy for a batch that does not fit the memory of a device."""
+    saving = "" if config.gradient_checkpointing else "add --gradient_checkpointing, or "
+    return (
+        f"`train_batch_size` is {config.train_batch_size}: {saving}lower it, and pass --global_batch_size to keep the "
+        "images per update; --train_batch_size auto finds the most that fits. Then continue with "
+        "--resume_from_checkpoint latest."
+    )
 
 
 def _largest_batch_size(

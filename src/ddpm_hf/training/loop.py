@@ -19,10 +19,11 @@ from ..config.training import TrainConfig
 from ..data.dataset import Images, load_images
 from ..diffusion.pipeline import DDPMPipelineCustom
 from ..distributed import lost_processes_raise
+from ..sampling.batch_size import out_of_memory_explained
 from ..sharing.background_push import BackgroundPusher
 from ..storage.checkpoint import best_step, checkpoint_steps, save_checkpoint
 from ..storage.files import lock_output_dir
-from .batch_size import out_of_memory_explained
+from .batch_size import what_to_lower
 from .interruption import Interrupted, Interruption
 from .log import TrainingLog
 from .network import build_ema, build_optimizer, build_unet
@@ -60,7 +61,7 @@ def train(config: TrainConfig) -> Path:
     with setup.agreement.together():
         lock = lock_output_dir(Path(config.output_dir)) if setup.accelerator.is_main_process else None
     try:
-        with out_of_memory_explained(config):
+        with out_of_memory_explained(what_to_lower(config)):
             train_prepared(config, setup)
     finally:
         if lock is not None:

@@ -1,0 +1,47 @@
+"""The model that a command works with, and the processes that share the work."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from ..diffusion.pipeline import DDPMPipelineCustom
+
+
+def processes() -> PartialState:
+    """The processes that a launcher has started, on CPUs too, where Accelerate joins them only if told to."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=timedelta(days=7))  # the first to finish waits for the others
+
+
+def load_on_device(model: str, revision: str | None, device: str | None, dtype: str = "float32") -> DDPMPipelineCustom:
+    """A model on a device, by default the best of this machine, or this process's of several.
+
+    Raises:
+        ValueError: where the device can't be used.
+    """
+    import torch
+
+    from ..storage.loading import load_pipeline
+
+    place = _device(device) if device else processes().device
+    return load_pipeline(model, revision, getattr(torch, dtype)).to(place)
+
+
+def _device(name: str) -> str:
+    """The name of a device, if it can hold a tensor."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`device` is {name!r}, which can't be used here ({reason}): try --device cpu.") from error
+    return name
