@@ -53,7 +53,8 @@ FILES = {
     "data.decoding": {"sources", "transform"},
     "diffusion.ddpm_few_steps": {"ddpm_process"},
     "diffusion.pipeline": {
-        "ddpm_fast_network", "ddpm_few_steps", "ddpm_process", "ddpm_repository", "scheduling_ddpm_custom",
+        "ddpm_fast_network", "ddpm_few_steps", "ddpm_labels", "ddpm_process", "ddpm_repository",
+        "scheduling_ddpm_custom",
     },
     "diffusion.scheduling_ddpm_custom": {"ddpm_few_steps", "ddpm_process"},
     "evaluation.calibration": {"predictions"},
@@ -94,6 +95,7 @@ COPIED = {
     "ddpm_process": {"numpy", "torch"},
     "ddpm_few_steps": {"torch"},
     "ddpm_fast_network": {"torch", "diffusers"},
+    "ddpm_labels": {"torch"},
     "scheduling_ddpm_custom": {"numpy", "torch", "diffusers"},
     "ddpm_repository": {"huggingface_hub"},
     "pipeline": {"numpy", "torch", "diffusers", "PIL"},

@@ -360,6 +360,7 @@ def test_saved_repository_holds_safetensors_and_no_path_of_this_machine(make_pip
         "scheduling_ddpm_custom.py",
         "ddpm_fast_network.py",
         "ddpm_few_steps.py",
+        "ddpm_labels.py",
         "ddpm_repository.py",
         "ddpm_process.py",
         "scheduler/scheduler_config.json",

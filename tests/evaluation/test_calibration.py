@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from PIL import Image
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
 from ddpm_hf.evaluation.calibration import calibrate, expected_rate, recommended_steps, steps_table
@@ -162,6 +163,33 @@ def test_a_class_conditional_model_is_calibrated_with_its_labels(make_unet, tmp_
     main(["calibrate", str(tmp_path), *CALIBRATE, "--label_column", "label"])
     assert "| 6 |" in capsys.readouterr().out
     assert DDPMPipelineCustom.from_pretrained(tmp_path).scheduler.calibration.num_images == 16
+
+
+def test_calibration_reports_what_is_done_to_images(make_unet, tmp_path, capsys):
+    from ddpm_hf.cli import main
+
+    scheduler = DDPMScheduler(6, beta_schedule="squaredcos_cap_v2")
+    DDPMPipeline(make_unet(channels=1, sample_size=8), scheduler).save_pretrained(tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    for i in range(16):
+        Image.new("RGB", (8, 8), (9 * i, 200, 3)).save(tmp_path / "photos" / f"{i}.png")
+    options = ["--train_data_dir", str(tmp_path / "photos"), "--cache_dir", str(tmp_path), "--num_images", "16"]
+    main(["calibrate", str(tmp_path / "model"), *options])
+    assert "photos are of mode RGB, and converted to the model's L." in capsys.readouterr().out
+
+
+def test_classes_are_matched_by_name_where_a_folder_lacks_some(make_unet, tmp_path):
+    """By position, its dogs would have been taken for the model's cats."""
+    from ddpm_hf.evaluation.real_images import labels_of_network
+
+    unet = make_unet(num_class_embeds=4)
+    assert labels_of_network(torch.tensor([0, 0]), ["dogs"], unet).tolist() == [0, 0]  # no names: by position
+    unet.register_to_config(_label_names=["cats", "dogs", "fish"])
+    assert labels_of_network(torch.tensor([0, 1, 0]), ["dogs", "cats"], unet).tolist() == [1, 0, 1]
+    assert labels_of_network(torch.tensor([0, 1]), ["1", "2"], unet).tolist() == [1, 2]  # an integer column
+    assert labels_of_network(None, None, unet) is None
+    with pytest.raises(ValueError, match="'birds', but the names of the labels are 'cats'"):
+        labels_of_network(torch.tensor([0]), ["birds"], unet)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------

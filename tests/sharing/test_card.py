@@ -84,6 +84,25 @@ def test_the_null_label_of_guidance_is_not_counted_as_a_class(make_model):
     assert "a class label, 0 to 9 (10 is the null label of guidance)" in card
 
 
+def test_classes_are_listed_by_name_without_the_null_label(make_unet, tmp_path):
+    unet = make_unet(num_class_embeds=3)
+    unet.register_to_config(_label_names=["cats", "<!-- /ddpm-hf:about --> | dogs"])
+    DDPMPipelineCustom(unet, DDPMSchedulerCustom()).save_pretrained(tmp_path / "pets")
+    card = card_of(tmp_path / "pets")
+    assert "images of 2 classes." in card
+    assert "| Classes | 0 cats, 1 &lt;!-- /ddpm-hf:about --> \\| dogs |" in card
+    assert 'class_labels="cats")' in card
+    assert "by name or number, 0 to 1 (2 is the null label of guidance)" in card
+    assert card_errors(card) == []
+
+
+def test_a_card_shows_the_first_of_many_classes(make_unet, tmp_path):
+    unet = make_unet(num_class_embeds=30)
+    unet.register_to_config(_label_names=[f"kind {i}" for i in range(30)])
+    DDPMPipelineCustom(unet, DDPMSchedulerCustom()).save_pretrained(tmp_path / "many")
+    assert "18 kind 18, 19 kind 19, … (all 30 in `unet/config.json`) |" in card_of(tmp_path / "many")
+
+
 def test_cards_of_odd_models_can_be_written(make_model, make_unet, tmp_path):
     pipe = DDPMPipelineCustom(make_unet(sample_size=None), DDIMScheduler())
     pipe.save_pretrained(tmp_path / "odd")

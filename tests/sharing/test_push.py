@@ -27,8 +27,7 @@ BPD = EvalResult("unconditional-image-generation", "digits", "digits", "bpd", 2.
 
 MODEL_FILES = {
     "README.md", "model_index.json", "pipeline.py", "scheduling_ddpm_custom.py", "ddpm_process.py", "ddpm_few_steps.py",
-    "ddpm_repository.py",
-    "ddpm_fast_network.py",
+    "ddpm_labels.py", "ddpm_repository.py", "ddpm_fast_network.py",
     "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
 }  # fmt: skip
 

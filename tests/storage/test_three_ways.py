@@ -13,6 +13,7 @@ from support.hub_server import serve_hub
 from support.runs import ROOT, SUPPORT
 
 CALIBRATION = {"x_0_error": [0.5, 0.25, 0.125], "num_images": 7}
+NAMES = ["cats", "dogs", "birds", "fish"]  # of four labels; the fifth is the null label
 VARIANTS = {"calibrated": {}, "classes": {"num_class_embeds": 5}, "learned": {"out_channels": 6}}
 SAVED = ("first", "package", "remote", "stock")
 CLASSES = {
@@ -68,7 +69,10 @@ def everything(tmp_path_factory):
         )
         if variant == "calibrated":
             scheduler.register_to_config(_calibration=CALIBRATION)
-        DDPMPipelineCustom(tiny_unet(**options), scheduler).save_pretrained(root / "first" / variant)
+        unet = tiny_unet(**options)
+        if variant == "classes":
+            unet.register_to_config(_label_names=NAMES)
+        DDPMPipelineCustom(unet, scheduler).save_pretrained(root / "first" / variant)
     with serve_hub() as hub:
 
         def publish(by):
@@ -124,6 +128,13 @@ def test_images_are_the_same_however_a_model_was_saved_and_loaded(everything):
 def test_calibration_data_survives(everything):
     for result in results(everything):
         assert result["calibration"] == (CALIBRATION if result["task"]["variant"] == "calibrated" else None)
+
+
+@pytest.mark.slow
+def test_names_of_classes_survive_and_stand_for_numbers(everything):
+    """`load_many` asks for label 3 by number in stock, and else by its name; the images are compared above."""
+    for result in results(everything):
+        assert result["label_names"] == (NAMES if result["task"]["variant"] == "classes" else None)
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def sample(pipe, way, labels):
     generator = torch.Generator().manual_seed(0)
     pipe.set_progress_bar_config(disable=True)
     if not way.startswith("stock"):
-        options = {"class_labels": 3} if labels else {}
+        options = {"class_labels": ["fish"]} if labels else {}
         return pipe(1, [generator], 4, "np", **options).images[0].tolist()
     if not labels:
         return pipe(1, generator, num_inference_steps=4, output_type="np").images[0].tolist()
@@ -63,6 +63,7 @@ for task in json.load(sys.stdin):
             "task": task,
             "classes": [type(pipe).__name__, type(pipe.scheduler).__name__],
             "image": image,
+            "label_names": pipe.unet.config.get("_label_names"),
             "calibration": pipe.scheduler.config.get("_calibration"),
             "messages": messages
             + [str(w.message) for w in caught if issubclass(w.category, (UserWarning, FutureWarning))],

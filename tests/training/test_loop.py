@@ -56,6 +56,41 @@ def test_a_run_its_checkpoint_and_stock_diffusers_make_the_same_images(finished_
     np.testing.assert_allclose(images[0], images[2], atol=2e-3)
 
 
+def test_names_of_classes_go_from_folders_to_the_command_that_samples_them(tmp_path):
+    for i, name in enumerate(("tabby cats", "dogs")):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for j in range(6):
+            Image.new("L", (16, 16), 100 * i + j).save(tmp_path / "pets" / name / f"{j}.png")
+    data = ["--train_data_dir", str(tmp_path / "pets"), "--label_column", "label", "--resolution", "16"]
+    run_dir, size = (
+        tmp_path / "run",
+        ["--channels", "1", "--cache_dir", str(tmp_path / "cache"), "--ddpm_num_steps", "9"],
+    )
+    assert train_here(run_dir, *data, *size, "--max_train_steps", "4").returncode == 0
+    for folder in (run_dir, run_dir / "checkpoint-4"):
+        config = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
+        assert config["_label_names"] == ["dogs", "tabby cats"]
+        assert "| Classes | 0 dogs, 1 tabby cats |" in (folder / "README.md").read_text("utf-8")
+    more = ["--max_train_steps", "8", "--resume_from_checkpoint", "latest"]
+    assert train_here(run_dir, *data, *size, *more).returncode == 0
+    assert run_here(cli.main, ["convert", str(run_dir), str(tmp_path / "copy")]).returncode == 0
+    made = {}
+    for place, label in ((run_dir, "tabby cats"), (run_dir / "checkpoint-8", "1"), (tmp_path / "copy", "tabby cats")):
+        out = tmp_path / f"samples-{place.name}"
+        done = run_here(
+            cli.main,
+            ["sample", str(place), "--num_images", "2", "--class_label", label, "dogs", "--output_dir", str(out)],
+        )
+        assert done.returncode == 0, done.stderr
+        made[place.name] = [(out / f"0000{i}.png").read_bytes() for i in range(2)]
+        assert json.loads((out / "sampling.json").read_text("utf-8"))["class_labels"] == [1, 0]
+    assert made["run"] == made["checkpoint-8"] == made["copy"]
+    done = run_here(cli.main, ["sample", str(run_dir), "--class_label", "cats", "--output_dir", str(tmp_path / "none")])
+    assert done.stderr.count("error") == 1
+    assert "has 'cats', but the names of the labels are 'dogs' (0), 'tabby cats' (1)." in done.stderr
+    assert not (tmp_path / "none").exists()
+
+
 def test_only_the_newest_checkpoints_stay(finished_run):
     assert checkpoint_steps(finished_run[0]) == [8, 12]
 

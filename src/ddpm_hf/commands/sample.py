@@ -13,7 +13,7 @@ def sample(model: str, config: SampleConfig) -> Path:
     from ..sampling.batch_size import fitting_batch_size, out_of_memory_explained
     from ..sampling.files import image_files
     from ..sampling.folder import sample_to_folder
-    from ..sampling.generate import check_options
+    from ..sampling.generate import check_options, parse_labels
     from ..storage.files import check_writable
 
     output_dir = Path(config.output_dir)
@@ -21,7 +21,8 @@ def sample(model: str, config: SampleConfig) -> Path:
     state = processes()
     pipeline, call_options = load_on_device(model, config.revision, config.device, config.dtype), config.call_options()
     pipeline.scheduler = config.configure(pipeline.scheduler)
-    check_options(pipeline, config.class_label, **call_options)  # before anything is compiled
+    class_labels = parse_labels(config.class_label, pipeline.unet.config)
+    check_options(pipeline, class_labels, **call_options)  # before anything is compiled
     batch_size = config.batch_size or fitting_batch_size(pipeline.unet)
     if config.fast:
         missing = config.num_images - len(image_files(output_dir, config.format).existing())
@@ -40,7 +41,7 @@ def sample(model: str, config: SampleConfig) -> Path:
             config.seed,
             batch_size,
             format=config.format,
-            class_labels=config.class_label,
+            class_labels=class_labels,
             **call_options,
         )
     if state.is_main_process:

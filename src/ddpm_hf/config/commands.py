@@ -26,7 +26,9 @@ class SamplingOptions:
     solver_order: Literal[1, 2] = option(
         1, "2 adds a second-order correction, from the change of x̂_0: much better in few steps."
     )
-    class_label: list[int] | None = option(None, "For class-conditional models: labels, used in turn.")
+    class_label: list[str] | None = option(
+        None, "For class-conditional models: names or numbers of classes, used in turn, as in --class_label cats 3."
+    )
     guidance_scale: float = option(1.0, "Classifier-free guidance; 1 is off.")
 
     def check_sampling(self) -> None:

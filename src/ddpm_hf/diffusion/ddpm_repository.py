@@ -18,7 +18,7 @@ from huggingface_hub import upload_folder
 
 CODE_FILES = (
     "pipeline.py", "scheduling_ddpm_custom.py", "ddpm_few_steps.py", "ddpm_process.py", "ddpm_fast_network.py",
-    "ddpm_repository.py",
+    "ddpm_labels.py", "ddpm_repository.py",
 )  # fmt: skip
 
 # What an evaluation leaves, beside samples: results, and plots for the card.

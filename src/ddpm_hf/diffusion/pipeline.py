@@ -29,6 +29,7 @@ from torch import Tensor
 # All of these names are needed here: diffusers copies only the files that pipeline.py itself imports from.
 from .ddpm_fast_network import FastNetwork
 from .ddpm_few_steps import Calibration  # noqa: F401
+from .ddpm_labels import label_tensor
 from .ddpm_process import LEARNED_VARIANCE_TYPES, check_choice, check_integer, check_number, to_device
 from .ddpm_repository import complete_repository, update_card, upload_repository
 from .scheduling_ddpm_custom import DDPMSchedulerCustom, check_custom_timesteps, check_eta, draw_noise
@@ -123,7 +124,7 @@ class DDPMPipelineCustom(DiffusionPipeline):
         timesteps: Sequence[int] | Tensor | str | None = None,
         eta: float | None = None,
         solver_order: int = 1,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         guidance_scale: float = 1.0,
         callback_on_step_end: Callable[[DDPMPipelineCustom, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -146,8 +147,9 @@ class DDPMPipelineCustom(DiffusionPipeline):
             eta: in [0, 1], from DDIM (0) to ancestral DDPM (1); by default the scheduler's own: 1 for ours, 0 for DDIM.
             solver_order: 2 corrects every step by the change of x̂_0 since the step before, at no further network calls:
                 see `DDPMSchedulerCustom.step`. In few steps it is worth more than any variance.
-            class_labels: for a class-conditional network: one label for all, or B of them, each in
-                [0, num_class_embeds - 1]. The last one is the null label of guidance.
+            class_labels: for a class-conditional network: one label for all, or B of them, each a name that the model
+                keeps (`unet.config._label_names`) or a number in [0, num_class_embeds - 1]. In a network trained for
+                guidance, the last number is the null label.
             guidance_scale: w ≥ 0 of classifier-free guidance: out = null + w (conditional - null). 1 is no guidance.
             callback_on_step_end: called as f(pipeline, i, t, tensors) after each step; the dictionary that it returns
                 may replace "latents" (x_t).
@@ -367,11 +369,10 @@ class DDPMPipelineCustom(DiffusionPipeline):
             check_integer("trajectory_every", trajectory_every, 1)
 
     def prepare_class_labels(
-        self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int, guidance_scale: float
+        self, class_labels: int | str | Sequence[int | str] | Tensor | None, batch_size: int, guidance_scale: float
     ) -> Tensor | None:
         """The labels as a tensor (B,) on the network's device; None for an unconditional network."""
-        num_classes = self.unet.config.num_class_embeds
-        if num_classes is None:
+        if self.unet.config.num_class_embeds is None:
             if class_labels is not None:
                 raise ValueError("`class_labels` were given, but the network is unconditional: leave them out.")
             if guidance_scale != 1:
@@ -380,30 +381,8 @@ class DDPMPipelineCustom(DiffusionPipeline):
                     "trained with class labels and label dropout. Use guidance_scale=1."
                 )
             return None
-        if class_labels is None:
-            raise ValueError(
-                f"`class_labels` are missing: the network is conditional on {num_classes} labels (0 to "
-                f"{num_classes - 1}). Pass one label, or one per image."
-            )
-        try:
-            labels = torch.as_tensor(class_labels)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"`class_labels` is {class_labels!r}, but must be an integer or a list of them."
-            ) from error
-        if labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool):
-            raise ValueError(f"`class_labels` have dtype {labels.dtype}, but must be integers.")
-        if labels.ndim == 0:
-            labels = labels.repeat(batch_size)
-        if labels.shape != (batch_size,):
-            raise ValueError(
-                f"`class_labels` have shape {tuple(labels.shape)}, but `batch_size` is {batch_size}: pass one "
-                f"label, or {batch_size} of them."
-            )
-        if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-            wrong = int(labels[(labels < 0) | (labels >= num_classes)][0])
-            raise ValueError(f"`class_labels` has {wrong}, but every label must lie between 0 and {num_classes - 1}.")
-        return to_device(labels.long(), self._execution_device)
+        labels = label_tensor(class_labels, batch_size, self.unet.config)
+        return to_device(labels, self._execution_device)
 
     def scheduler_on_trajectory(
         self, num_inference_steps: int | None = None, timesteps: Sequence[int] | Tensor | str | None = None

@@ -18,7 +18,7 @@ from ..data.pictures import check_plotting
 from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import Agreement
-from ..sampling.generate import check_options
+from ..sampling.generate import check_options, parse_labels
 from ..storage.files import check_writable, lock_output_dir
 from ..storage.weights import hash_weights
 from .metrics.features import CHANNELS, INCEPTION, Extractor, open_extractor
@@ -111,9 +111,9 @@ def prepare(pipeline: DDPMPipelineCustom, config: EvaluateConfig, ema: bool | No
         check_metrics(distances, config.feature_extractor, config.num_images, len(data.pixels))
         if len(data.pixels) <= NEIGHBOURS:
             raise ValueError(f"{data.name} ({data.split}) has {len(data.pixels)} images: an evaluation needs more.")
-    labels = config.class_label
+    labels = parse_labels(config.class_label, pipeline.unet.config)
     if classes is not None and labels is None:
-        labels = list(range(train.num_classes or classes))
+        labels = train.classes
     pipeline = _with_options(pipeline, config)
     for steps in (config.num_inference_steps, config.likelihood_steps):
         check_options(pipeline, labels, **config.call_options() | {"num_inference_steps": steps})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from ..config.training import TrainConfig
 from ..data.dataset import StoredImages, load_images
 from ..data.sources import Source, open_source, public_name
 from ..data.transform import image_format
+from ..diffusion.ddpm_labels import label_names
+from ..sampling.generate import parse_labels
 from .metrics.reference_statistics import hash_pixels
 
 
@@ -28,8 +31,8 @@ class RealImages:
         hub_id: its id, if it is a dataset of the Hub.
         split: `train`, or the split that the model has not seen.
         pixels: uint8 (N, C, H, W).
-        labels: int64 (N,), if there is a label column.
-        num_classes: how many labels there are.
+        labels: int64 (N,), as the network numbers them, if there is a label column.
+        classes: the labels of the network that the label column has.
         preparation: how files became pixels.
         notes: changes to the images that a reader of results should know of.
     """
@@ -39,7 +42,7 @@ class RealImages:
     split: str
     pixels: Tensor
     labels: Tensor | None
-    num_classes: int | None
+    classes: list[int] | None
     preparation: dict[str, Any]
     notes: tuple[str, ...]
 
@@ -88,13 +91,13 @@ def load_real_images(
         ValueError: for sets that do not exist, can't be read, or are empty; for unseen images that are training images.
     """
     images = loading_config(network, config, config.seed)
-    train = _load(images, "train", "train", show_progress)
+    train = _load(network, images, "train", "train", show_progress)
     if config.test_data_dir is not None:
         folder = replace(images, dataset_name=None, train_data_dir=config.test_data_dir)
-        return train, _unseen(train, _load(folder, "train", "test", show_progress), "test_data_dir")
+        return train, _unseen(train, _load(network, folder, "train", "test", show_progress), "test_data_dir")
     if config.test_split is not None:
         split = config.test_split
-        return train, _unseen(train, _load(images, split, split, show_progress), "test_split")
+        return train, _unseen(train, _load(network, images, split, split, show_progress), "test_split")
     return train, None
 
 
@@ -117,7 +120,7 @@ def _image_hashes(pixels: Tensor) -> Iterator[bytes]:
     return (hashlib.sha256(image.contiguous().numpy()).digest() for image in pixels)
 
 
-def _load(config: TrainConfig, split: str, title: str, show_progress: bool) -> RealImages:
+def _load(network: UNet2DModel, config: TrainConfig, split: str, title: str, show_progress: bool) -> RealImages:
     source = open_source(config, split)
     images = load_images(config, source, show_progress)
     if not isinstance(images, StoredImages):
@@ -129,11 +132,32 @@ def _load(config: TrainConfig, split: str, title: str, show_progress: bool) -> R
     crop = "centre" if config.center_crop else f"seed {config.seed}"
     preparation = {"resolution": config.resolution, "mode": config.image_mode, "resize": config.resize, "crop": crop}
     return RealImages(
-        name, hub_id, title, images.pixels, images.labels, images.num_classes, preparation, _notes(source, config)
-    )
+        name, hub_id, title, images.pixels, labels_of_network(images.labels, images.label_names, network),
+        _places(images.label_names, network), preparation, image_notes(source, config),
+    )  # fmt: skip
 
 
-def _notes(source: Source, config: TrainConfig) -> tuple[str, ...]:
+def labels_of_network(labels: Tensor | None, names: Sequence[str] | None, network: UNet2DModel) -> Tensor | None:
+    """Labels of a data set, by their names there, as the network numbers them. The set may lack some of its classes.
+
+    Args:
+        labels: int64 (N,).
+        names: of the labels of the data set.
+
+    Raises:
+        ValueError: for a name that the network does not know.
+    """
+    places = _places(names, network)
+    return labels if labels is None or places is None else torch.tensor(places)[labels]
+
+
+def _places(names: Sequence[str] | None, network: UNet2DModel) -> list[int] | None:
+    if names is None:
+        return None
+    return parse_labels(names, network.config) if label_names(network.config) else list(range(len(names)))
+
+
+def image_notes(source: Source, config: TrainConfig) -> tuple[str, ...]:
     """How the first image is changed, other than by making it smaller."""
     stored = image_format(source.read([0])[0])
     if stored is None:

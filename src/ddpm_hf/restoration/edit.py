@@ -94,7 +94,7 @@ def invert(
     images: Tensor,
     *,
     num_inference_steps: int = 50,
-    class_labels: int | Sequence[int] | Tensor | None = None,
+    class_labels: int | str | Sequence[int | str] | Tensor | None = None,
     guidance_scale: float = 1.0,
 ) -> Tensor:
     """x_T from which sampling with eta = 0 and `inversion_timesteps` gives the images back.

@@ -38,7 +38,7 @@ def restore(
     solver_order: int = 1,
     timesteps: Sequence[int] | Tensor | str | None = None,
     generator: Generators = None,
-    class_labels: int | Sequence[int] | Tensor | None = None,
+    class_labels: int | str | Sequence[int | str] | Tensor | None = None,
     guidance_scale: float = 1.0,
     jump_length: int = 10,
     num_resamples: int = 10,

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Container, Iterator, Sequence
+import re
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.pixels import to_uint8
+from ..diffusion.ddpm_labels import find_label, label_names
 from ..diffusion.ddpm_process import check_integer
 from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..distributed import gather_lockstep, lockstep_batches
@@ -173,6 +175,33 @@ def _sample_batch(
 def cycle_labels(class_labels: Sequence[int] | None, images: Sequence[int]) -> list[int] | None:
     """The label of each image, the labels being used in turn."""
     return [class_labels[i % len(class_labels)] for i in images] if class_labels else None
+
+
+def parse_labels(labels: Sequence[object] | None, config: Mapping[str, Any]) -> list[int] | None:
+    """The labels that are meant by names or numbers on a command line, or in a column of data.
+
+    A text that is a name is that name. Other integers are labels themselves, unless the names are numbers that stand
+    for other labels: of a model whose classes are called 1, 2 and 3, there is no class 0.
+
+    Args:
+        config: a network's configuration.
+
+    Raises:
+        ValueError: for an unknown name, listing those there are.
+    """
+    if labels is None:
+        return None
+    if config.get("num_class_embeds") is None:
+        return [0 for _ in labels]  # of which `check_options` will complain
+    names = label_names(config)
+    are_numbers = all(name.isdecimal() for name in names)
+    are_other_numbers = are_numbers and names != [str(i) for i in range(len(names))]
+
+    def parse(text: str) -> int:
+        is_label = re.fullmatch(r"-?[0-9]{1,18}", text) is not None
+        return int(text) if is_label and text not in names and not are_other_numbers else find_label(text, config)
+
+    return [parse(str(label)) for label in labels]
 
 
 def check_options(

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Template
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..diffusion.ddpm_labels import label_names
 from ..diffusion.ddpm_process import LEARNED_VARIANCE_TYPES
 from ..diffusion.pipeline import image_size
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
@@ -29,6 +30,7 @@ from .card_merge import merge_cards, parse_card, stamp
 
 PICTURES = ("samples.png", "real.png", "loss.png")
 EXAMPLE_STEPS = 100
+SHOWN_NAMES = 20  # of classes
 
 # Options about local files, the Hub and logging, which do not describe the model.
 PRIVATE_OPTION = re.compile(
@@ -148,18 +150,20 @@ def render_card(folder: Path, facts: CardFacts) -> str:
         eval_results=list(facts.results) or None,
         model_name=(facts.repo_id or folder.absolute().name).split("/")[-1] if facts.results else None,
     )
-    has_null_label = bool((facts.options or {}).get("label_column"))  # training adds one for guidance
+    trained_here = bool((facts.options or {}).get("label_column"))  # with a null label, by versions that kept no names
+    names = model["label_names"]
     steps = [k for k in (10, 25, 50, 100, 250) if k < model["T"]] + [model["T"]]
     return _template().render(
         card_data=metadata.to_yaml(),
         facts=facts,
         model=model,
-        classes=(model["classes"] or 0) - has_null_label,
+        classes=len(names) or (model["classes"] or 0) - trained_here,
+        label_names=[_cell(name) for name in names[:SHOWN_NAMES]],
         title=facts.repo_id.split("/")[-1] if facts.repo_id else "DDPM",
         location=facts.repo_id or ".",
         pictures=[*(name for name in PICTURES if (folder / name).is_file()), *evaluation_files(folder)],
         example_steps=min(EXAMPLE_STEPS, model["T"]),
-        labels=", class_labels=0" if model["classes"] else "",
+        labels=f", class_labels={_example_label(names)}" if model["classes"] else "",
         few_steps=min(25, model["T"]),
         few=_few_steps(scheduler.read_text("utf-8")) if model["calibrated"] else None,
         costs=[(k, _three_digits(k * model["flop"] / 1e9)) for k in steps] if model["flop"] else [],
@@ -182,6 +186,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
         "width": width,
         "channels": unet["in_channels"],
         "classes": unet.get("num_class_embeds"),
+        "label_names": label_names(unet),
         "parameters": parameters,
         "flop": flop,
         "T": scheduler.get("num_train_timesteps") or 1000,
@@ -253,6 +258,11 @@ def _public_options(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     shown = {k: v for k, v in options.items() if v is not None and not PRIVATE_OPTION.fullmatch(k)}
     return {k: v for k, v in shown.items() if not PRIVATE_VALUE.search(str(v))}
+
+
+def _example_label(names: Sequence[str]) -> str:
+    """A label as code: a name, unless it holds what would need care in a card."""
+    return f'"{names[0]}"' if names and re.fullmatch(r"[\w ,.+-]{1,60}", names[0]) else "0"
 
 
 def _line(value: str) -> str:

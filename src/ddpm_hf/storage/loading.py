@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from ..diffusion.ddpm_labels import label_names
 from ..diffusion.ddpm_process import MAX_TIMESTEPS
 from ..diffusion.pipeline import DDPMPipelineCustom
 from .checkpoint import MANIFEST, check_intact, checkpoint_steps, latest_checkpoint
@@ -87,7 +88,10 @@ def _check_configurations(folder: Path) -> None:
             raise ValueError(f"{str(file)!r} is damaged ({error}): save or download the model again.") from error
         if not isinstance(config, dict):
             raise ValueError(f"{str(file)!r} is damaged (no mapping): save or download the model again.")
-        _check_sizes(file, config, MAX_NETWORK if file.parent.name.startswith("unet") else MAX_SCHEDULER)
+        is_network = file.parent.name.startswith("unet")
+        _check_sizes(file, config, MAX_NETWORK if is_network else MAX_SCHEDULER)
+        if is_network:
+            label_names(config)  # raises for any but names
 
 
 def _check_sizes(file: Path, config: dict[str, Any], limits: dict[str, int]) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from ..config.training import TrainConfig
 from ..data.dataset import Images, load_images
+from ..diffusion.ddpm_labels import LABEL_NAMES
 from ..diffusion.pipeline import DDPMPipelineCustom
 from ..distributed import lost_processes_raise
 from ..sampling.batch_size import out_of_memory_explained
@@ -147,6 +148,8 @@ def build_run(config: TrainConfig, setup: Setup, plan: Plan, images: Images) -> 
     """A run with its network, optimizer and moving average: new, or in the state of the checkpoint to resume from."""
     torch.manual_seed(config.seed)
     unet = build_unet(config, images.num_classes)
+    if images.label_names:
+        unet.register_to_config(**{LABEL_NAMES: images.label_names})
     if setup.performance.channels_last:
         unet.to(memory_format=torch.channels_last)
     unet, optimizer = setup.accelerator.prepare(unet, build_optimizer(config, unet))

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..config.training import IMAGE_MODES, TrainConfig
+from ..diffusion.ddpm_labels import LABEL_NAMES
 
 # The network of diffusers' train_unconditional.py: the default.
 STOCK_UNET: dict[str, Any] = {
@@ -88,7 +89,9 @@ def _check_runs(unet: UNet2DModel) -> None:
 def _arguments(config: TrainConfig) -> dict[str, Any]:
     if config.model_config_name_or_path is not None:
         try:
-            return dict(UNet2DModel.load_config(config.model_config_name_or_path))
+            arguments = dict(UNet2DModel.load_config(config.model_config_name_or_path))
+            arguments.pop(LABEL_NAMES, None)  # of the model that has lent its architecture
+            return arguments
         except OSError as error:
             raise ValueError(
                 f"`model_config_name_or_path` is {config.model_config_name_or_path!r}, but no configuration can be "
