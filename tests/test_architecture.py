@@ -74,6 +74,7 @@ FILES = {
     "sharing.conversion.improved_diffusion": {"original_network"},
     "sharing.conversion.pytorch_diffusion": {"original_network"},
     "sharing.push": {"card", "card_merge", "hub"},
+    "storage.checkpoint": {"files"},
     "storage.loading": {"checkpoint"},
     "training.batch_size": {"losses", "network"},
     "training.environment": {"performance"},

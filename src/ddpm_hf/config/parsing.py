@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -155,7 +156,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Within this context, foreseen errors end the process with one line and status 1, and Ctrl-C with status 130."""
+    r"""Within this context, foreseen errors end the process with one line and status 1, and Ctrl-C with status 130.
+
+    Letters that the encoding of stdout lacks, as cp1252 lacks β, are written as `\u03b2`, as stderr always does.
+    """
+    if isinstance(sys.stdout, TextIOWrapper):  # in a notebook it is none
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:

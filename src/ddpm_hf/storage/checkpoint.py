@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..diffusion.pipeline import DDPMPipelineCustom
+from .files import sync
 
 MANIFEST = "manifest.json"
 STATE = "training_state"
@@ -95,11 +94,11 @@ def _save_checkpoint(
     manifest = {p.relative_to(partial).as_posix(): _sha256(p) for p in files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
     for path in [*partial.rglob("*"), partial]:
-        _sync(path)
+        sync(path)
     if final.exists():
         remove_checkpoint(final)
     partial.rename(final)
-    _sync(output_dir)
+    sync(output_dir)
 
     if total_limit is not None:
         best = best_step(output_dir)
@@ -197,13 +196,3 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    if sys.platform == "win32":  # which opens no folders, and syncs no handle that can't write
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,17 @@ def write_atomically(file: Path, write: Callable[[IO[bytes]], object], *, sync: 
 def write_text_atomically(file: Path, text: str) -> None:
     """`write_atomically` for text, in UTF-8."""
     write_atomically(file, lambda stream: stream.write(text.encode()))
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk. Windows opens no folders, and syncs only files that are open for writing."""
+    if path.is_dir() and sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def lock_output_dir(output_dir: Path) -> FileLock:
