@@ -60,11 +60,6 @@ def test_what_is_unknown_is_left_out(make_model):
 @pytest.mark.parametrize(
     ("scheduler", "unet", "words"),
     [
-        (
-            {"variance_type": "learned_range"},
-            {"out_channels": 6},
-            "The reverse variance is learned. Where steps are skipped, stock diffusers interpolates",
-        ),
         ({"variance_type": "learned"}, {"out_channels": 6}, "Stock diffusers can't sample from this model"),
         ({}, {"num_class_embeds": 7}, "requires a class label, 0 to 6, which stock `DDPMPipeline` can't pass"),
         ({"num_train_timesteps": 20}, {}, "ancestral sampling with K = 20"),

@@ -19,7 +19,6 @@ from jinja2 import Template
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..diffusion.ddpm_labels import label_names
-from ..diffusion.ddpm_process import LEARNED_VARIANCE_TYPES
 from ..diffusion.pipeline import image_size
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..evaluation.calibration import recommended_steps, steps_table
@@ -32,9 +31,10 @@ PICTURES = ("samples.png", "real.png", "loss.png")
 EXAMPLE_STEPS = 100
 SHOWN_NAMES = 20  # of classes
 
-# Options about local files, the Hub and logging, which do not describe the model.
+# Options about local files, the Hub, logging and the machine, which do not describe the model.
 PRIVATE_OPTION = re.compile(
-    r".*(_dir|_path|token|logg|checkpoint).*|hub_.*|push_.*|overwrite_.*|config|unet|dataset_name"
+    r".*(_dir|_path|token|logg|checkpoint).*|hub_.*|push_.*|overwrite_.*|config|unet|dataset_name|local_rank|dry_run"
+    r"|dataloader_num_workers|cache_limit_gb"
 )
 PRIVATE_VALUE = re.compile(r"(^|[\s=:'\"\[(,])(/|~|[A-Za-z]:\\|\.\.?/)|hf_\w{8,}")
 
@@ -193,7 +193,6 @@ def describe_model(folder: Path) -> dict[str, Any]:
         "beta_schedule": scheduler.get("beta_schedule"),
         "prediction_type": scheduler.get("prediction_type"),
         "variance_type": scheduler.get("variance_type"),
-        "learned_variance": scheduler.get("variance_type") in LEARNED_VARIANCE_TYPES,
         "calibrated": bool(scheduler.get("_calibration")),
     }
 
