@@ -26,12 +26,14 @@ FOLDERS = {
     "restoration": {"diffusion"},
     "sharing": {"diffusion", "evaluation", "storage"},
     "sharing.conversion": {"config", "diffusion", "sharing", "storage"},
+    "export": {"diffusion", "sampling", "storage"},
     "training": {
         "config", "data", "diffusion", "distributed", "evaluation", "evaluation.metrics", "sampling", "sharing",
         "storage",
     },
     "commands": {
-        "config", "data", "diffusion", "evaluation", "sampling", "sharing", "sharing.conversion", "storage", "training",
+        "config", "data", "diffusion", "evaluation", "export", "sampling", "sharing", "sharing.conversion", "storage",
+        "training",
     },
     "cli": {"commands", "config"},
 }  # fmt: skip
@@ -41,6 +43,7 @@ FILES = {
     "commands.calibrate": {"model"},
     "commands.evaluate": {"model"},
     "commands.sample": {"model"},
+    "export.export": {"sampler_table"},
     "restoration.methods": {"operators"},
     "restoration.restore": {"methods", "operators"},
     "restoration.edit": {"restore"},
@@ -67,6 +70,7 @@ FILES = {
     "evaluation.phases": {"likelihood_report", "plots", "predictions", "real_images", "results"},
     "evaluation.plots": {"likelihood"},
     "sampling.files": {"generate"},
+    "sampling.generate": {"philox"},
     "sampling.folder": {"files", "generate"},
     "sharing.background_push": {"card", "hub", "push"},
     "sharing.card": {"card_merge"},

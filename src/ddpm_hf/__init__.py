@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .evaluation.calibration import calibrate
     from .evaluation.evaluate import evaluate
     from .evaluation.likelihood import bits_per_dim, rate_distortion
+    from .export.export import export_onnx
     from .restoration.edit import edit, interpolate, invert, variations
     from .restoration.operators import Blur, Compose, Downsample, Grayscale, Inpaint
     from .restoration.restore import restore
@@ -44,6 +45,7 @@ _MODULES = {
     "convert_model": "sharing.conversion.convert",
     "edit": "restoration.edit",
     "evaluate": "evaluation.evaluate",
+    "export_onnx": "export.export",
     "interpolate": "restoration.edit",
     "invert": "restoration.edit",
     "load_pipeline": "storage.loading",
@@ -72,6 +74,7 @@ __all__ = [
     "convert_model",
     "edit",
     "evaluate",
+    "export_onnx",
     "interpolate",
     "invert",
     "load_pipeline",

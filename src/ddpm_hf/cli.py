@@ -12,10 +12,19 @@ from .commands.calibrate import calibrate
 from .commands.convert import convert
 from .commands.env import env
 from .commands.evaluate import evaluate
+from .commands.export import export
 from .commands.push import push
 from .commands.sample import sample
 from .commands.train import train
-from .config.commands import CalibrateConfig, ConvertConfig, EnvConfig, EvaluateConfig, PushConfig, SampleConfig
+from .config.commands import (
+    CalibrateConfig,
+    ConvertConfig,
+    EnvConfig,
+    EvaluateConfig,
+    ExportConfig,
+    PushConfig,
+    SampleConfig,
+)
 from .config.parsing import HelpFormatter, HfArgumentParser, one_line_errors
 
 DESCRIPTION = """\
@@ -46,6 +55,10 @@ Share it, or convert another model:
 
   ddpm-hf push ddpm-digits me/ddpm-digits --private
   ddpm-hf convert google/ddpm-cifar10-32 my-cifar10
+
+Run it without Python: the network in ONNX, and its sampling loop as a table:
+
+  ddpm-hf export ddpm-digits
 
 See what of this machine will be used (and report it with a bug):
 
@@ -107,6 +120,11 @@ def _parser() -> argparse.ArgumentParser:
         source="a DDPM of diffusers (folder or Hub), a training checkpoint, or a weight file of DDPM (Ho et al., "
         "PyTorch ports) or improved-diffusion",
         destination="a new folder",
+    )  # fmt: skip
+    _add_command(
+        commands, "export", ExportConfig, export, "write a model for other programs: ONNX, and its sampler as JSON",
+        "Write model.onnx, compared with PyTorch's network, and sampler.json, the table of its sampling loop.",
+        model=MODEL,
     )  # fmt: skip
     _add_command(
         commands, "env", EnvConfig, env, "show this machine, and what of it will be used",

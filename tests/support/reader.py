@@ -84,6 +84,8 @@ def run_command(command: list[str]) -> None:
             run_script(launcher.training_script, launcher.training_script_args)
     elif program == "ddpm-hf":
         run_ddpm_hf(arguments)
+    elif program == "pip":
+        return  # everything is installed
     elif program == "python":
         run_script(*arguments[:1], arguments[1:])
     else:

@@ -12,8 +12,8 @@ METRICS = ("bpd", "fid", "kid", "isc", "fd", "kd", "prc", "nearest")
 
 
 @dataclass
-class SamplingOptions:
-    """How images are sampled."""
+class TrajectoryOptions:
+    """The steps from noise to image."""
 
     num_inference_steps: int | None = option(None, "K, the steps per image. Default: the model's T.", ["--steps"])
     timestep_spacing: Literal["model", "linspace", "trailing", "leading", "optimal"] = option(
@@ -26,6 +26,25 @@ class SamplingOptions:
     solver_order: Literal[1, 2] = option(
         1, "2 adds a second-order correction, from the change of x̂_0: much better in few steps."
     )
+
+    def check_trajectory(self) -> None:
+        """Raise a ValueError for values that no model takes."""
+        at_least(1, self, "num_inference_steps")
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ValueError(f"`eta` is {self.eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM.")
+
+    def configure(self, scheduler: Any) -> Any:
+        """A scheduler like this one, with the spacing and the variance of these options."""
+        chosen = {"timestep_spacing": self.timestep_spacing, "variance_type": self.variance_type}
+        if self.timestep_spacing == "optimal":  # goes into the call: no configuration may hold it
+            del chosen["timestep_spacing"]
+        return scheduler.from_config(scheduler.config, **{k: v for k, v in chosen.items() if v != "model"})
+
+
+@dataclass
+class SamplingOptions(TrajectoryOptions):
+    """How images are sampled."""
+
     class_label: list[str] | None = option(
         None, "For class-conditional models: names or numbers of classes, used in turn, as in --class_label cats 3."
     )
@@ -33,9 +52,7 @@ class SamplingOptions:
 
     def check_sampling(self) -> None:
         """Raise a ValueError for values that no model takes."""
-        at_least(1, self, "num_inference_steps")
-        if self.eta is not None and not 0 <= self.eta <= 1:
-            raise ValueError(f"`eta` is {self.eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM.")
+        self.check_trajectory()
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` is {self.guidance_scale}, but must be at least 0 (1 is no guidance).")
 
@@ -48,13 +65,6 @@ class SamplingOptions:
             "solver_order": self.solver_order,
             "timesteps": "optimal" if self.timestep_spacing == "optimal" else None,
         }
-
-    def configure(self, scheduler: Any) -> Any:
-        """A scheduler like this one, with the spacing and the variance of these options."""
-        chosen = {"timestep_spacing": self.timestep_spacing, "variance_type": self.variance_type}
-        if self.timestep_spacing == "optimal":  # goes into the call: no configuration may hold it
-            del chosen["timestep_spacing"]
-        return scheduler.from_config(scheduler.config, **{k: v for k, v in chosen.items() if v != "model"})
 
 
 @dataclass
@@ -99,6 +109,9 @@ class SampleConfig(SamplingOptions):
     )
     device: str | None = option(None, "cpu, cuda, mps, …; default: the best one available.")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the network.")
+    rng: Literal["torch", "philox"] = option(
+        "torch", "Whose random numbers: PyTorch's, or Philox4x32-10, as the browser demo and other languages draw them."
+    )
     fast: bool = option(False, "Half precision and compilation if they pay on this machine; prints what was chosen.")
     revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
 
@@ -107,6 +120,10 @@ class SampleConfig(SamplingOptions):
         at_least(1, self, "num_images", "batch_size")
         check_seed(self.seed, self.num_images)
         self.check_sampling()
+
+    def call_options(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call, and the random numbers, where they are not PyTorch's."""
+        return {**super().call_options(), **({"rng": self.rng} if self.rng != "torch" else {})}
 
 
 @dataclass
@@ -151,6 +168,22 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         check_types(self)
         at_least(1, self, "resolution", "num_heads", "ddpm_num_steps")
+
+
+@dataclass
+class ExportConfig(TrajectoryOptions):
+    """Options of `ddpm-hf export`."""
+
+    format: Literal["onnx"] = option("onnx", "The format of the network.")
+    output_dir: str | None = option(None, "Folder for the files. Default: `onnx` in the model's own folder.")
+    dtype: Literal["float32", "float16"] = option(
+        "float32", "Precision of the network's weights; what goes in and out is float32."
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        self.check_trajectory()
 
 
 @dataclass

@@ -30,7 +30,7 @@ class FastNetwork:
             raise ValueError(
                 "fast sampling needs the network in one place and precision: leave out the offloading, or this call."
             )
-        self.dtype, self._state = dtype, _state_of(unet)
+        self.dtype, self._state = dtype, network_state(unet)
         self._network = copy.deepcopy(unet).eval().requires_grad_(False)
         # On a GPU, group normalization would undo the other order; compiled, it can be chosen.
         is_channels_last = dtype != torch.float32 and unet.device.type == "cpu"
@@ -68,10 +68,10 @@ class FastNetwork:
 
     def is_twin_of(self, unet: UNet2DModel) -> bool:
         """Whether the network still has the weights, on the same device, that this one was copied from."""
-        return self._state == _state_of(unet)
+        return self._state == network_state(unet)
 
 
-def _state_of(unet: UNet2DModel) -> tuple[object, ...]:
+def network_state(unet: UNet2DModel) -> tuple[object, ...]:
     """What changes when weights are moved, converted, replaced or written to.
 
     The norms cost one wait for the device per trajectory. Tensors do count the writes to them, but not those through

@@ -443,13 +443,13 @@ class DDPMSchedulerCustom(SchedulerMixin, ConfigMixin):
         if key in self._tables:
             return self._tables[key]
         with torch.inference_mode(False):  # a cached table is used outside of it, too
-            table = to_device(self._exact_table(eta).to(dtype), device)
+            table = to_device(self.coefficient_table(eta).to(dtype), device)
         if not torch.compiler.is_compiling():  # the next call of a graph may overwrite its outputs
             self._tables[key] = table
         return table
 
-    def _exact_table(self, eta: float) -> Tensor:
-        """The table in float64, on the CPU."""
+    def coefficient_table(self, eta: float) -> Tensor:
+        """The step from every t along the trajectory: float64 (T, 9), a column per name of `StepCoefficients`."""
         t, s = torch.arange(len(self)), self._previous
         x_0_from_x_t, x_0_from_output = self.process.x_0_coefficients(t, self.config.prediction_type)
         mean_from_x_0, mean_from_x_t, _ = self.process.posterior_coefficients(t, s, eta)
@@ -539,8 +539,16 @@ def draw_noise(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """ε ~ N(0, I). What generators on the CPU draw follows the work queued on a GPU, which is not waited for."""
+    """ε ~ N(0, I). What generators on the CPU draw follows the work queued on a GPU, which is not waited for.
+
+    A generator with a method `draw_normal(shape)`, as ddpm-hf's Philox has, draws by that.
+    """
     first = generator[0] if isinstance(generator, list) else generator
+    if hasattr(first, "draw_normal"):
+        generators: Any = generator
+        is_list = isinstance(generator, list)
+        noise = [g.draw_normal((1, *shape[1:])) for g in generators] if is_list else [generators.draw_normal(shape)]
+        return to_device(torch.cat(noise), device).to(dtype)
     if device.type == "cuda" and first is not None and first.device.type == "cpu":
         return to_device(randn_tensor(shape, generator, torch.device("cpu"), dtype), device)
     if first is generator and (first is None or first.device == device):  # what `randn_tensor` does, in half the time

@@ -27,6 +27,7 @@ from ..diffusion.ddpm_process import check_integer
 from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..distributed import gather_lockstep, lockstep_batches
 from ..storage.weights import hash_weights
+from .philox import PhiloxGenerator
 
 
 def index_batches(num_images: int, batch_size: int) -> list[range]:
@@ -56,7 +57,8 @@ def sample_pixels(
         class_labels: for a class-conditional network, used in turn: image i gets label i modulo their number.
         skip: batches to leave out, the same in all processes.
         show_progress: a bar on the main process, over its own share.
-        call_options: passed to the pipeline (`num_inference_steps`, `eta`, `guidance_scale`, …).
+        call_options: passed to the pipeline (`num_inference_steps`, `eta`, `guidance_scale`, …); `rng="philox"` draws
+            the noise by Philox4x32-10 instead of PyTorch's generator.
 
     Returns:
         An iterator over (indices of the images, their pixels: uint8 of shape (B, C, H, W) on the CPU).
@@ -161,14 +163,16 @@ def _sample_batch(
         return tensors
 
     pipeline.set_progress_bar_config(disable=True)
+    options = dict(call_options)
+    is_philox = options.pop("rng", "torch") == "philox"
     return pipeline(
         len(images),
-        [torch.Generator().manual_seed(seed + i) for i in images],
+        [PhiloxGenerator(seed + i) if is_philox else torch.Generator().manual_seed(seed + i) for i in images],
         output_type="latent",
         return_dict=False,
         class_labels=cycle_labels(class_labels, images),
         callback_on_step_end=advance,
-        **call_options,
+        **options,
     )[0]
 
 
