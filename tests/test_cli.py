@@ -26,9 +26,10 @@ PLAIN = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_",
 
 
 def test_help_and_mistakes_answer_without_the_imports_that_take_seconds():
-    commands = ["train", "sample", "calibrate", "evaluate", "push", "convert", "export", "env"]
+    commands = ["train", "sample", "restore", "edit", "calibrate", "evaluate", "push", "convert", "export", "env"]
     lines = [["--help"], ["--version"], *([c, "--help"] for c in commands), *([c, "--nonsense"] for c in commands)]
     lines += [["train", "--learning_rate", "0"], ["sample", "model", "--eta", "2"], ["train", "--num_machines", "2"]]
+    lines += [["restore", "model", "photo.png"], ["edit", "model", "photo.png", "--strength", "2"]]
     script = (
         "import sys\nfrom ddpm_hf.cli import main\n"
         f"for line in {lines}:\n"
@@ -38,10 +39,10 @@ def test_help_and_mistakes_answer_without_the_imports_that_take_seconds():
         "print([m for m in heavy if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    ends = [f"{line} {0 if line[-1] in ('--help', '--version') else 2}" for line in lines[:-3]]
+    ends = [f"{line} {0 if line[-1] in ('--help', '--version') else 2}" for line in lines[:-5]]
     answers = done.stdout.splitlines()
     assert [a for a in answers if a.startswith("[") and a[-1] in "02"] == ends
-    assert sum("error: " in a for a in answers) == 3
+    assert sum("error: " in a for a in answers) == 5
     assert answers[-1] == "[]"
     assert f"ddpm-hf {ddpm_hf.__version__}" in answers
 
@@ -51,7 +52,7 @@ def test_help_lists_the_commands_and_the_presets_with_a_phrase_each(capsys):
         with pytest.raises(SystemExit, match="0"):
             main(line)
     text = capsys.readouterr().out
-    for command in ("train", "sample", "calibrate", "evaluate", "push", "convert", "export", "env"):
+    for command in ("train", "sample", "restore", "edit", "calibrate", "evaluate", "push", "convert", "export", "env"):
         assert f"\n    {command}" in text
     for preset in PRESETS.glob("*.yaml"):
         phrase = preset.read_text("utf-8").splitlines()[0].removeprefix("# ")

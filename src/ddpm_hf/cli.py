@@ -14,15 +14,18 @@ from .commands.env import env
 from .commands.evaluate import evaluate
 from .commands.export import export
 from .commands.push import push
+from .commands.restore import edit, restore
 from .commands.sample import sample
 from .commands.train import train
 from .config.commands import (
     CalibrateConfig,
     ConvertConfig,
+    EditConfig,
     EnvConfig,
     EvaluateConfig,
     ExportConfig,
     PushConfig,
+    RestoreConfig,
     SampleConfig,
 )
 from .config.parsing import HelpFormatter, HfArgumentParser, one_line_errors
@@ -42,6 +45,12 @@ Sample from it:
   ddpm-hf sample ddpm-digits/checkpoint-500                 … of a training checkpoint
   ddpm-hf sample google/ddpm-cifar10-32 --num_images 16     … of any DDPM on the Hub
   ddpm-hf sample ddpm-digits --steps 25 --eta 0 --solver_order 2
+
+Restore photos with it, without training:
+
+  ddpm-hf restore ddpm-digits photo.png --mask mask.png     paint where the mask is white
+  ddpm-hf restore MODEL photos/*.jpg --upscale 4            or --colorize, or --deblur 1.5
+  ddpm-hf edit MODEL drawing.png --strength 0.5             make it look like the model's images
 
 Measure it: bits/dim, distances to real images, copies of training images:
 
@@ -97,6 +106,18 @@ def _parser() -> argparse.ArgumentParser:
         model=MODEL,
     )  # fmt: skip
     _add_command(
+        commands, "restore", RestoreConfig, restore, "restore photos: paint over a part, enlarge, colorize, deblur",
+        "Restore photos with a model of such images, without training. Writes PNGs of the photos' names; outside of a "
+        "mask's white part, a photo stays untouched. An interrupted run resumes.",
+        model=MODEL, photos="image files, in any format that Pillow reads",
+    )  # fmt: skip
+    _add_command(
+        commands, "edit", EditConfig, edit, "make photos or drawings look like the model's images",
+        "Add noise to photos or drawings, and let the model take it away (SDEdit). Writes PNGs of the photos' names. "
+        "An interrupted run resumes.",
+        model=MODEL, photos="image files, in any format that Pillow reads",
+    )  # fmt: skip
+    _add_command(
         commands, "calibrate", CalibrateConfig, calibrate, "measure a model for the optimal variance and timesteps",
         "Measure the error of a model at every timestep, which gives the optimal variance and the best timesteps, and "
         "save it in the model's scheduler. By several processes: accelerate launch -m ddpm_hf calibrate MODEL …",
@@ -137,8 +158,13 @@ def _add_command(
     commands: Any, name: str, config_type: type, run: Callable[..., object], help: str, description: str,
     **positionals: str,
 ) -> None:  # fmt: skip
-    """A command whose options are the fields of a dataclass, and which runs as `run(*positionals, config)`."""
-    usage = " ".join(["ddpm-hf", name, *(argument.upper() for argument in positionals), "[--OPTION VALUE …]"])
+    """A command whose options are the fields of a dataclass, and which runs as `run(*positionals, config)`.
+
+    The positional argument `photos` takes one or more.
+    """
+    shown = {argument: "PHOTO" if argument == "photos" else argument.upper() for argument in positionals}
+    words = [f"{word} […]" if word == "PHOTO" else word for word in shown.values()]
+    usage = " ".join(["ddpm-hf", name, *words, "[--OPTION VALUE …]"])
     parser = commands.add_parser(
         name,
         dataclass_types=[config_type],
@@ -149,5 +175,6 @@ def _add_command(
         formatter_class=HelpFormatter,
     )
     for argument, meaning in positionals.items():
-        parser.add_argument(argument, metavar=argument.upper(), help=meaning)
+        nargs = "+" if argument == "photos" else None
+        parser.add_argument(argument, metavar=shown[argument], help=meaning, nargs=nargs)
     parser.set_defaults(run=run, config_type=config_type, positionals=list(positionals))

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..diffusion.ddpm_process import check_integer, check_number
 from ..diffusion.pipeline import DDPMPipelineCustom, DDPMPipelineCustomOutput, image_size
 from ..diffusion.scheduling_ddpm_custom import draw_noise
-from .restore import Generators, own_pipeline
+from .operators import Inpaint
+from .restore import Generators, own_pipeline, restore
 
 FIXED_POINT_ITERATIONS = 6  # of `invert`, each a network call
 
@@ -38,7 +39,7 @@ def edit(
     The image is noised to the time `strength` · T, and sampled from there.
 
     Args:
-        image: x_0, (B, C, H, W) in [0, 1].
+        image: x_0, (B, C, H, W) in [0, 1]; larger than the network's images, it is denoised in tiles (see `tiles.py`).
         strength: in (0, 1]: from what is kept as it is to a new image.
         num_inference_steps: K, of the whole chain: `strength` · K network calls are made.
 
@@ -47,13 +48,20 @@ def edit(
     """
     check_number("strength", strength, "a number in (0, 1]: the part of the way to noise", lambda v: 0 < v <= 1)
     ours = own_pipeline(pipe)
-    x_0 = _data(ours, "image", image)
+    x_0 = _data(ours, "image", image, may_be_larger=True)
     T = len(ours.scheduler.process.betas)
     check_integer("num_inference_steps", num_inference_steps, 1, T)
     t = max(round(strength * T) - 1, 0)
     noise = draw_noise(x_0.shape, generator, x_0.device, x_0.dtype)
     x_t = ours.scheduler.process.q_sample(x_0, t, noise)
     grid = _descent(t, max(round(strength * num_inference_steps), 1))
+    size = (x_0.shape[2], x_0.shape[3])
+    if size != image_size(ours.unet):  # nothing is measured, which leaves sampling in tiles
+        nothing = Inpaint(torch.zeros(size))
+        return restore(
+            pipe, torch.zeros_like(x_0), nothing, method="ddnm", size=size, latents=x_t, timesteps=grid,
+            generator=generator, **options,
+        )  # fmt: skip
     return _call(ours, len(x_0), generator, latents=x_t, timesteps=grid, **options)
 
 
@@ -212,14 +220,19 @@ def _call(pipe: DDPMPipelineCustom, *arguments: Any, **options: Any) -> DDPMPipe
     return output
 
 
-def _data(pipe: DDPMPipelineCustom, name: str, images: Tensor) -> Tensor:
+def _data(pipe: DDPMPipelineCustom, name: str, images: Tensor, may_be_larger: bool = False) -> Tensor:
     """The images in [-1, 1], on the network's device, in float32 at least."""
     shape = (pipe.unet.config.in_channels, *image_size(pipe.unet))
     if not isinstance(images, Tensor) or not images.is_floating_point():
-        found = f"a {images.dtype} tensor" if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"`{name}` is {found}, but must be a floating-point tensor (B, C, H, W) in [0, 1].")
-    if images.ndim != 4 or tuple(images.shape[1:]) != shape:
-        raise ValueError(f"`{name}` has shape {tuple(images.shape)}, but must be (B, C, H, W) with {shape} as C, H, W.")
+        kind = f"a {images.dtype} tensor" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"`{name}` is {kind}, but must be a floating-point tensor (B, C, H, W) in [0, 1].")
+    found = tuple(images.shape[1:])
+    is_larger = images.ndim == 4 and found[0] == shape[0] and found[1] >= shape[1] and found[2] >= shape[2]
+    if images.ndim != 4 or (found != shape and not (may_be_larger and is_larger)):
+        or_larger = ", or larger ones" if may_be_larger else ""
+        raise ValueError(
+            f"`{name}` has shape {tuple(images.shape)}, but must be (B, C, H, W) with {shape} as C, H, W{or_larger}."
+        )
     if not (images.min() >= -0.01 and images.max() <= 1.01):
         raise ValueError(
             f"`{name}` has values from {float(images.min()):.3g} to {float(images.max()):.3g}, but must lie in [0, 1]: "

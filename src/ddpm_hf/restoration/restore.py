@@ -20,9 +20,11 @@ from ..diffusion.pipeline import OUTPUT_TYPES, DDPMPipelineCustom, DDPMPipelineC
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom, check_eta, draw_noise
 from .methods import METHODS, PROJECTING, Problem, State, Step, resampling_order
 from .operators import Inpaint, LinearMap, as_operator
+from .tiles import predict_in_tiles
 
 Generators = torch.Generator | list[torch.Generator] | None
 MEETING_ROUNDS = 100  # of projections, of which few are needed
+NEGLIGIBLE = 1e-5  # of the range of images, and far below one of 255 levels
 
 
 @torch.no_grad()
@@ -42,6 +44,8 @@ def restore(
     guidance_scale: float = 1.0,
     jump_length: int = 10,
     num_resamples: int = 10,
+    size: tuple[int, int] | None = None,
+    latents: Tensor | None = None,
     output_type: str = "pt",
 ) -> DDPMPipelineCustomOutput:
     """Draw images that explain a measurement, y = A x_0 + σ_y n, from a DDPM of any origin.
@@ -62,6 +66,9 @@ def restore(
         generator: one for the batch, or one per image: then an image depends on its own alone.
         class_labels, guidance_scale: as in sampling.
         jump_length, num_resamples: of "repaint".
+        size: (H, W) of the images, by default the network's. Larger ones are denoised in overlapping tiles whose
+            predictions are averaged at every step: see `tiles.py`.
+        latents: x_t of the first timestep, (B, C, H, W), to start from; by default x_T ~ N(0, I).
         output_type: "pt" (B, C, H, W), "np" (B, H, W, C), "pil", or "latent", all in [0, 1] but the last.
 
     Returns:
@@ -80,7 +87,7 @@ def restore(
     if solver_order == 2 and method not in PROJECTING:
         raise ValueError(f"`solver_order` is 2, but goes with the methods {', '.join(PROJECTING)} only.")
     device, dtype = ours._execution_device, torch.promote_types(unet.dtype, torch.float32)
-    shape = (unet.config.in_channels, *image_size(ours.unet))
+    shape = (unet.config.in_channels, *_checked_size(size, image_size(unet)))
     problem = _problem(measurement, operator, noise_std, method, shape, device, dtype)
     batch_size = len(problem.y)
     labels = ours.prepare_class_labels(class_labels, batch_size, guidance_scale)
@@ -94,7 +101,7 @@ def restore(
         return draw_noise(wanted, generator, device, dtype)
 
     denoise = _denoiser(ours, labels, guidance_scale, {t: torch.tensor(t, device=device) for t in grid})
-    state = State(draw((batch_size, *shape)), denoise, draw)
+    state = State(_start(latents, (batch_size, *shape), draw), denoise, draw)
     is_repaint = method == "repaint"
     order = resampling_order(grid, jump_length if is_repaint else 1, num_resamples if is_repaint else 1)
     steps = _steps(scheduler, order, eta, grid if solver_order == 2 else [])
@@ -130,8 +137,13 @@ def meet(x_0: Tensor, problem: Problem, clip: bool) -> Tensor:
     Alternating projections on the two convex sets, of which the true image is a common point.
     """
     A = problem.linear
+    if clip:
+        x_0 = x_0.clamp(-1, 1)
     for _ in range(MEETING_ROUNDS if clip else 1):
-        x_0 = x_0 + A.pinv(problem.y - A(x_0))
+        residual = problem.y - A(x_0)
+        if residual.numel() and float(residual.abs().max()) < NEGLIGIBLE:
+            break
+        x_0 = x_0 + A.pinv(residual)
         if clip:
             x_0 = x_0.clamp(-1, 1)
     return x_0
@@ -179,6 +191,23 @@ def _problem(
     return Problem(linear, 2 * y - linear(ones), 2 * noise_std)
 
 
+def _checked_size(size: tuple[int, int] | None, smallest: tuple[int, int]) -> tuple[int, int]:
+    if size is None:
+        return smallest
+    height, width = size
+    check_integer("size", height, smallest[0])
+    check_integer("size", width, smallest[1])
+    return height, width
+
+
+def _start(latents: Tensor | None, shape: tuple[int, ...], draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+    if latents is None:
+        return draw(shape)
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"`latents` have shape {tuple(latents.shape)}, but must have {shape}.")
+    return latents
+
+
 def _check_generators(generator: Generators, batch_size: int) -> None:
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(
@@ -194,7 +223,10 @@ def _denoiser(
     process, variance_type = scheduler.process, scheduler.config.variance_type
 
     def denoise(x_t: Tensor, step: Step) -> tuple[Tensor, Tensor | float]:
-        output = pipe._predict(network, x_t.to(network.dtype), places[step.t], labels, guidance_scale).to(x_t.dtype)
+        def predict(x: Tensor, labels: Tensor | None) -> Tensor:
+            return pipe._predict(network, x.to(network.dtype), places[step.t], labels, guidance_scale).to(x.dtype)
+
+        output = predict_in_tiles(predict, x_t, labels, image_size(network))
         channels = x_t.shape[1]
         x_0 = scheduler.predict_x_0(output[:, :channels], x_t, step.t)
         if variance_type in LEARNED_VARIANCE_TYPES:

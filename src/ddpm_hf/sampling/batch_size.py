@@ -23,11 +23,7 @@ def fitting_batch_size(unet: UNet2DModel) -> int:
 
     Its total memory counts, not what is free, so that the same machine always samples the same images.
     """
-    if unet.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(unet.device).total_memory
-    else:
-        memory = psutil.virtual_memory().total
-    fitting = memory // 2 // _bytes_per_image(unet)
+    fitting = images_in_memory(unet)
     batch_size = LARGEST.get(unet.device.type, 64)
     while batch_size > max(fitting, 1):
         batch_size //= 2
@@ -43,6 +39,15 @@ def out_of_memory_explained(remedy: str) -> Iterator[None]:
         if not should_reduce_batch_size(error):
             raise
         raise MemoryError(f"{str(error).splitlines()[0]} {remedy}") from error
+
+
+def images_in_memory(unet: UNet2DModel) -> int:
+    """How many images one call takes in half of the device's memory."""
+    if unet.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(unet.device).total_memory
+    else:
+        memory = psutil.virtual_memory().total
+    return memory // 2 // _bytes_per_image(unet)
 
 
 def _bytes_per_image(unet: UNet2DModel) -> int:

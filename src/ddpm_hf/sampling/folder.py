@@ -108,17 +108,22 @@ def _check_origin(output_dir: Path, record: dict[str, Any]) -> None:
             f"`output_dir` {str(output_dir)!r} holds {count} images, but no {RECORD} that records how they "
             f"were made ({error}): choose another --output_dir."
         ) from error
-    now = json.loads(json.dumps(record))
-    changes = [
-        f"`{key}` was {reprlib.repr(earlier.get(key))} and is {reprlib.repr(now.get(key))}"
-        for key in now | earlier
-        if earlier.get(key) != now.get(key)
-    ]
+    changes = changed_options(earlier, record)
     if changes:
         raise ValueError(
             f"`output_dir` {str(output_dir)!r} holds {count} images made with other options: {'; '.join(changes)}. "
             "Use the same options, or choose another --output_dir."
         )
+
+
+def changed_options(earlier: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    """What differs between how an image was made, as JSON has it, and how it is to be made now."""
+    now = json.loads(json.dumps(record))
+    return [
+        f"`{key}` was {reprlib.repr(earlier.get(key))} and is {reprlib.repr(now.get(key))}"
+        for key in now | earlier
+        if earlier.get(key) != now.get(key)
+    ]
 
 
 def _check_number(output_dir: Path, existing: set[int], num_images: int) -> None:
