@@ -16,26 +16,30 @@ SOURCE = Path(ddpm_hf.__file__).parent
 # From the bottom up: a folder imports only folders that stand above it in this table.
 FOLDERS = {
     "distributed": set(),
+    "progress": set(),
+    "console": set(),
     "config": set(),
     "diffusion": set(),
     "storage": {"diffusion"},
-    "data": {"config", "storage"},
-    "sampling": {"data", "diffusion", "distributed", "storage"},
-    "evaluation.metrics": {"data", "diffusion", "distributed"},
-    "evaluation": {"config", "data", "diffusion", "distributed", "evaluation.metrics", "sampling", "storage"},
+    "data": {"config", "progress", "storage"},
+    "sampling": {"data", "diffusion", "distributed", "progress", "storage"},
+    "evaluation.metrics": {"data", "diffusion", "distributed", "progress"},
+    "evaluation": {
+        "config", "data", "diffusion", "distributed", "evaluation.metrics", "progress", "sampling", "storage",
+    },
     "restoration": {"config", "data", "diffusion", "sampling", "storage"},
-    "sharing": {"diffusion", "evaluation", "storage"},
+    "sharing": {"diffusion", "evaluation", "progress", "storage"},
     "sharing.conversion": {"config", "diffusion", "sharing", "storage"},
     "export": {"diffusion", "sampling", "storage"},
     "training": {
-        "config", "data", "diffusion", "distributed", "evaluation", "evaluation.metrics", "sampling", "sharing",
-        "storage",
+        "config", "console", "data", "diffusion", "distributed", "evaluation", "evaluation.metrics", "progress",
+        "sampling", "sharing", "storage",
     },
     "commands": {
         "config", "data", "diffusion", "evaluation", "export", "restoration", "sampling", "sharing",
         "sharing.conversion", "storage", "training",
     },
-    "cli": {"commands", "config"},
+    "cli": {"commands", "config", "console"},
 }  # fmt: skip
 
 # Within a folder. A file that is not named here imports none of its neighbours.
@@ -166,6 +170,12 @@ def test_files_within_a_folder_do_not_import_each_other_in_a_circle():
 def test_copied_files_need_only_what_a_diffusers_user_has(module):
     _, packages = imports(f"diffusion.{module}")
     assert packages - set(sys.stdlib_module_names) <= COPIED[module]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_progress_is_shown_by_one_module_alone(module):
+    """Else bars fill logs, and ignore TQDM_DISABLE."""
+    assert module == "progress" or "tqdm" not in imports(module)[1]
 
 
 def test_the_folder_of_the_pipeline_is_no_pipeline_of_diffusers():

@@ -28,7 +28,8 @@ from .config.commands import (
     RestoreConfig,
     SampleConfig,
 )
-from .config.parsing import HelpFormatter, HfArgumentParser, one_line_errors
+from .config.parsing import HelpFormatter, HfArgumentParser
+from .console import one_line_errors
 
 DESCRIPTION = """\
 DDPM (Ho et al. 2020) for the Hugging Face ecosystem.

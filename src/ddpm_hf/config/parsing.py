@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -152,20 +149,3 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    r"""Within this context, foreseen errors end the process with one line and status 1, and Ctrl-C with status 130.
-
-    Letters that the encoding of stdout lacks, as cp1252 lacks β, are written as `\u03b2`, as stderr always does.
-    """
-    if isinstance(sys.stdout, TextIOWrapper):  # in a notebook it is none
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\nInterrupted. What was saved before is unharmed.", file=sys.stderr)
-        sys.exit(130)

@@ -21,9 +21,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
 from ..config.training import TrainConfig
+from ..progress import Bar, progress
 from ..storage.files import free_bytes, write_atomically
 from .decoding import decode_batches, decode_rows
 from .sources import Source
@@ -173,9 +173,9 @@ class ImageCache:
                 while left:
                     left -= file.write(source.read(min(left, REQUEST)))
 
-    def _bar(self, done: int, show_progress: bool, **options: Any) -> tqdm:
+    def _bar(self, done: int, show_progress: bool, **options: Any) -> Bar[Any]:
         total, label = len(self.source), f"Decoding {self.source.name}"
-        return tqdm(total=total, initial=done, desc=label, unit="img", disable=not show_progress, **options)
+        return progress(total=total, initial=done, desc=label, unit="img", is_shown=show_progress, **options)
 
     def _requests(self, first: int) -> Iterator[range]:
         size = min(256, max(1, REQUEST // self.image_bytes))

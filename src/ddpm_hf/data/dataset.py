@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..progress import write
 from .cache import ImageCache, Survey, cache_root, fits_disk
 from .decoding import decode_batches, decode_rows, decode_stream_rows
 from .sources import Source, Stream, StreamRow, open_source, open_stream
@@ -227,7 +227,7 @@ def load_images(config: TrainConfig, source: Source | Stream | None = None, show
     # Without a cache, only skipping needs a survey: the order of the images depends on how many can be read.
     survey = cache.build(skip, show_progress) if is_kept or skip else Survey(len(source))
     if survey.unreadable and show_progress:
-        tqdm.write(
+        write(
             f"Skipping {len(survey.unreadable)} of {len(source)} images of {source.name}, which can't be read: "
             f"{survey.unreadable[0].path or survey.unreadable[0].index} is the first, all are in "
             f"{cache.folder / 'cache.json'}."

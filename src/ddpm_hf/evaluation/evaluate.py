@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
 
 from ..config.commands import EvaluateConfig
 from ..data.pictures import check_plotting
 from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import Agreement
+from ..progress import write
 from ..sampling.generate import check_options, parse_labels
 from ..storage.files import check_writable, lock_output_dir
 from ..storage.weights import hash_weights
@@ -61,7 +61,7 @@ def evaluate(pipeline: DDPMPipelineCustom, config: EvaluateConfig, *, ema: bool 
     # 2. Say what it will cost
     if state.is_main_process:
         notes = dict.fromkeys(note for data in (job.train, job.unseen) if data for note in data.notes)
-        tqdm.write("\n".join([*(f"Note: {note}." for note in notes), estimate(job)]))
+        write("\n".join([*(f"Note: {note}." for note in notes), estimate(job)]))
 
     # 3. Measure what is missing
     with Agreement(state.num_processes).together():
@@ -77,7 +77,7 @@ def evaluate(pipeline: DDPMPipelineCustom, config: EvaluateConfig, *, ema: bool 
     # 4. Report
     results = broadcast_object_list([job.results])[0]
     if state.is_main_process:
-        tqdm.write(markdown_table(results))
+        write(markdown_table(results))
     return results
 
 

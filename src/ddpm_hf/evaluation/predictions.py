@@ -10,13 +10,13 @@ from typing import NamedTuple, TypeVar
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data.pixels import check_pixels, normalize
 from ..diffusion.ddpm_process import check_integer, to_device
 from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..diffusion.scheduling_ddpm_custom import ZERO_SNR_ERROR, DDPMSchedulerCustom
 from ..distributed import lockstep_batches
+from ..progress import progress
 from ..sampling.generate import eval_mode
 
 READ_EVERY = 16  # network calls, by which the CPU is ahead of a GPU at most
@@ -114,9 +114,9 @@ class NoisyImages:
         state, unet, process = PartialState(), self.pipe.unet, self.pipe.scheduler.process
         n = len(self.indices)
         batches = lockstep_batches(n, self.batch_size)
-        is_quiet = not (show_progress and state.is_main_process)
+        is_shown = show_progress and state.is_main_process
         timesteps = timesteps.expand(n, -1)
-        bar = tqdm(total=len(batches) * timesteps.shape[1], desc=title, unit="call", disable=is_quiet)
+        bar = progress(total=len(batches) * timesteps.shape[1], desc=title, unit="call", is_shown=is_shown)
         with bar, eval_mode(unet):
             for places in batches:
                 batch, mine = places % n, int((places < n).sum())  # the last batch is padded

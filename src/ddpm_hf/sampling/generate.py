@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..data.pixels import to_uint8
 from ..diffusion.ddpm_labels import find_label, label_names
 from ..diffusion.ddpm_process import check_integer
 from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..distributed import gather_lockstep, lockstep_batches
+from ..progress import progress
 from ..storage.weights import hash_weights
 from .philox import PhiloxGenerator
 
@@ -72,8 +72,8 @@ def sample_pixels(
     state = PartialState()
     remaining = [batch for number, batch in enumerate(batches) if number not in skip]
     share = remaining[state.process_index :: state.num_processes]
-    is_quiet = not (show_progress and share and state.is_main_process)
-    bar = tqdm(total=steps * len(share), desc="Sampling", unit="step", disable=is_quiet)
+    is_shown = bool(show_progress and share and state.is_main_process)
+    bar = progress(total=steps * len(share), desc="Sampling", unit="step", is_shown=is_shown)
 
     def made() -> Iterator[tuple[range, Tensor]]:
         with bar:
@@ -122,8 +122,8 @@ def sample_in_lockstep(
     """
     unet, batches = pipeline.unet, lockstep_batches(num_images, batch_size)
     steps = len(check_options(pipeline, class_labels, **call_options))
-    is_quiet = not (show_progress and PartialState().is_main_process)
-    bar = tqdm(total=steps * len(batches), desc="Sampling", unit="step", leave=False, disable=is_quiet)
+    is_shown = show_progress and PartialState().is_main_process
+    bar = progress(total=steps * len(batches), desc="Sampling", unit="step", leave=False, is_shown=is_shown)
 
     def advance() -> None:
         bar.update()

@@ -12,13 +12,13 @@ from pathlib import Path
 from types import TracebackType
 
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from tqdm.auto import tqdm
 
+from ..progress import write
 from .card import CardFacts
 from .hub import HubTarget, PushError, Retry
 from .push import STAGE, failure_text, files_of, is_shared, push_export
 
-BESIDE_A_PROGRESS_BAR = Retry(log=tqdm.write)
+BESIDE_A_PROGRESS_BAR = Retry(log=write)
 
 
 class BackgroundPusher:

@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from ..config.parsing import one_line_errors, parse_train_config
+from ..config.parsing import parse_train_config
+from ..console import one_line_errors
 
 
 def main(argv: Sequence[str]) -> None:

@@ -18,9 +18,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..config.training import TrainConfig
+from ..progress import Bar, progress
 from ..storage.files import write_text_atomically
 
 LOG_EVERY = 10  # updates
@@ -55,7 +55,7 @@ class TrainingLog:
         self.max_steps = max_steps
         self.file = Path(config.output_dir) / config.logging_dir / "train.jsonl"
         self.entries: list[dict[str, Any]] = []
-        self._bar: tqdm[int] = tqdm([], disable=True)
+        self._bar: Bar[int] = progress(range(0), desc="Training", unit="step", is_shown=False)
         self._rows: list[Tensor] = []  # of this process, since the last entry
         self._carried: list[list[float]] = []  # of all processes, from the checkpoint
         self._bad_in_a_row = torch.zeros((), device=accelerator.device)
@@ -107,11 +107,11 @@ class TrainingLog:
             except ValueError:
                 return
 
-    def bar(self, start: int) -> tqdm[int]:
+    def bar(self, start: int) -> Bar[int]:
         """The updates that are left, as a progress bar."""
-        self._bar = tqdm(
-            range(start, self.max_steps), "Training", self.max_steps, initial=start, unit="step",
-            disable=not self.accelerator.is_main_process,
+        self._bar = progress(
+            range(start, self.max_steps), desc="Training", unit="step", total=self.max_steps, initial=start,
+            is_shown=self.accelerator.is_main_process,
         )  # fmt: skip
         return self._bar
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from torch.nn import Module
-from tqdm.auto import tqdm
 
 from ..evaluation.likelihood import bits_per_dim
 from ..evaluation.metrics.distances import frechet_distance, moments
 from ..evaluation.metrics.patch_features import PatchFeatures
+from ..progress import progress, write
 from ..sampling.generate import sample_in_lockstep
 from ..storage.checkpoint import BEST, checkpoint_steps
 from ..storage.files import write_text_atomically
@@ -58,7 +58,7 @@ class Validation:
             values = self._measure(check)
             log.write_validation(run.step, values)
             if run.accelerator.is_main_process:
-                tqdm.write(f"Update {run.step:,}: {_in_words(values)}, in {time.perf_counter() - began:.1f} s.")
+                write(f"Update {run.step:,}: {_in_words(values)}, in {time.perf_counter() - began:.1f} s.")
         self.best = self._find_best()
         return bool(run.agreement.largest(int(self.best is not None and self.best["step"] == run.step)))
 
@@ -69,12 +69,12 @@ class Validation:
         batches = math.ceil(math.ceil(len(images) / run.plan.num_processes) / run.plan.inference_batch)
         calls, T = min(EVAL_CALLS, run.config.ddpm_num_steps), run.config.ddpm_num_steps
         with (
-            tqdm(
+            progress(
                 total=batches * (calls + min(EVAL_SAMPLING_STEPS, T)),
                 desc="Validation",
                 unit="call",
                 leave=False,
-                disable=not run.accelerator.is_main_process,
+                is_shown=run.accelerator.is_main_process,
             ) as bar,
             ema_weights(run.ema, run.unet),
             _before_each_call(run.network, check, bar.update),

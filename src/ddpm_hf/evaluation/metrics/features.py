@@ -13,10 +13,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
 from ...data.pixels import check_pixels
+from ...progress import progress
 from .inception import NUM_CLASSES, NUM_FEATURES, WEIGHTS, WEIGHTS_SHA256, open_inception
 
 INCEPTION = "inception"
@@ -68,9 +68,9 @@ class Extractor:
         state = PartialState()
         table = torch.zeros(len(images), self.num_features + self.num_logits)
         batches = list(zip(images.split(batch_size), table.split(batch_size), strict=True))
-        is_quiet = not (show_progress and state.is_main_process)
+        is_shown = show_progress and state.is_main_process
         own = batches[state.process_index :: state.num_processes]
-        for pixels, rows in tqdm(own, desc="Extracting features", unit="batch", disable=is_quiet):
+        for pixels, rows in progress(own, desc="Extracting features", unit="batch", is_shown=is_shown):
             rows.copy_(self.network(pixels.cpu().expand(-1, 3, -1, -1)))
         if state.num_processes > 1:
             table = reduce(table.to(state.device), "sum").cpu()  # of one row and zeros, which is exact

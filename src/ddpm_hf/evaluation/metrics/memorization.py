@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...distributed import sum_over_processes
+from ...progress import progress
 
 CHUNK = 2048  # rows of both sides at a time: 50,000 against 50,000 need no more memory than 2048 against 2048
 NEAR = 0.05  # the share of held-out images that lie nearer to the training set than the threshold
@@ -81,7 +81,7 @@ def nearest_neighbours(
     mine = torch.arange(len(queries))[state.process_index :: state.num_processes]
     table = torch.zeros(2, len(queries), k, dtype=torch.float64)
     blocks = mine.split(CHUNK) if len(mine) else ()
-    for rows in tqdm(blocks, desc=title, unit="block", disable=not (show_progress and state.is_main_process)):
+    for rows in progress(blocks, desc=title, unit="block", is_shown=show_progress and state.is_main_process):
         table[:, rows] = torch.stack(_block(queries[rows], points, k, None if exclude is None else exclude[rows]))
     squares, indices = sum_over_processes(table)
     return Neighbours(squares.sqrt(), indices.long())
