@@ -26,7 +26,19 @@ PLAIN = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_",
 
 
 def test_help_and_mistakes_answer_without_the_imports_that_take_seconds():
-    commands = ["train", "sample", "restore", "edit", "calibrate", "evaluate", "push", "convert", "export", "env"]
+    commands = [
+        "train",
+        "sample",
+        "restore",
+        "edit",
+        "calibrate",
+        "evaluate",
+        "paper",
+        "push",
+        "convert",
+        "export",
+        "env",
+    ]
     lines = [["--help"], ["--version"], *([c, "--help"] for c in commands), *([c, "--nonsense"] for c in commands)]
     lines += [["train", "--learning_rate", "0"], ["sample", "model", "--eta", "2"], ["train", "--num_machines", "2"]]
     lines += [["restore", "model", "photo.png"], ["edit", "model", "photo.png", "--strength", "2"]]
@@ -52,7 +64,19 @@ def test_help_lists_the_commands_and_the_presets_with_a_phrase_each(capsys):
         with pytest.raises(SystemExit, match="0"):
             main(line)
     text = capsys.readouterr().out
-    for command in ("train", "sample", "restore", "edit", "calibrate", "evaluate", "push", "convert", "export", "env"):
+    for command in (
+        "train",
+        "sample",
+        "restore",
+        "edit",
+        "calibrate",
+        "evaluate",
+        "paper",
+        "push",
+        "convert",
+        "export",
+        "env",
+    ):
         assert f"\n    {command}" in text
     for preset in PRESETS.glob("*.yaml"):
         phrase = preset.read_text("utf-8").splitlines()[0].removeprefix("# ")

@@ -13,6 +13,7 @@ from .commands.convert import convert
 from .commands.env import env
 from .commands.evaluate import evaluate
 from .commands.export import export
+from .commands.paper import paper
 from .commands.push import push
 from .commands.restore import edit, restore
 from .commands.sample import sample
@@ -24,6 +25,7 @@ from .config.commands import (
     EnvConfig,
     EvaluateConfig,
     ExportConfig,
+    PaperConfig,
     PushConfig,
     RestoreConfig,
     SampleConfig,
@@ -56,6 +58,10 @@ Restore photos with it, without training:
 Measure it: bits/dim, distances to real images, copies of training images:
 
   ddpm-hf evaluate ddpm-digits --dataset digits
+
+See the paper's figures of it, on one page:
+
+  ddpm-hf paper ddpm-digits --dataset digits
 
 Calibrate it for the best likelihood in few steps, then sample with --spacing optimal --variance_type optimal:
 
@@ -129,6 +135,13 @@ def _parser() -> argparse.ArgumentParser:
         "Measure a model: the likelihood of images, the quality of samples, and whether they are copies of training "
         "images. Writes metrics.json, pictures and the model's card. An interrupted run resumes. By several processes: "
         "accelerate launch -m ddpm_hf evaluate MODEL …",
+        model=MODEL,
+    )  # fmt: skip
+    _add_command(
+        commands, "paper", PaperConfig, paper, "draw the paper's figures of a model, on one page",
+        "Draw the figures and tables of Ho et al. (2020) that a model and a data set allow, and write a page that "
+        "explains "
+        "them. Says first what it will cost; an interrupted run resumes.",
         model=MODEL,
     )  # fmt: skip
     _add_command(

@@ -350,5 +350,38 @@ class EditConfig(PhotoOptions, EditingOptions):
 
 
 @dataclass
+class PaperConfig(ImageOptions):
+    """Options of `ddpm-hf paper`. Real images are optional: without them, some figures are left out."""
+
+    test_split: str | None = option(None, "A split of the dataset that the model has not seen, e.g. `test`.")
+    test_data_dir: str | None = option(None, "A folder of images that the model has not seen.")
+    figures: str | None = option(None, "Names of figures, as in samples,rate_distortion. Default: all.")
+    num_images: int = option(100, "How many samples to make.")
+    num_likelihood_images: int = option(50, "How many images to measure bits/dim on at most, drawn at random.")
+    num_inference_steps: int | None = option(None, "K, the steps per sample. Default: the model's T.", ["--steps"])
+    feature_extractor: str | None = option(
+        None,
+        "Features for Fréchet distances: `inception`, or a vision model of `transformers` (folder or Hub). Default: "
+        "patches of the real images, which need no network.",
+    )
+    seed: int = option(0, "Sample i comes from seed + i. Also fixes the choice of images and all noise.")
+    batch_size: int = option(50, "Images per forward pass.")
+    output_dir: str = option("paper", "Folder for the figures and their page, index.html.")
+    device: str | None = option(None, "cpu, cuda, mps, …; default: the best one available.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least(1, self, "batch_size", "num_inference_steps")
+        at_least(2, self, "num_images", "num_likelihood_images")
+        check_seed(self.seed, self.num_images + 1000)
+        if self.dataset_name is not None and self.train_data_dir is not None:
+            raise ValueError("`dataset_name` and `train_data_dir` both name training images: leave one out.")
+        has_test = self.test_split is not None or self.test_data_dir is not None
+        if has_test and self.dataset_name is None and self.train_data_dir is None:
+            raise ValueError("unseen images were named, but no training images: pass --dataset or --train_data_dir.")
+
+
+@dataclass
 class EnvConfig:
     """Options of `ddpm-hf env`, which has none."""
