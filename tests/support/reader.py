@@ -28,6 +28,7 @@ SMALL = {  # added to what the page says; later options win
     "sample": ("--num_images", "4", "--batch_size", "4"),
     "evaluate": ("--num_images", "32", "--num_likelihood_images", "4", "--likelihood_steps", "5"),
     "calibrate": ("--num_images", "16"),
+    "paper": ("--num_images", "4", "--num_likelihood_images", "2", "--batch_size", "4"),
     "feature_extractor": ("--updates", "2", "--num_images", "100"),
 }
 
@@ -108,7 +109,7 @@ def run_script(script: str, arguments: list[str]) -> None:
 
 def run_ddpm_hf(given: list[str]) -> None:
     arguments = [*given, *SMALL.get(given[0], ())]
-    if given[0] in ("sample", "evaluate") and "--steps" not in given:
+    if given[0] in ("sample", "evaluate", "paper") and "--steps" not in given:
         arguments += ["--steps", "4"]
     if given[0] == "train" and "--global_batch_size" not in given:
         arguments += ["--global_batch_size", "4"]  # those of the paper need more images
