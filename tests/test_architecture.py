@@ -30,9 +30,9 @@ FOLDERS = {
     "restoration": {"config", "data", "diffusion", "sampling", "storage"},
     "sharing": {"diffusion", "evaluation", "progress", "storage"},
     "paper": {
-        "config", "data", "diffusion", "evaluation", "evaluation.metrics", "restoration", "sampling", "storage",
+        "config", "data", "diffusion", "evaluation", "evaluation.metrics", "progress", "restoration", "sampling",
+        "storage",
     },
-    "sharing": {"diffusion", "evaluation", "storage"},
     "sharing.conversion": {"config", "diffusion", "sharing", "storage"},
     "export": {"diffusion", "sampling", "storage"},
     "training": {

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..config.commands import PaperConfig
 from ..data.pixels import to_uint8
@@ -25,6 +24,7 @@ from ..evaluation.metrics.distances import Moments, moments
 from ..evaluation.metrics.features import Extractor
 from ..evaluation.metrics.patch_features import PatchFeatures
 from ..evaluation.real_images import RealImages
+from ..progress import progress
 from ..sampling.generate import cycle_labels, eval_mode, index_batches
 from ..storage.files import write_atomically
 
@@ -147,7 +147,7 @@ class Job:
         batches = index_batches(self.config.num_images, self.config.batch_size)
         missing = sum(not (folder / f"{number}.npz").is_file() for number in range(len(batches)))
         parts = []
-        with tqdm(total=missing * K, desc="Sampling", unit="step", disable=not missing) as bar:
+        with progress(total=missing * K, desc="Sampling", unit="step", is_shown=bool(missing)) as bar:
             for number, batch in enumerate(batches):
                 file = folder / f"{number}.npz"
                 if not file.is_file():

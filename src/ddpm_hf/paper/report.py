@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from tqdm.auto import tqdm
 
 from ..config.commands import EvaluateConfig, ImageOptions, PaperConfig
 from ..data.pictures import check_plotting
@@ -21,6 +20,7 @@ from ..diffusion.scheduling_ddpm_custom import ZERO_SNR_ERROR, DDPMSchedulerCust
 from ..evaluation.evaluate import time_network_call
 from ..evaluation.metrics.features import open_extractor
 from ..evaluation.real_images import RealImages, load_real_images
+from ..progress import write
 from ..storage.files import check_writable, lock_output_dir, write_text_atomically
 from ..storage.weights import hash_weights
 from . import (
@@ -79,9 +79,9 @@ def write_report(pipeline: DDPMPipelineCustom, config: PaperConfig, name: str) -
     try:
         record = _read_record(output_dir / RECORD)
         todo = [f for f in drawn if not _is_there(f, job, record, output_dir)]
-        tqdm.write(estimate(job, todo, len(drawn) - len(todo)))
+        write(estimate(job, todo, len(drawn) - len(todo)))
         for number, figure in enumerate(todo):
-            tqdm.write(f"{number + 1} of {len(todo)}: {figure.title}")
+            write(f"{number + 1} of {len(todo)}: {figure.title}")
             record[figure.name] = _draw(figure, job, output_dir)
             write_text_atomically(output_dir / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
             _write_page(output_dir, drawn, record, job, name, missing)
