@@ -118,7 +118,7 @@ def test_an_update_without_a_finite_gradient_is_skipped(tmp_path, overflow, kind
 def test_overflows_of_fp16_cost_updates_and_neither_checkpoint_nor_export(tmp_path, overflow, overflows):
     """Also in an update that a checkpoint follows, and in the last one."""
     overflow(*overflows)
-    options = {"mixed_precision": "fp16", "checkpointing_steps": 4, "checkpoints_total_limit": None}
+    options = {"mixed_precision": "fp16", "checkpointing_steps": 4, "checkpoints_total_limit": 0}
     with PretendGpu() as gpu:
         state = train(tmp_path, **options)
     assert checkpoint_steps(tmp_path) == [4, 8, 12]
@@ -132,7 +132,7 @@ def test_overflows_of_fp16_cost_updates_and_neither_checkpoint_nor_export(tmp_pa
 @pytest.mark.parametrize("resumed_at", [4, 8])
 def test_fp16_resumes_bit_for_bit_after_overflows(tmp_path, overflow, resumed_at):
     overflows = (3, 4, 7, 12)
-    options = {"mixed_precision": "fp16", "checkpointing_steps": 4, "checkpoints_total_limit": None}
+    options = {"mixed_precision": "fp16", "checkpointing_steps": 4, "checkpoints_total_limit": 0}
     overflow(*overflows)
     with PretendGpu():
         whole = train(tmp_path / "whole", **options)
@@ -147,7 +147,7 @@ def test_fp16_resumes_bit_for_bit_after_overflows(tmp_path, overflow, resumed_at
 
 def test_fp16_that_overflows_without_being_scaled_up_ends_the_run(tmp_path, overflow):
     overflow(*range(5, 30))
-    options = {"mixed_precision": "fp16", "checkpointing_steps": 4, "checkpoints_total_limit": None}
+    options = {"mixed_precision": "fp16", "checkpointing_steps": 4, "checkpoints_total_limit": 0}
     with PretendGpu(), pytest.raises(FloatingPointError, match="25 gradients in a row were not finite"):
         train(tmp_path, max_train_steps=29, **options)
     assert checkpoint_steps(tmp_path) == [4, 8, 12, 16, 20]  # after 21 updates the scale is 1/2

@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import shutil
 import sys
 
@@ -17,7 +18,7 @@ from ddpm_hf import DDPMPipelineCustom, cli
 from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.storage.checkpoint import checkpoint_steps, load_checkpoint
 from ddpm_hf.training.loop import train
-from support.runs import TINY_UNET, run, run_here, train_command, train_here
+from support.runs import ROOT, TINY_UNET, run, run_here, train_command, train_here
 
 
 def test_a_run_leaves_a_pipeline_pictures_a_log_and_the_next_command(finished_run):
@@ -144,6 +145,31 @@ def test_every_objective_trains(name, tmp_path):
     image = pipeline(1, torch.Generator().manual_seed(0), 3, "pt", **classes).images
     assert image.isfinite().all()
     assert pipeline.scheduler.config.variance_type == TRAINABLE[name].get("variance_type", "fixed_small")
+
+
+@pytest.mark.slow
+def test_the_command_keeps_few_checkpoints_and_the_drop_in_all_as_the_stock_script_does(tmp_path, monkeypatch):
+    def drop_in(arguments):
+        monkeypatch.setattr(sys, "argv", ["training/train.py", *arguments])
+        runpy.run_path(str(ROOT / "training" / "train.py"), run_name="__main__")
+
+    def ddpm_hf(arguments):
+        cli.main(["train", *arguments])
+
+    def train_by(command, updates, name):
+        options = ["--unet", json.dumps(TINY_UNET), "--checkpointing_steps=1", "--ddpm_num_inference_steps=2"]
+        options += ["--report_to=none", "--save_images_steps=0", "--eval_batch_size=2", "--calibration_images=0"]
+        file = tmp_path / "options.yaml"
+        file.write_text("dataset_name: digits\nresolution: 8\nchannels: 1\ncenter_crop: true\n")
+        options += [f"--config={file}", f"--max_train_steps={updates}", "--resume_from_checkpoint=latest"]
+        done = run_here(command, [*options, f"--output_dir={tmp_path / name}"])
+        assert done.returncode == 0, done.stderr
+        return checkpoint_steps(tmp_path / name)
+
+    assert train_by(ddpm_hf, 3, "few") == [2, 3]
+    assert train_by(drop_in, 3, "all") == [1, 2, 3]
+    assert train_by(ddpm_hf, 4, "all") == [1, 2, 3, 4]  # what was kept so far is not deleted unasked
+    assert train_by(drop_in, 4, "few") == [2, 3, 4]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from ddpm_hf.config.training import TrainConfig
-from ddpm_hf.training.plan import Plan
+from ddpm_hf.training.plan import Plan, settle_checkpoint_limit
 
 
 def plan(num_images=100, num_processes=1, **options):
@@ -70,6 +70,43 @@ def test_previews_in_steps_come_early_then_regularly_or_never():
 def test_checkpoints_come_regularly_and_at_the_end():
     p = plan(max_train_steps=25, checkpointing_steps=10)
     assert [done for done in range(1, 26) if p.checkpoint_due(done)] == [10, 20, 25]
+
+
+@pytest.mark.parametrize(
+    ("limit", "existing", "options", "at_a_time"),
+    [
+        (0, 0, {}, 5),  # after 10, 13 (an epoch), 20, 25 (another) and 30 updates
+        (0, 3, {}, 8),
+        (2, 0, {}, 3),  # the newest is written before the oldest is deleted
+        (2, 2, {}, 3),
+        (2, 7, {}, 8),
+        (9, 0, {}, 5),
+        (2, 0, {"eval_steps": 7}, 4),  # the best one is spared
+        (0, 0, {"eval_steps": 7}, 9),
+    ],
+)
+def test_the_room_for_checkpoints_is_for_those_that_are_there_at_a_time(limit, existing, options, at_a_time):
+    p = plan(
+        max_train_steps=30, checkpointing_steps=10, save_model_epochs=1, train_batch_size=8,
+        checkpoints_total_limit=limit, **options,
+    )  # fmt: skip
+    assert p.checkpoints_at_a_time(existing) == at_a_time
+    assert p.disk_needed(existing, 1000) == ((at_a_time - existing) * 16 + 4) * 1000
+    if (limit, existing, options) == (0, 0, {}):
+        assert p.describe_checkpoints(0, 2**16, 2**30) == (
+            "Checkpoints: up to 5 of 1.00MiB at a time, 5.00MiB together; 1.00GiB are free. "
+            "Kept: all (--checkpoints_total_limit)."
+        )
+
+
+def test_a_resumed_run_keeps_as_many_checkpoints_as_before_unless_told_otherwise():
+    new, given = (TrainConfig(dataset_name="digits", checkpoints_total_limit=limit) for limit in (None, 5))
+    for before, kept in ((None, 0), (0, 0), (3, 3)):  # None is from when all were kept by default
+        progress = {"config": {"checkpoints_total_limit": before}}
+        assert settle_checkpoint_limit(new, progress).checkpoints_total_limit == kept
+        assert settle_checkpoint_limit(given, progress).checkpoints_total_limit == 5
+    assert settle_checkpoint_limit(new, {}).checkpoints_total_limit == 2
+    assert settle_checkpoint_limit(given, {}).checkpoints_total_limit == 5
 
 
 def test_impossible_plans_are_refused():

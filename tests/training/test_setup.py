@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -48,6 +49,17 @@ def test_what_cannot_work_is_found_before_anything_is_decoded(tmp_path):
 def test_deepspeed_is_refused_before_accelerate_looks_for_it(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert "DeepSpeed is not supported: use FSDP" in refused(tmp_path, "--unet=" + json.dumps(TINY_UNET))
+
+
+def test_the_room_for_the_checkpoints_that_are_kept_is_checked_before_training(tmp_path, monkeypatch):
+    options = ["--max_train_steps", "100", "--checkpointing_steps", "10", "--dry_run"]
+    few, every = (train_here(tmp_path, *options, "--checkpoints_total_limit", limit) for limit in ("2", "0"))
+    assert "Kept: the newest 2" in few.stdout
+    assert "Kept: all" in every.stdout
+    monkeypatch.setattr("ddpm_hf.storage.files.shutil.disk_usage", lambda path: SimpleNamespace(free=3 * 2**20))
+    assert train_here(tmp_path, *options, "--checkpoints_total_limit", "2").returncode == 0
+    refusal = train_here(tmp_path, *options, "--checkpoints_total_limit", "0").stderr
+    assert "3 MiB free, but checkpoints (kept: all; see --checkpoints_total_limit) and the pipeline take" in refusal
 
 
 def test_a_dry_run_reports_the_plan_and_trains_nothing(finished_run, tmp_path):

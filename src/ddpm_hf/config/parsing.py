@@ -42,12 +42,13 @@ if not TYPE_CHECKING:
     HfArgumentParser = _hf_argument_parser()
 
 
-def parse_train_config(argv: Sequence[str], epilog: str | None = None) -> TrainConfig:
+def parse_train_config(argv: Sequence[str], epilog: str | None = None, **defaults: Any) -> TrainConfig:
     """Flags over YAML over defaults. Without a source of images, the preset `digits` is the YAML file.
 
     Args:
         argv: what follows `ddpm-hf train`.
         epilog: shown at the end of --help.
+        defaults: of options, instead of those of `TrainConfig`.
 
     Raises:
         SystemExit: with argparse's message, for unknown flags or values of the wrong type.
@@ -66,6 +67,7 @@ def parse_train_config(argv: Sequence[str], epilog: str | None = None) -> TrainC
     parser.add_argument(
         "--config", metavar="PRESET", help="Options from a preset or a YAML file; flags override them.", default=None
     )
+    parser.set_defaults(**defaults)
     given = parser.parse_args(list(argv))
     has_source = given.dataset_name is not None or given.train_data_dir is not None
     chosen = given.config or (None if has_source else DEFAULT_PRESET)

@@ -196,7 +196,9 @@ class OutputOptions:
     overwrite_output_dir: bool = option(False, "Replace the files of an earlier run in the output folder.")
     checkpointing_steps: int = option(500, "Save a checkpoint every N updates.")
     checkpoints_total_limit: int | None = option(
-        None, "Keep only the N newest checkpoints, and the best one. Default: all."
+        None,
+        "Keep only the N newest checkpoints, and the best one; 0: all. Default: 2, or what the resumed run kept; for "
+        "training/train.py, as for train_unconditional.py, all.",
     )
     resume_from_checkpoint: str | None = option(
         None, "Resume from this checkpoint: a path, or `latest` (which starts a new run if there is none)."
@@ -272,7 +274,10 @@ GROUPS = (DataOptions, ModelOptions, LossOptions, OptimizationOptions, OutputOpt
 class TrainConfig(
     HubOptions, ValidationOptions, OutputOptions, OptimizationOptions, LossOptions, ModelOptions, DataOptions
 ):
-    """Options of `ddpm-hf train`. Names, meanings and defaults are those of diffusers' `train_unconditional.py`."""
+    """Options of `ddpm-hf train`. Names, meanings and defaults are those of diffusers' `train_unconditional.py`.
+
+    But for one: a run keeps few checkpoints unless `checkpoints_total_limit` says otherwise.
+    """
 
     def __post_init__(self) -> None:
         if isinstance(self.report_to, str):  # `report_to: none` in a YAML file
@@ -285,12 +290,11 @@ class TrainConfig(
         at_least(
             1, self, "resolution", "shuffle_buffer_size", "gradient_accumulation_steps", "global_batch_size",
             "num_epochs", "max_train_steps", "ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size",
-            "checkpointing_steps", "checkpoints_total_limit", "save_model_epochs", "save_images_epochs",
-            "max_skipped_steps", "eval_steps",
+            "checkpointing_steps", "save_model_epochs", "save_images_epochs", "max_skipped_steps", "eval_steps",
         )  # fmt: skip
         at_least(
             0, self, "calibration_images", "cache_limit_gb", "dataloader_num_workers", "save_images_steps",
-            "lr_warmup_steps", "adam_weight_decay", "p2_gamma", "vlb_weight",
+            "checkpoints_total_limit", "lr_warmup_steps", "adam_weight_decay", "p2_gamma", "vlb_weight",
         )  # fmt: skip
         positive(
             self, "learning_rate", "max_grad_norm", "ema_inv_gamma", "ema_power", "adam_epsilon", "snr_gamma", "p2_k"

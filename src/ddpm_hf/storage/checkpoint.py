@@ -59,10 +59,8 @@ def best_step(output_dir: Path) -> int | None:
         return None
 
 
-def save_checkpoint(
-    output_dir: Path, pipeline: DDPMPipelineCustom, state: TrainingState, total_limit: int | None = None
-) -> Path:
-    """Write `checkpoint-<step>`, then delete the oldest ones beyond `total_limit`, except the best one.
+def save_checkpoint(output_dir: Path, pipeline: DDPMPipelineCustom, state: TrainingState, total_limit: int = 0) -> Path:
+    """Write `checkpoint-<step>`, then delete the oldest ones beyond `total_limit` (0: none), except the best one.
 
     Everything is written into a temporary folder, hashed, flushed to the disk and renamed, and a checkpoint is renamed
     before it is deleted: a folder of that name is always complete.
@@ -76,9 +74,7 @@ def save_checkpoint(
         raise OSError(f"the checkpoint can't be written into {str(output_dir)!r}: {error}") from error
 
 
-def _save_checkpoint(
-    output_dir: Path, pipeline: DDPMPipelineCustom, state: TrainingState, total_limit: int | None
-) -> Path:
+def _save_checkpoint(output_dir: Path, pipeline: DDPMPipelineCustom, state: TrainingState, total_limit: int) -> Path:
     final = output_dir / f"checkpoint-{state.step}"
     partial = output_dir / f"{final.name}.partial"
     for leftover in output_dir.glob("checkpoint-*.partial"):
@@ -100,7 +96,7 @@ def _save_checkpoint(
     partial.rename(final)
     sync(output_dir)
 
-    if total_limit is not None:
+    if total_limit:
         best = best_step(output_dir)
         for step in [s for s in checkpoint_steps(output_dir) if s <= state.step][:-total_limit]:
             if step != best:

@@ -2,15 +2,21 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ..config.parsing import parse_train_config
 from ..console import one_line_errors
 
 
-def main(argv: Sequence[str]) -> None:
-    """Read the options, then train. Foreseen errors end with one line; a signal with the status that shells expect."""
+def main(argv: Sequence[str], **defaults: Any) -> None:
+    """Read the options, then train. Foreseen errors end with one line; a signal with the status that shells expect.
+
+    Args:
+        argv: the command line.
+        defaults: of options, instead of those of `TrainConfig`.
+    """
     with one_line_errors():
-        config = parse_train_config(argv)
+        config = parse_train_config(argv, **defaults)
         from .interruption import Interrupted  # after the options: --help and mistakes answer at once
         from .loop import train
 

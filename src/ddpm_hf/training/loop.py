@@ -209,7 +209,7 @@ def save(run: Run, log: TrainingLog) -> bool:
     with run.agreement.together():
         if unet is not None:
             pipeline = DDPMPipelineCustom(unet, run.scheduler)
-            save_checkpoint(Path(run.config.output_dir), pipeline, state, run.config.checkpoints_total_limit)
+            save_checkpoint(Path(run.config.output_dir), pipeline, state, run.config.checkpoints_total_limit or 0)
     run.saved_step = run.step
     return True
 

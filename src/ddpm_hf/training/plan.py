@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +21,22 @@ MAX_INFERENCE_BATCH = 64
 MIN_CALIBRATION_IMAGES = 16
 EVAL_CALLS = 8  # network calls for the bits/dim of one held-out image
 EVAL_SAMPLING_STEPS = 10  # and for one sample to compare with it
+KEPT_CHECKPOINTS = 2
+CHECKPOINT_BYTES = 16  # per parameter: exported and raw weights, and Adam's two moments
+PIPELINE_BYTES = 4
 IMAGES_PER_EPOCH_OF_A_STREAM = 50_000  # for previews, which are due by epochs
+
+
+def settle_checkpoint_limit(config: TrainConfig, progress: dict[str, Any]) -> TrainConfig:
+    """The configuration with a number for `checkpoints_total_limit`.
+
+    Args:
+        progress: of the checkpoint to resume from, or empty. Where all were kept before, none of them is deleted.
+    """
+    if config.checkpoints_total_limit is not None:
+        return config
+    limit = progress["config"].get("checkpoints_total_limit") or 0 if progress else KEPT_CHECKPOINTS
+    return replace(config, checkpoints_total_limit=limit)
 
 
 @dataclass(frozen=True)
@@ -123,6 +140,38 @@ class Plan:
     def checkpoint_due(self, done: int) -> bool:
         """Whether a checkpoint follows update number `done` (from 1)."""
         return done % self.config.checkpointing_steps == 0 or done == self.max_steps
+
+    def checkpoints_at_a_time(self, existing: int) -> int:
+        """The most checkpoints that are on the disk at a time, where this run begins with `existing` ones.
+
+        Beyond the limit there is the best one, and the new one before the oldest is deleted.
+        """
+        updates = range(self.steps_before + 1, self.max_steps + 1)
+        new = (n for n in updates if self.checkpoint_due(n) or self.export_due(n) or self.validation_due(n))
+        if not self.config.checkpoints_total_limit:
+            return existing + sum(1 for _ in new)
+        most = self.config.checkpoints_total_limit + 1 + (self.config.eval_steps is not None)
+        return max(existing + 1, min(most, existing + len(list(islice(new, most)))))
+
+    @property
+    def kept_checkpoints(self) -> str:
+        """Which checkpoints stay, in words."""
+        limit, best = self.config.checkpoints_total_limit, " and the best" if self.config.eval_steps else ""
+        return f"the newest {limit}{best}" if limit else "all"
+
+    def describe_checkpoints(self, existing: int, num_parameters: int, free: int) -> str:
+        """How many there will be, and their room on a disk that holds `existing` ones and has `free` bytes left."""
+        count, size = self.checkpoints_at_a_time(existing), CHECKPOINT_BYTES * num_parameters
+        each, together, left = (tqdm.format_sizeof(number, "iB", 1024) for number in (size, count * size, free))
+        return (
+            f"Checkpoints: up to {count} of {each} at a time, {together} together; {left} are free. "
+            f"Kept: {self.kept_checkpoints} (--checkpoints_total_limit)."
+        )
+
+    def disk_needed(self, existing: int, num_parameters: int) -> int:
+        """Bytes that checkpoints and the exported pipeline will take beside `existing` checkpoints."""
+        new = self.checkpoints_at_a_time(existing) - existing
+        return (new * CHECKPOINT_BYTES + PIPELINE_BYTES) * num_parameters
 
     def preview_due(self, done: int) -> bool:
         """Whether sample grids follow update number `done`: early, then regularly. The end of a run has its own."""

@@ -22,16 +22,16 @@ from ..data.sources import Source, Stream, open_source, open_stream
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import TIMEOUT, Agreement
 from ..sharing.hub import HubTarget
-from ..storage.checkpoint import read_progress
-from ..storage.files import check_free_space
+from ..storage.checkpoint import checkpoint_steps, read_progress
+from ..storage.files import check_free_space, free_bytes
 from .batch_size import settle_batch_size
 from .log import check_trackers
 from .network import build_unet
 from .output_folder import prepare_output_dir
 from .performance import Performance, choose_performance, settle_precision
-from .plan import Plan
+from .plan import Plan, settle_checkpoint_limit
 from .publishing import check_target
-from .state import CHECKPOINT_BYTES, MACHINE_OPTIONS, compare
+from .state import MACHINE_OPTIONS, compare
 from .validation_set import check_still_held_out, num_held_out, open_eval_split
 
 SAMPLE_OF_DATA = 16  # images, drawn from all of them, whose pixels the processes compare
@@ -97,6 +97,7 @@ def prepare(config: TrainConfig) -> Setup:
         unet = build_unet(config, num_classes)
     config, batch_notes = settle_batch_size(config, accelerator, agreement, scheduler.process, num_classes, progress)
     notes += batch_notes
+    config = settle_checkpoint_limit(config, progress)
     plan = Plan(
         config,
         None if isinstance(source, Stream) else len(source) - num_held_out(config),
@@ -118,7 +119,10 @@ def prepare(config: TrainConfig) -> Setup:
     notes.append(plan.describe(source.name, unet.num_parameters(), accelerator.device))
     with agreement.together():
         if is_main:
-            check_free_space(output_dir, 2 * CHECKPOINT_BYTES * unet.num_parameters(), "two checkpoints")
+            existing = sum(step <= plan.steps_before for step in checkpoint_steps(output_dir))
+            notes.append(plan.describe_checkpoints(existing, unet.num_parameters(), free_bytes(output_dir)))
+            contents = f"checkpoints (kept: {plan.kept_checkpoints}; see --checkpoints_total_limit) and the pipeline"
+            check_free_space(output_dir, plan.disk_needed(existing, unet.num_parameters()), contents)
         target = check_target(config) if is_main and not config.dry_run else None
     return Setup(
         started, config, accelerator, agreement, scheduler, source, eval_split, plan, unet.num_parameters(),
@@ -151,7 +155,6 @@ def dry_run_report(config: TrainConfig, setup: Setup) -> str:
         f"network      {parameters:,} parameters\n"
         f"updates      {plan.max_steps:,} of {plan.global_batch} images\n"
         f"validation   {plan.describe_validation()}\n"
-        f"checkpoint   {CHECKPOINT_BYTES * parameters / 2**20:,.0f} MiB of disk\n"
         "Dry run: nothing was decoded, trained, pushed or written, except what `datasets` keeps in its own cache."
     )
 

@@ -31,8 +31,6 @@ from .plan import Plan
 
 FULL_STATE_DICT = StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded
 
-CHECKPOINT_BYTES = 16  # per parameter: exported and raw weights, and Adam's two moments
-
 # Options that a resumed run must share with its checkpoint, and those whose change is not reported.
 MODEL_OPTIONS = (
     "unet", "model_config_name_or_path", "resolution", "image_mode", "label_column", "prediction_type",
@@ -40,7 +38,7 @@ MODEL_OPTIONS = (
 )  # fmt: skip
 FREE_TO_CHANGE = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank", "dry_run", "logger", "report_to",
-    "cache_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "share_training_images",
+    "cache_dir", "checkpoints_total_limit", "push_to_hub", "hub_model_id", "hub_private_repo", "share_training_images",
 )  # fmt: skip
 
 # Options that may differ between the machines of a run: places on their disks, and what costs them time.
