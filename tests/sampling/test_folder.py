@@ -173,7 +173,7 @@ def test_pixels_corrupted_on_the_disk_are_rejected(make_pipe, tmp_path):
 def test_full_disks_and_files_in_the_way_are_refused_before_any_network_call(make_pipe, tmp_path):
     pipe = make_pipe()
     calls = count_calls(pipe.unet)
-    with pytest.raises(ValueError, match=r"MiB free, but 10000000000 images take 39,062,500 MiB"):
+    with pytest.raises(ValueError, match=r"iB free, but 10000000000 images take 38,147.0 GiB"):
         fill(pipe, tmp_path / "out", 10**10, batch_size=10**7)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="can't be written"):

@@ -94,7 +94,7 @@ def test_the_room_for_checkpoints_is_for_those_that_are_there_at_a_time(limit, e
     assert p.disk_needed(existing, 1000) == ((at_a_time - existing) * 16 + 4) * 1000
     if (limit, existing, options) == (0, 0, {}):
         assert p.describe_checkpoints(0, 2**16, 2**30) == (
-            "Checkpoints: up to 5 of 1.00MiB at a time, 5.00MiB together; 1.00GiB are free. "
+            "Checkpoints: up to 5 of 1.0 MiB at a time, 5.0 MiB together; 1.0 GiB are free. "
             "Kept: all (--checkpoints_total_limit)."
         )
 

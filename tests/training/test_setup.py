@@ -59,7 +59,7 @@ def test_the_room_for_the_checkpoints_that_are_kept_is_checked_before_training(t
     monkeypatch.setattr("ddpm_hf.storage.files.shutil.disk_usage", lambda path: SimpleNamespace(free=3 * 2**20))
     assert train_here(tmp_path, *options, "--checkpoints_total_limit", "2").returncode == 0
     refusal = train_here(tmp_path, *options, "--checkpoints_total_limit", "0").stderr
-    assert "3 MiB free, but checkpoints (kept: all; see --checkpoints_total_limit) and the pipeline take" in refusal
+    assert "3.0 MiB free, but checkpoints (kept: all; see --checkpoints_total_limit) and the pipeline take" in refusal
 
 
 def test_a_dry_run_reports_the_plan_and_trains_nothing(finished_run, tmp_path):

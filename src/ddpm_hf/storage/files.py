@@ -27,14 +27,19 @@ def check_free_space(output_dir: Path, num_bytes: int, contents: str) -> None:
     free = free_bytes(output_dir)
     if free < num_bytes:
         raise ValueError(
-            f"`output_dir` {str(output_dir)!r} is on a disk with {free / 2**20:,.0f} MiB free, but {contents} take "
-            f"{num_bytes / 2**20:,.0f} MiB: free some, or choose another --output_dir."
+            f"`output_dir` {str(output_dir)!r} is on a disk with {describe_bytes(free)} free, but {contents} take "
+            f"{describe_bytes(num_bytes)}: free some, or choose another --output_dir."
         )
 
 
 def free_bytes(folder: Path) -> int:
     """Free space on the disk that the folder is on, or will be on."""
     return shutil.disk_usage(_nearest_existing(folder)).free
+
+
+def describe_bytes(count: int) -> str:
+    """A size for people, in MiB or GiB."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def _nearest_existing(folder: Path) -> Path:

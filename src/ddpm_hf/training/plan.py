@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.optimization import get_scheduler
-from tqdm import tqdm
+
+from ..storage.files import describe_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -162,7 +163,7 @@ class Plan:
     def describe_checkpoints(self, existing: int, num_parameters: int, free: int) -> str:
         """How many there will be, and their room on a disk that holds `existing` ones and has `free` bytes left."""
         count, size = self.checkpoints_at_a_time(existing), CHECKPOINT_BYTES * num_parameters
-        each, together, left = (tqdm.format_sizeof(number, "iB", 1024) for number in (size, count * size, free))
+        each, together, left = (describe_bytes(number) for number in (size, count * size, free))
         return (
             f"Checkpoints: up to {count} of {each} at a time, {together} together; {left} are free. "
             f"Kept: {self.kept_checkpoints} (--checkpoints_total_limit)."

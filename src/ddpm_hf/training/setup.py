@@ -23,7 +23,7 @@ from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import TIMEOUT, Agreement
 from ..sharing.hub import HubTarget
 from ..storage.checkpoint import checkpoint_steps, read_progress
-from ..storage.files import check_free_space, free_bytes
+from ..storage.files import check_free_space, describe_bytes, free_bytes
 from .batch_size import settle_batch_size
 from .log import check_trackers
 from .network import build_unet
@@ -151,7 +151,7 @@ def dry_run_report(config: TrainConfig, setup: Setup) -> str:
     decoded = pixels * (2 if config.preserve_input_precision else 1)
     return (
         f"{yaml.safe_dump(config.public(), sort_keys=False, allow_unicode=True)}\n"
-        f"images       {plan.num_images or 'a stream'}, decoded {decoded / 2**20:,.0f} MiB\n"
+        f"images       {plan.num_images or 'a stream'}, decoded {describe_bytes(decoded)}\n"
         f"network      {parameters:,} parameters\n"
         f"updates      {plan.max_steps:,} of {plan.global_batch} images\n"
         f"validation   {plan.describe_validation()}\n"
