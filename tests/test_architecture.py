@@ -35,12 +35,13 @@ FOLDERS = {
     },
     "sharing.conversion": {"config", "diffusion", "sharing", "storage"},
     "export": {"diffusion", "sampling", "storage"},
+    "demo": {"diffusion", "export", "storage"},
     "training": {
         "config", "console", "data", "diffusion", "distributed", "evaluation", "evaluation.metrics", "progress",
         "sampling", "sharing", "storage",
     },
     "commands": {
-        "config", "data", "diffusion", "evaluation", "export", "paper", "restoration", "sampling", "sharing",
+        "config", "data", "demo", "diffusion", "evaluation", "export", "paper", "restoration", "sampling", "sharing",
         "sharing.conversion", "storage", "training",
     },
     "cli": {"commands", "config", "console"},
@@ -53,6 +54,7 @@ FILES = {
     "commands.restore": {"model"},
     "commands.paper": {"model"},
     "commands.sample": {"model"},
+    "demo.static_page": {"onnxruntime_web"},
     "export.export": {"sampler_table"},
     "restoration.methods": {"operators"},
     "restoration.restore": {"methods", "operators", "tiles"},

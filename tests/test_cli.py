@@ -37,6 +37,7 @@ def test_help_and_mistakes_answer_without_the_imports_that_take_seconds():
         "push",
         "convert",
         "export",
+        "demo",
         "env",
     ]
     lines = [["--help"], ["--version"], *([c, "--help"] for c in commands), *([c, "--nonsense"] for c in commands)]
@@ -75,6 +76,7 @@ def test_help_lists_the_commands_and_the_presets_with_a_phrase_each(capsys):
         "push",
         "convert",
         "export",
+        "demo",
         "env",
     ):
         assert f"\n    {command}" in text

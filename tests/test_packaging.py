@@ -27,6 +27,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_all_that_the_package_reads(wheel):
     source = ROOT / "src" / "ddpm_hf"
     needed = [*source.rglob("*.py"), *source.rglob("*.yaml"), *source.rglob("README.md"), source / "py.typed"]
+    needed += [*(source / "demo" / "page").iterdir()]
     with zipfile.ZipFile(wheel) as files:
         for file in needed:
             assert files.read(f"ddpm_hf/{file.relative_to(source).as_posix()}") == file.read_bytes()

@@ -10,6 +10,7 @@ from typing import Any
 from . import __version__
 from .commands.calibrate import calibrate
 from .commands.convert import convert
+from .commands.demo import demo
 from .commands.env import env
 from .commands.evaluate import evaluate
 from .commands.export import export
@@ -21,6 +22,7 @@ from .commands.train import train
 from .config.commands import (
     CalibrateConfig,
     ConvertConfig,
+    DemoConfig,
     EditConfig,
     EnvConfig,
     EvaluateConfig,
@@ -159,6 +161,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_command(
         commands, "export", ExportConfig, export, "write a model for other programs: ONNX, and its sampler as JSON",
         "Write model.onnx, compared with PyTorch's network, and sampler.json, the table of its sampling loop.",
+        model=MODEL,
+    )  # fmt: skip
+    _add_command(
+        commands, "demo", DemoConfig, demo, "make a model a page that samples in the browser",
+        "Write a folder with a page that samples in the browser, from any web server and offline.",
         model=MODEL,
     )  # fmt: skip
     _add_command(

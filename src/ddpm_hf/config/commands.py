@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .options import at_least, check_seed, check_types, option
+from .options import at_least, check_seed, check_types, option, positive
 
 METRICS = ("bpd", "fid", "kid", "isc", "fd", "kd", "prc", "nearest")
 
@@ -184,6 +184,21 @@ class ExportConfig(TrajectoryOptions):
     def __post_init__(self) -> None:
         check_types(self)
         self.check_trajectory()
+
+
+@dataclass
+class DemoConfig:
+    """Options of `ddpm-hf demo`."""
+
+    static: bool = option(True, "A page that samples in the browser, without a server.")
+    output_dir: str | None = option(None, "Folder for the page, new or empty. Default: the model's name and `-demo`.")
+    dtype: Literal["float32", "float16"] = option("float32", "Precision of the weights in the page.")
+    max_megabytes: float = option(100.0, "The most that the weights in the page may have: every visitor loads them.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        positive(self, "max_megabytes")
 
 
 @dataclass

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..diffusion.ddpm_labels import label_names
 from ..diffusion.ddpm_process import LEARNED_VARIANCE_TYPES
 from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom, StepCoefficients
@@ -50,6 +51,7 @@ def sampler_table(
         "image": {"channels": unet.config.in_channels, "height": height, "width": width, "range": [-1, 1]},
         "num_classes": classes,
         "null_class": classes - 1 if classes else None,
+        "class_names": label_names(unet.config),
         "prediction_type": config.prediction_type,
         "variance_type": config.variance_type,
         "clip": config.clip_sample_range if config.clip_sample and not config.thresholding else None,

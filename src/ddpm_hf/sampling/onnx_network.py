@@ -61,6 +61,20 @@ def write_onnx(unet: UNet2DModel, file: Path, dtype: torch.dtype = torch.float32
     except Exception as error:  # whatever exporters raise
         reason = next(iter(str(error).strip().splitlines()), "without a message")
         raise ValueError(f"the network can't be exported to ONNX ({type(error).__name__}: {reason}).") from error
+    if not quickly:
+        _remove_traces(file)
+
+
+def _remove_traces(file: Path) -> None:
+    """Remove what the exporter notes of every node: lines of source code, with paths of this machine."""
+    import onnx
+
+    model = onnx.load(file, load_external_data=False)
+    for thing in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        del thing.metadata_props[:]
+    for node in model.graph.node:
+        node.doc_string = ""
+    onnx.save(model, file)
 
 
 def open_session(file: Path) -> Any:
