@@ -16,23 +16,22 @@ from .commands.evaluate import evaluate
 from .commands.export import export
 from .commands.paper import paper
 from .commands.push import push
-from .commands.restore import edit, restore
+from .commands.restore import edit, interpolate, restore
 from .commands.sample import sample
 from .commands.train import train
 from .config.commands import (
     CalibrateConfig,
     ConvertConfig,
     DemoConfig,
-    EditConfig,
     EnvConfig,
     EvaluateConfig,
     ExportConfig,
     PaperConfig,
     PushConfig,
-    RestoreConfig,
     SampleConfig,
 )
 from .config.parsing import HelpFormatter, HfArgumentParser
+from .config.restoration import EditConfig, InterpolateConfig, RestoreConfig
 from .console import one_line_errors
 
 DESCRIPTION = """\
@@ -56,6 +55,7 @@ Restore photos with it, without training:
   ddpm-hf restore ddpm-digits photo.png --mask mask.png     paint where the mask is white
   ddpm-hf restore MODEL photos/*.jpg --upscale 4            or --colorize, or --deblur 1.5
   ddpm-hf edit MODEL drawing.png --strength 0.5             make it look like the model's images
+  ddpm-hf interpolate MODEL a.png b.png --steps 9           a strip and a GIF from one to the other
 
 Measure it: bits/dim, distances to real images, copies of training images:
 
@@ -125,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
         "Add noise to photos or drawings, and let the model take it away (SDEdit). Writes PNGs of the photos' names. "
         "An interrupted run resumes.",
         model=MODEL, photos="image files, in any format that Pillow reads",
+    )  # fmt: skip
+    _add_command(
+        commands, "interpolate", InterpolateConfig, interpolate, "go from one photo to another: a strip and a GIF",
+        "Make images between two photos. Writes A-B.png, a strip, and A-B.gif.",
+        model=MODEL, a="the photo to start from", b="the photo to go to",
     )  # fmt: skip
     _add_command(
         commands, "calibrate", CalibrateConfig, calibrate, "measure a model for the optimal variance and timesteps",

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from ddpm_hf.restoration.edit import edit, interpolate, inversion_timesteps, invert, slerp, variations
-from support.oracle import oracle_pipeline
+from support.oracle import OracleUNet, oracle_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -107,3 +107,33 @@ def test_bad_input_is_named_before_the_network_is_called(stock, call, message):
     stock.unet.register_forward_hook(lambda *_: pytest.fail("the network was called"))
     with pytest.raises(ValueError, match=message):
         call(stock)
+
+
+class TwoImages(OracleUNet):
+    """E[ε | x_t] for data around one of two images: a decision, which magnifies what an inversion leaves over."""
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        alpha_bar = self.alpha_bar[int(timestep)]
+        variance = alpha_bar * 0.01 + 1 - alpha_bar
+        centres = torch.stack([self.image, -self.image]).to(sample.dtype) * alpha_bar**0.5
+        far = (sample[:, None] - centres[None]).flatten(2)
+        share = torch.softmax(-far.square().sum(2) / (2 * variance), 1)
+        score = -(share[..., None] * far).sum(1).reshape(sample.shape) / variance
+        return (-((1 - alpha_bar) ** 0.5) * score,)
+
+
+def test_inversion_of_own_samples_is_exact_where_sampling_magnifies_errors():
+    pipe = oracle_pipeline(0.3, clip_sample=True)
+    pipe.unet.__class__ = TwoImages
+    pipe.unet.image, pipe.unet.alpha_bar = 1.6 * images(1, 3, 1)[0] - 0.8, pipe.scheduler.process.alphas_cumprod.float()
+    calls = []
+    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    timesteps = inversion_timesteps(pipe, 50)
+    seeds = [torch.Generator().manual_seed(i) for i in range(32)]
+    samples = pipe(32, seeds, timesteps=timesteps, eta=0.0, output_type="pt").images
+    calls.clear()
+    x_T = invert(pipe, samples, num_inference_steps=50)
+    assert len(calls) <= 250
+    back = pipe(32, latents=x_T, timesteps=timesteps, eta=0.0, output_type="pt").images
+    psnr = -10 * torch.log10((back - samples).square().flatten(1).mean(1).clamp(min=1e-12))
+    assert psnr.min() >= 60

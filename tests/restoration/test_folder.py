@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
-from ddpm_hf.config.commands import EditConfig, RestoreConfig
+from ddpm_hf.config.restoration import EditConfig, RestoreConfig
 from ddpm_hf.restoration.folder import edit_photos, restore_photos
 from ddpm_hf.restoration.methods import METHODS
 from ddpm_hf.restoration.operators import Blur, Downsample, Grayscale

@@ -1,4 +1,4 @@
-"""`ddpm-hf restore` and `ddpm-hf edit`."""
+"""`ddpm-hf restore`, `ddpm-hf edit` and `ddpm-hf interpolate`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.commands import EditConfig, RestoreConfig
+from ..config.restoration import EditConfig, InterpolateConfig, RestoreConfig
 from .model import load_on_device
 
 if TYPE_CHECKING:
@@ -25,6 +25,18 @@ def edit(model: str, photos: Sequence[str], config: EditConfig) -> Path:
     from ..restoration.folder import edit_photos
 
     return _work_on(edit_photos, model, photos, config)
+
+
+def interpolate(model: str, a: str, b: str, config: InterpolateConfig) -> Path:
+    """Write a strip and an animation from one photograph to another; returns the path of the strip."""
+    from ..restoration.strip import interpolate_photos
+
+    for file in (a, b):
+        if not Path(file).is_file():
+            raise ValueError(f"there is no file {file!r}.")
+    strip = interpolate_photos(load_on_device(model, config.revision, config.device), Path(a), Path(b), config)
+    print(f"From one photo to the other: {strip} and {strip.with_suffix('.gif')}.")
+    return strip
 
 
 def _work_on(

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.commands import EditConfig, PhotoOptions, RestoreConfig
+from ..config.restoration import EditConfig, PhotoOptions, RestoreConfig
 from ..data.pixels import to_uint8
 from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..sampling.batch_size import fitting_batch_size, images_in_memory
-from ..sampling.folder import changed_options
 from ..sampling.generate import describe_sampling, parse_labels
 from ..storage.files import check_writable, lock_output_dir
 from .edit import edit
 from .operators import Blur
-from .photos import MODES, Photo, gray_photo, read_kernel, read_mask, read_photo, read_record, save_photo
+from .photos import Photo, check_same, gray_photo, photo_channels, read_kernel, read_mask, read_photo, save_photo
 from .restore import restore
 from .tasks import Task, coloring, common_operator, deblurring, editing, enlarging, inpainting
 from .tiles import number_of_tiles
@@ -72,7 +71,7 @@ def restore_photos(
         ValueError: before the first network call, if none can be restored; if two photographs have one name; for a
             folder that holds images of that name of another origin, or that can't be written.
     """
-    channels, size = _channels(pipeline), image_size(pipeline.unet)
+    channels, size = photo_channels(pipeline.unet.config.in_channels), image_size(pipeline.unet)
     wanted, noise_std = config.wanted, config.noise_std
     if noise_std is None:
         noise_std = DEBLUR_NOISE if wanted == "deblur" else 0.0
@@ -124,7 +123,7 @@ def edit_photos(
     pipeline: DDPMPipelineCustom, photos: Sequence[Path], config: EditConfig, show_progress: bool = True
 ) -> Summary:
     """Edit photographs (SDEdit) into `config.output_dir`, each `<its name>.png`. As `restore_photos` otherwise."""
-    channels, size = _channels(pipeline), image_size(pipeline.unet)
+    channels, size = photo_channels(pipeline.unet.config.in_channels), image_size(pipeline.unet)
     call = _call_options(pipeline, config)
 
     def read(file: Path) -> _Work:
@@ -171,7 +170,7 @@ def _fill_folder(
         for k in range(config.num_samples):
             record = {**settings, **work.hashes, "seed": config.seed + k}
             if outputs[file, k].exists():
-                _check_same(outputs[file, k], record)
+                check_same(outputs[file, k], record)
                 existing += 1
             else:
                 changed.add(file)
@@ -243,19 +242,6 @@ def _std_file(output_dir: Path, photo: Path) -> Path:
     return output_dir / f"{photo.stem}-std.png"
 
 
-def _check_same(output: Path, record: dict[str, Any]) -> None:
-    """Raise a ValueError unless an existing image is the one that would be made."""
-    earlier = read_record(output)
-    if earlier is None:
-        raise ValueError(f"{str(output)!r} exists, and was not made by ddpm-hf: choose another --output_dir.")
-    changes = changed_options(earlier, record)
-    if changes:
-        raise ValueError(
-            f"{str(output)!r} exists, and was made otherwise: {'; '.join(changes)}. Use the same photo and options, or "
-            "choose another --output_dir."
-        )
-
-
 def _save_std(picture: Path, files: Sequence[Path], settings: dict[str, Any]) -> None:
     """The standard deviation of each pixel over several images, its channels averaged: black is 0, white 0.5."""
     images = torch.stack([read_photo(file, 3).image[0] for file in files])
@@ -274,16 +260,6 @@ def _call_options(pipeline: DDPMPipelineCustom, config: PhotoOptions) -> dict[st
 
 def _labels(pipeline: DDPMPipelineCustom, config: PhotoOptions) -> list[int] | None:
     return None if config.class_label is None else parse_labels([config.class_label], pipeline.unet.config)
-
-
-def _channels(pipeline: DDPMPipelineCustom) -> int:
-    channels: int = pipeline.unet.config.in_channels
-    if channels not in MODES:
-        raise ValueError(
-            f"the model has {channels} channels, but photographs need one of 1 or 3: use `restore` and `edit` in "
-            "Python, which take tensors."
-        )
-    return channels
 
 
 def _kernel(deblur: str) -> Tensor:

@@ -17,9 +17,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..data.pictures import to_pil
+from ..sampling.folder import changed_options
 from ..storage.files import write_atomically
 
-MODES = {1: "L", 3: "RGB"}  # channels of a network → Pillow's mode
 RECORD = "ddpm-hf"  # the key of a text in every PNG written here
 KEPT = ("exif", "icc_profile")  # what a PNG holds beside its pixels
 
@@ -48,6 +48,20 @@ class Photo:
     def image(self) -> Tensor:
         """Float32 (1, C, H, W) in [0, 1]."""
         return self.pixels[None].float() / 255
+
+
+def photo_channels(channels: int) -> int:
+    """The channels of a network.
+
+    Raises:
+        ValueError: if photographs have none such.
+    """
+    if channels not in (1, 3):
+        raise ValueError(
+            f"the model has {channels} channels, but photographs need one of 1 or 3: use `restore` and `edit` in "
+            "Python, which take tensors."
+        )
+    return channels
 
 
 def read_photo(file: Path, channels: int) -> Photo:
@@ -143,6 +157,19 @@ def read_record(file: Path) -> dict[str, Any] | None:
             return json.loads(image.info[RECORD])
     except (OSError, SyntaxError, KeyError, TypeError, ValueError):
         return None
+
+
+def check_same(output: Path, record: dict[str, Any]) -> None:
+    """Raise a ValueError unless an existing image is the one that would be made."""
+    earlier = read_record(output)
+    if earlier is None:
+        raise ValueError(f"{str(output)!r} exists, and was not made by ddpm-hf: choose another --output_dir.")
+    changes = changed_options(earlier, record)
+    if changes:
+        raise ValueError(
+            f"{str(output)!r} exists, and was made otherwise: {'; '.join(changes)}. Use the same photo and options, or "
+            "choose another --output_dir."
+        )
 
 
 def resize(image: Tensor, size: tuple[int, int], filter: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
