@@ -25,27 +25,20 @@ def run_in(encoding, *arguments):
 
 @ENCODINGS
 def test_help_is_printed_in_any_encoding(encoding):
-    for command in ([], ["train"], ["sample"], ["calibrate"], ["evaluate"], ["push"], ["convert"], ["env"]):
-        assert "usage:" in run_in(encoding, "ddpm_hf", *command, "--help") or command == ["train"]
-    assert r"The \u03b2 schedule." in run_in(encoding, "ddpm_hf", "train", "--help")
+    for command in ([], ["sample"], ["calibrate"], ["evaluate"], ["push"], ["convert"], ["env"]):
+        assert "usage:" in run_in(encoding, "ddpm_hf", *command, "--help")
+    for program in (["ddpm_hf", "train"], ["ddpm_hf.training"]):  # the second is what launchers start
+        assert r"The \u03b2 schedule." in run_in(encoding, *program, "--help")
 
 
-@pytest.mark.parametrize(
-    ("encoding", "program", "folder", "printed"),
-    [
-        (PIPE, ("ddpm_hf", "train"), "фото-x̂", r"\u0444\u043e\u0442\u043e-x\u0302"),
-        (C_LOCALE, ("ddpm_hf.training",), "run", r"images at 16\xd716"),  # which launchers start
-    ],
-)
-def test_the_plan_of_a_run_is_printed_in_any_encoding(encoding, program, folder, printed, tmp_path):
-    output = run_in(encoding, *program, *TINY, "--output_dir", str(tmp_path / folder), "--dry_run")
-    assert printed in output
-    assert "updates      12 of 8 images" in output
+def test_the_plan_of_a_run_is_printed_in_any_encoding(tmp_path):
+    folder = str(tmp_path / "фото-x̂")
+    output = run_in(PIPE, "ddpm_hf", "train", *TINY, "--output_dir", folder, "--dry_run")
+    assert r"\u0444\u043e\u0442\u043e-x\u0302" in output
 
 
 @pytest.mark.filterwarnings("ignore:these betas never reach noise")
-@ENCODINGS
-def test_calibrate_ends_in_any_encoding(encoding, tmp_path):
+def test_calibrate_ends_in_any_encoding(tmp_path):
     DDPMPipelineCustom(tiny_unet(1), DDPMSchedulerCustom(20)).save_pretrained(tmp_path)
     options = ["--dataset", "digits", "--num_images", "16", "--device", "cpu"]
-    assert r"x\u0302_0" in run_in(encoding, "ddpm_hf", "calibrate", str(tmp_path), *options)
+    assert r"x\u0302_0" in run_in(C_LOCALE, "ddpm_hf", "calibrate", str(tmp_path), *options)
