@@ -67,6 +67,7 @@ FILES = {
     "config.parsing": {"launch", "training"},
     "config.restoration": {"options"},
     "config.training": {"options"},
+    "data.cache_folder": {"cache"},
     "data.cache": {"decoding", "sources", "transform"},
     "data.dataset": {"cache", "decoding", "sources", "transform"},
     "data.decoding": {"sources", "transform"},

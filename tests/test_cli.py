@@ -38,6 +38,7 @@ def test_help_and_mistakes_answer_without_the_imports_that_take_seconds():
         "convert",
         "export",
         "demo",
+        "cache",
         "env",
     ]
     lines = [["--help"], ["--version"], *([c, "--help"] for c in commands), *([c, "--nonsense"] for c in commands)]
@@ -77,6 +78,7 @@ def test_help_lists_the_commands_and_the_presets_with_a_phrase_each(capsys):
         "convert",
         "export",
         "demo",
+        "cache",
         "env",
     ):
         assert f"\n    {command}" in text

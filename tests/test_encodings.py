@@ -25,7 +25,20 @@ def run_in(encoding, *arguments):
 
 @ENCODINGS
 def test_help_is_printed_in_any_encoding(encoding):
-    for command in ([], ["sample"], ["calibrate"], ["evaluate"], ["push"], ["convert"], ["env"]):
+    commands = [
+        "sample",
+        "restore",
+        "edit",
+        "calibrate",
+        "evaluate",
+        "paper",
+        "push",
+        "convert",
+        "export",
+        "cache",
+        "env",
+    ]
+    for command in ([], *([name] for name in commands)):
         assert "usage:" in run_in(encoding, "ddpm_hf", *command, "--help")
     for program in (["ddpm_hf", "train"], ["ddpm_hf.training"]):  # the second is what launchers start
         assert r"The \u03b2 schedule." in run_in(encoding, *program, "--help")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import __version__
+from .commands.cache import cache
 from .commands.calibrate import calibrate
 from .commands.convert import convert
 from .commands.demo import demo
@@ -20,6 +21,7 @@ from .commands.restore import edit, interpolate, restore
 from .commands.sample import sample
 from .commands.train import train
 from .config.commands import (
+    CacheConfig,
     CalibrateConfig,
     ConvertConfig,
     DemoConfig,
@@ -77,6 +79,11 @@ Share it, or convert another model:
 Run it without Python: the network in ONNX, and its sampling loop as a table:
 
   ddpm-hf export ddpm-digits
+
+See which decoded images are on the disk, and remove those that were not used for 30 days:
+
+  ddpm-hf cache
+  ddpm-hf cache --prune --older_than 30
 
 See what of this machine will be used (and report it with a bug):
 
@@ -172,6 +179,11 @@ def _parser() -> argparse.ArgumentParser:
         commands, "demo", DemoConfig, demo, "make a model a page that samples in the browser",
         "Write a folder with a page that samples in the browser, from any web server and offline.",
         model=MODEL,
+    )  # fmt: skip
+    _add_command(
+        commands, "cache", CacheConfig, cache, "list decoded images on the disk, and remove old ones",
+        "List the caches of decoded images on the disk, and remove those that are incomplete or were not used for "
+        "long. What a run is using stays.",
     )  # fmt: skip
     _add_command(
         commands, "env", EnvConfig, env, "show this machine, and what of it will be used",

@@ -2,7 +2,9 @@
 
 import errno
 import io
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -10,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from PIL import Image
 
@@ -55,9 +58,9 @@ def pixel_file(cache):
 
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch):
-    """Two images a request, and a record after every second request."""
+    """Two images a request, and a record after every second request, whatever the clock says."""
     monkeypatch.setattr(image_cache, "REQUEST", 2 * 64)
-    monkeypatch.setattr(image_cache, "RECORD_EVERY", 4 * 64)
+    monkeypatch.setattr(image_cache, "record_due", lambda: itertools.cycle([False, True]))
 
 
 def killed_while_building(cache, at):
@@ -109,6 +112,42 @@ def test_a_build_killed_at_any_moment_leaves_no_false_cache_and_resumes(tmp_path
     assert len(set(numbers_of_reads)) == N // 4 + 1
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_build_that_is_interrupted_between_two_records_loses_nothing(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(image_cache, "record_due", lambda: itertools.repeat(False))
+    monkeypatch.setattr(image_cache, "_workers", lambda images: workers)
+
+    def interrupted(indices):
+        if 8 in indices:
+            raise KeyboardInterrupt
+        return source().read(indices)
+
+    with pytest.raises(KeyboardInterrupt):
+        ImageCache(tmp_path, replace(source(), read=interrupted), TRANSFORM).build(False, show_progress=False)
+    log = tmp_path / "log"
+    cache = ImageCache(tmp_path, source(log), TRANSFORM)
+    cache.build(skip_unreadable=False, show_progress=False)
+    assert sorted(map(int, log.read_text().split())) == list(range(8, N))
+    assert contents(cache) == list(range(N))
+
+
+@pytest.mark.parametrize(("seconds", "due"), [(0, True), (math.inf, False)])
+def test_a_record_is_due_by_time(monkeypatch, seconds, due):
+    monkeypatch.undo()
+    monkeypatch.setattr(image_cache, "RECORD_SECONDS", seconds)
+    assert list(itertools.islice(image_cache.record_due(), 3)) == [due] * 3
+
+
+@pytest.mark.parametrize("record", ["{", "{}", "[]", '{"unreadable": [{}]}', '{"unreadable": [], "tried": "12"}'])
+def test_a_damaged_record_is_no_cache(tmp_path, record):
+    cache = ImageCache(tmp_path, source(), TRANSFORM)
+    cache.build(skip_unreadable=False, show_progress=False)
+    (cache.folder / "cache.json").write_text(record)
+    assert cache.load() is None
+    cache.build(skip_unreadable=False, show_progress=False)
+    assert contents(cache) == list(range(N))
+
+
 def test_of_two_processes_one_builds(tmp_path):
     log = tmp_path / "log"
     gate = fork.Barrier(2)
@@ -132,7 +171,7 @@ def test_two_machines_whose_locks_do_not_reach_each_other_build_one_cache(tmp_pa
     """The first has recorded eight images, and written two more, when the second begins; then it finishes or dies."""
     transform = Transform(64, "L")
     monkeypatch.setattr(image_cache, "REQUEST", 2 * 64 * 64)
-    monkeypatch.setattr(image_cache, "RECORD_EVERY", 8 * 64 * 64)
+    monkeypatch.setattr(image_cache, "record_due", lambda: itertools.cycle([False, False, False, True]))
 
     class LockOfAMachine(FileLock):
         def __init__(self, path):
@@ -266,6 +305,27 @@ def test_a_second_start_decodes_nothing_and_changed_files_are_decoded_again(fold
     assert load(folder).pixels[3, 0, 0, 0] == 201
     (folder / "03.png").rename(folder / "99.png")
     assert load(folder).pixels[-1, 0, 0, 0] == 201
+
+
+def test_square_images_have_one_cache_for_all_seeds_and_crops(folder):
+    assert torch.equal(load(folder, seed=1).pixels, load(folder, seed=2).pixels)
+    (record,) = records(folder)
+    written = record.stat().st_mtime_ns
+    load(folder, center_crop=True)
+    assert [(r, r.stat().st_mtime_ns) for r in records(folder)] == [(record, written)]
+
+    Image.effect_noise((16, 8), 60).save(folder / "11.png")  # a single one of which a part is seen
+    one, two, same = (load(folder, seed=seed).pixels for seed in (1, 2, 1))
+    assert not torch.equal(one[11], two[11])
+    assert torch.equal(one, same)
+    assert len(records(folder)) == 3
+
+
+def test_on_the_fly_all_seeds_have_one_list_of_damaged_images(folder):
+    (folder / "05.png").write_text("text")
+    for seed in (1, 2):
+        assert len(load(folder, seed=seed, cache_limit_gb=0, on_bad_image="skip")) == N - 1
+    assert len(records(folder)) == 1
 
 
 def test_beyond_the_limit_images_are_decoded_on_the_fly(folder, monkeypatch):

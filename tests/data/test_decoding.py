@@ -1,8 +1,11 @@
 """Images that can't be read are named or skipped, and worker processes end when they should."""
 
+import io
 import itertools
 import os
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -11,7 +14,9 @@ import torch
 
 from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.data.dataset import load_images
-from ddpm_hf.data.decoding import decode_batches
+from ddpm_hf.data.decoding import decode_batches, decode_rows
+from ddpm_hf.data.sources import Source
+from ddpm_hf.data.transform import Transform
 from support.pictures import KINDS, N, flat, picture, take
 from support.runs import run
 
@@ -34,6 +39,27 @@ def test_damaged_images_are_skipped_and_listed(load, damaged, kind):
     assert torch.equal(batch.labels, numbers % 2)
     with pytest.raises(ValueError, match="can't be read"):  # also where a cache without them is there
         take(load(kind, train_data_dir=str(damaged)), N)
+
+
+def test_workers_drop_a_request_that_is_not_wanted_any_more(tmp_path):
+    """Each would take 20 seconds."""
+    log = tmp_path / "log"
+
+    def read(indices):
+        for _ in indices:
+            with log.open("a") as file:
+                file.write("row\n")
+            time.sleep(0.01 if len(indices) > 1 else 0)
+            yield png_row
+
+    stream = io.BytesIO()
+    picture(0).save(stream, "PNG")
+    png_row = {"bytes": stream.getvalue(), "path": None}
+    decoder = partial(decode_rows, Source("slow", None, 10_000, read), Transform(8, "L"))
+    batches = decode_batches(decoder, [range(1), range(2000), range(2000)], workers=2)
+    next(batches)
+    batches.close()
+    assert len(log.read_text().splitlines()) < 2001
 
 
 @pytest.mark.parametrize("size", [1, 4, N])

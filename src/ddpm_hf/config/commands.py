@@ -303,5 +303,22 @@ class PaperConfig(ImageOptions):
 
 
 @dataclass
+class CacheConfig:
+    """Options of `ddpm-hf cache`."""
+
+    cache_dir: str | None = option(None, "Where the decoded images are cached. Default: the cache of `datasets`.")
+    prune: bool = option(False, "Remove incomplete caches, which interrupted runs leave; with --older_than, others.")
+    older_than: float | None = option(
+        None, "With --prune: remove caches that were not used for N days, complete or not. 0: all."
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least(0, self, "older_than")
+        if self.older_than is not None and not self.prune:
+            raise ValueError(f"`older_than` is {self.older_than:g}, but nothing is removed without --prune: add it.")
+
+
+@dataclass
 class EnvConfig:
     """Options of `ddpm-hf env`, which has none."""

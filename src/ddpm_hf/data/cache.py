@@ -1,9 +1,10 @@
 """The decoded images of a source in one memory-mapped file, built once for all processes and later runs.
 
 A cache is a folder. Each build writes a pixel file of its own, `pixels-<token>.bin`; `progress-<token>.json` records
-how much of it has reached the disk, which the next build copies if this one is interrupted. `cache.json` is written
-last and names its pixel file; a cache without it is incomplete. So machines that share the disk, but not their locks,
-can build at the same time: the first to finish makes the cache.
+every few seconds, and when the build is interrupted, how much of it has reached the disk, which the next build copies.
+`cache.json` is written last and names its pixel file; a cache without it is incomplete. So machines that share the
+disk, but not their locks, can build at the same time: the first to finish makes the cache. `about.json` says what the
+images are, and its time when they were last used.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,15 +24,17 @@ from typing import Any, BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ..config.training import TrainConfig
 from ..progress import Bar, progress
-from ..storage.files import free_bytes, write_atomically
+from ..storage.files import free_bytes, share, write_atomically, write_text_atomically
 from .decoding import decode_batches, decode_rows
 from .sources import Source
-from .transform import Transform, Unreadable
+from .transform import Transform, Unreadable, image_format
 
-RECORD_EVERY = 32 * 2**20  # decoded bytes: the most that an interrupted build loses
+ABOUT = "about.json"
+SQUARE = "square"  # a file, where all images are known to be square
+RECORD_SECONDS = 5.0  # the most that a killed build loses, beside what is being decoded
 REQUEST = 2 * 2**20  # decoded bytes that a worker returns at once
+REQUEST_IMAGES = 16  # and images, since large photographs take long, however small they become
 MANY_IMAGES = 1000  # from this number on, starting worker processes pays
 
 
@@ -64,16 +68,14 @@ class ImageCache:
 
     def load(self) -> Survey | None:
         """The survey, if the cache is complete."""
-        return self._survey(self.folder / "cache.json")
+        return read_survey(self.folder / "cache.json", self._kept_bytes)
 
     def pixels(self, survey: Survey) -> np.ndarray:
         """The readable images, (n, C, H, W), mapped into memory copy-on-write: the file never changes."""
-        return np.memmap(
-            self.folder / survey.pixels,
-            self.transform.dtype,
-            mode="c",
-            shape=(len(survey.readable), *self.transform.shape),
-        )
+        shape = (len(survey.readable), *self.transform.shape)
+        with (self.folder / survey.pixels).open("rb") as file:
+            share(file)  # as long as it is mapped
+            return np.memmap(file, self.transform.dtype, mode="c", shape=shape)
 
     def build(self, skip_unreadable: bool, show_progress: bool = True) -> Survey:
         """Load the cache, or build it. Of several processes that want the same one, one builds it and the others wait.
@@ -82,10 +84,10 @@ class ImageCache:
             ValueError: for an image that can't be read, unless they are skipped; if no image can be read.
             OSError: if the folder can't be written to, or the disk is full.
         """
+        self._note_use()
         survey = self.load()
         if survey is None:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
                 with self._locked(show_progress):
                     survey = self.load() or self._build(skip_unreadable, show_progress)
             except OSError as error:
@@ -98,6 +100,23 @@ class ImageCache:
         if survey.unreadable and not skip_unreadable:
             raise survey.unreadable[0].error(self.source.name)
         return survey
+
+    def _note_use(self) -> None:
+        """Write down what the cache is of, and that it is used now."""
+        crop = (
+            "center crops" if self.transform.crop_seed is None else f"random crops of seed {self.transform.crop_seed}"
+        )
+        size, contents = self.transform.resolution, crop if self.keep_pixels else "only which can be read"
+        images = f"{self.source.name}: {len(self.source):,} images"
+        about = {
+            "description": f"{images}, {size}×{size} {self.transform.mode}, {contents}",
+            "image_bytes": self._kept_bytes,
+        }
+        with suppress(OSError):  # where it may only be read
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / ABOUT).exists():
+                write_text_atomically(self.folder / ABOUT, json.dumps(about, ensure_ascii=False))
+            os.utime(self.folder / ABOUT)
 
     @contextmanager
     def _locked(self, show_progress: bool) -> Iterator[None]:
@@ -116,33 +135,33 @@ class ImageCache:
 
     def _build(self, skip_unreadable: bool, show_progress: bool) -> Survey:
         total, name = len(self.source), self.source.name
-        builds = [self._survey(file) for file in self.folder.glob("progress*.json")]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        builds = [read_survey(file, self._kept_bytes) for file in self.folder.glob("progress*.json")]
         begun = max((survey for survey in builds if survey), key=lambda survey: survey.tried, default=Survey())
         token = uuid.uuid4().hex
-        survey = Survey(pixels=f"pixels-{token}.bin")
+        survey = replace(begun, pixels=f"pixels-{token}.bin")
         progress = self.folder / f"progress-{token}.json"
-        with (self.folder / survey.pixels).open("wb") as file, self._bar(0, show_progress) as bar:
+        decoder = partial(decode_rows, self.source, self.transform)
+        batches = decode_batches(decoder, self._requests(begun.tried), _workers(total - begun.tried))
+        with (self.folder / survey.pixels).open("wb") as file, self._bar(begun.tried, show_progress) as bar:
             self._copy(begun, file)
-            survey.tried, survey.unreadable = begun.tried, begun.unreadable
-            recorded = survey.tried
-            bar.update(recorded)
-            decoder = partial(decode_rows, self.source, self.transform)
-            for decoded in decode_batches(decoder, self._requests(recorded), _workers(total - recorded)):
-                if decoded.unreadable and not skip_unreadable:
-                    raise decoded.unreadable[0].error(name)
-                if self.keep_pixels:
-                    file.write(decoded.pixels.numpy().data)
-                survey.unreadable += decoded.unreadable
-                survey.tried += len(decoded.pixels) + len(decoded.unreadable)
-                bar.update(survey.tried - bar.n)
-                if (survey.tried - recorded) * self.image_bytes >= RECORD_EVERY:
-                    self._record(survey, file, progress)
-                    recorded = survey.tried
-            if len(survey.unreadable) == total:
-                raise ValueError(
-                    f"none of the {total} images can be read. The first: {survey.unreadable[0].error(name)}"
-                )
-            self._record(survey, file, progress)
+            try:
+                with closing(batches):
+                    for decoded, is_due in zip(batches, record_due(), strict=False):
+                        if decoded.unreadable and not skip_unreadable:
+                            raise decoded.unreadable[0].error(name)
+                        if self.keep_pixels:
+                            file.write(decoded.pixels.numpy().data)
+                        tried = survey.tried + len(decoded.pixels) + len(decoded.unreadable)
+                        # As a whole, since a signal may come at any moment.
+                        survey = Survey(tried, survey.unreadable + decoded.unreadable, survey.pixels)
+                        bar.update(tried - bar.n)
+                        if is_due:
+                            self._record(survey, file, progress)
+            finally:
+                self._record(survey, file, progress)
+        if len(survey.unreadable) == total:
+            raise ValueError(f"none of the {total} images can be read. The first: {survey.unreadable[0].error(name)}")
         finished = self._finish(progress)
         for leftover in [*self.folder.glob("progress*.json"), *self.folder.glob("pixels*.bin")]:
             if leftover.name != finished.pixels:
@@ -178,7 +197,7 @@ class ImageCache:
         return progress(total=total, initial=done, desc=label, unit="img", is_shown=show_progress, **options)
 
     def _requests(self, first: int) -> Iterator[range]:
-        size = min(256, max(1, REQUEST // self.image_bytes))
+        size = min(REQUEST_IMAGES, max(1, REQUEST // self.image_bytes))
         total = len(self.source)
         return (range(i, min(i + size, total)) for i in range(first, total, size))
 
@@ -189,17 +208,34 @@ class ImageCache:
         record = json.dumps(asdict(survey), indent=1).encode()
         write_atomically(file, lambda stream: stream.write(record), sync=True)
 
-    def _survey(self, file: Path) -> Survey | None:
-        """The survey in a record, unless the record or pixels that it counts are missing."""
-        try:
-            record = json.loads(file.read_text("utf-8"))
-        except (FileNotFoundError, ValueError):
-            return None
-        survey = Survey(**{**record, "unreadable": [Unreadable(**bad) for bad in record["unreadable"]]})
-        return survey if _size(self.folder / survey.pixels) >= self._expected_bytes(survey) else None
+    @property
+    def _kept_bytes(self) -> int:
+        """Of an image, in the pixel file."""
+        return self.image_bytes if self.keep_pixels else 0
 
     def _expected_bytes(self, survey: Survey) -> int:
-        return len(survey.readable) * self.image_bytes if self.keep_pixels else 0
+        return len(survey.readable) * self._kept_bytes
+
+
+def read_survey(file: Path, image_bytes: int) -> Survey | None:
+    """The survey in a record, unless the record or some of the pixels that it counts are missing or damaged."""
+    try:
+        record = json.loads(file.read_text("utf-8"))
+        survey = Survey(**{**record, "unreadable": [Unreadable(**bad) for bad in record["unreadable"]]})
+        present = _size(file.with_name(Path(survey.pixels).name))
+        return survey if present >= len(survey.readable) * image_bytes else None
+    except (FileNotFoundError, ValueError, TypeError, KeyError, IndexError):
+        return None
+
+
+def record_due() -> Iterator[bool]:
+    """For ever: whether `RECORD_SECONDS` have passed since that was last so."""
+    last = time.monotonic()
+    while True:
+        is_due = time.monotonic() - last >= RECORD_SECONDS
+        yield is_due
+        if is_due:
+            last = time.monotonic()  # after what was due
 
 
 def _size(file: Path) -> int:
@@ -214,15 +250,42 @@ def _workers(images: int) -> int:
     return cores if cores > 1 and images >= MANY_IMAGES else 0
 
 
-def cache_root(config: TrainConfig) -> Path:
+def cache_root(cache_dir: str | None) -> Path:
     """The folder of all caches of decoded images, in the cache folder of `datasets`."""
     import datasets
 
-    return Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "decoded_images"
+    return Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "decoded_images"
 
 
-def fits_disk(cache: ImageCache, limit_gb: float | None) -> bool:
+def choose_cache(root: Path, source: Source, transform: Transform, limit_gb: float | None) -> ImageCache | None:
+    """The cache for these images, complete or not; None if it would be too large.
+
+    Where all images are square, random crops of any seed and center crops are the same, and share a cache.
+    """
+    cache, seedless = (ImageCache(root, source, t) for t in (transform, replace(transform, crop_seed=None)))
+    if limit_gb == 0 or cache.load() is not None:
+        return None if limit_gb == 0 else cache
+    if (seedless.folder / SQUARE).exists():
+        cache = seedless
+    if cache.load() is None and not _fits_disk(cache, limit_gb):
+        return None
+    if cache.folder != seedless.folder and _all_square(source):
+        with suppress(OSError):  # it is found out again
+            seedless.folder.mkdir(parents=True, exist_ok=True)
+            (seedless.folder / SQUARE).touch()
+        cache = seedless
+    return cache
+
+
+def _fits_disk(cache: ImageCache, limit_gb: float | None) -> bool:
     """Whether all decoded images may be stored; without a limit, they may take half of the free disk space."""
     free = free_bytes(cache.folder) + cache.present_bytes
     limit = free / 2 if limit_gb is None else min(free, limit_gb * 1e9)
     return len(cache.source) * cache.image_bytes <= limit
+
+
+def _all_square(source: Source) -> bool:
+    """Whether all images that can be read are square; only their headers are read, up to the first that is not."""
+    requests = (range(i, min(i + 256, len(source))) for i in range(0, len(source), 256))
+    formats = (image_format(raw) for request in requests for raw in source.read(request))
+    return all(width == height for width, height, _ in filter(None, formats))

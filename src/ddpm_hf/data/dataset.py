@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import count, islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..progress import write
-from .cache import ImageCache, Survey, cache_root, fits_disk
+from .cache import ImageCache, Survey, cache_root, choose_cache
 from .decoding import decode_batches, decode_rows, decode_stream_rows
 from .sources import Source, Stream, StreamRow, open_source, open_stream
 from .transform import Transform, Unreadable
@@ -220,10 +221,11 @@ def load_images(config: TrainConfig, source: Source | Stream | None = None, show
     if source.fingerprint is None:
         decoded = decode_rows(source, transform, range(len(source)))
         return StoredImages(decoded.pixels, source.name, decoded.labels, source.label_names)
-    cache = ImageCache(cache_root(config), source, transform)
-    is_kept = config.cache_limit_gb != 0 and (cache.load() is not None or fits_disk(cache, config.cache_limit_gb))
-    if not is_kept:
-        cache = ImageCache(cache_root(config), source, transform, keep_pixels=False)
+    root = cache_root(config.cache_dir)
+    cache = choose_cache(root, source, transform, config.cache_limit_gb)
+    is_kept = cache is not None
+    if cache is None:  # which images can be read does not depend on a seed
+        cache = ImageCache(root, source, replace(transform, crop_seed=None), keep_pixels=False)
     # Without a cache, only skipping needs a survey: the order of the images depends on how many can be read.
     survey = cache.build(skip, show_progress) if is_kept or skip else Survey(len(source))
     if survey.unreadable and show_progress:

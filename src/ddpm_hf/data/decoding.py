@@ -6,13 +6,13 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import islice
-from multiprocessing import parent_process
-from typing import Any, NamedTuple
+from multiprocessing import RawValue, parent_process
+from typing import Any, NamedTuple, TypeVar
 from zlib import crc32
 
 import numpy as np
@@ -34,18 +34,20 @@ class Decoded(NamedTuple):
 
 
 Decoder = Callable[[Any], Decoded]
+Row = TypeVar("Row")
 
 
 def decode_rows(source: Source, transform: Transform, indices: Sequence[int]) -> Decoded:
     """The readable images among these indices of a source."""
-    results = [decode(*row, transform) for row in zip(indices, source.read(indices), strict=True)]
+    rows = zip(indices, source.read(indices), strict=True)
+    results = [decode(*row, transform) for row in _until_stopped(rows)]
     return _stack(results, None if source.labels is None else source.labels[indices], transform)
 
 
 def decode_stream_rows(transform: Transform, size: int, rows: Sequence[StreamRow]) -> Decoded:
     """The first `size` readable images among these rows of a stream."""
     results: list[np.ndarray | Unreadable] = []
-    for row in rows:
+    for row in _until_stopped(rows):
         result = decode(_content_number(row.raw), row.raw, transform)
         results.append(replace(result, index=row.position) if isinstance(result, Unreadable) else result)
         if sum(isinstance(r, np.ndarray) for r in results) == size:
@@ -55,7 +57,7 @@ def decode_stream_rows(transform: Transform, size: int, rows: Sequence[StreamRow
     return _stack(results, labels, transform)
 
 
-def decode_batches(decoder: Decoder, requests: Iterable[Any], workers: int) -> Iterator[Decoded]:
+def decode_batches(decoder: Decoder, requests: Iterable[Any], workers: int) -> Generator[Decoded]:
     """`decoder` of each request, in order, by `workers` processes (0: by this one).
 
     Raises:
@@ -65,7 +67,8 @@ def decode_batches(decoder: Decoder, requests: Iterable[Any], workers: int) -> I
         yield from map(decoder, requests)
         return
     # DataLoader would do, but has no public way to end its workers, and they have to outlive signals (see below).
-    executor = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(decoder,))
+    stopped = RawValue("b", 0)
+    executor = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(decoder, stopped))
     coming, pending = iter(requests), deque[Future[Decoded]]()
     try:
         while True:
@@ -79,16 +82,17 @@ def decode_batches(decoder: Decoder, requests: Iterable[Any], workers: int) -> I
             "a process that decodes images was killed (out of memory?): lower --dataloader_num_workers."
         ) from error
     finally:
+        stopped.value = 1
         executor.shutdown(cancel_futures=True)
 
 
-def _start_worker(decoder: Decoder) -> None:
+def _start_worker(decoder: Decoder, stopped: Any) -> None:
     """Set up a worker process: only the run decides when to stop, and its workers end with it, even if it is killed.
 
     Ctrl-C is sent to every process of a terminal, SIGTERM to every process of a job, so the workers ignore both.
     """
-    global _decoder
-    _decoder = decoder
+    global _decoder, _stopped
+    _decoder, _stopped = decoder, stopped
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -105,7 +109,17 @@ def _decode_in_worker(request: Any) -> Decoded:
     return _decoder(request)
 
 
-_decoder: Decoder  # of a worker process, which gets it once, when it starts
+def _until_stopped(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows, as long as the results are wanted: the request of a worker process may take many seconds."""
+    for row in rows:
+        if _stopped is not None and _stopped.value:
+            raise RuntimeError("the results are not wanted any more")
+        yield row
+
+
+# Of a worker process, which gets them once, when it starts.
+_decoder: Decoder
+_stopped: Any = None
 
 
 def _stack(results: list[np.ndarray | Unreadable], labels: np.ndarray | None, transform: Transform) -> Decoded:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -76,6 +77,29 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def share(file: IO[bytes]) -> None:
+    """Mark an open file as in use, until it and mappings of it are closed. On Windows, every open file is."""
+    if sys.platform != "win32":
+        import fcntl
+
+        with suppress(OSError):  # on a disk without locks
+            fcntl.flock(file, fcntl.LOCK_SH)
+
+
+def is_shared(file: Path) -> bool:
+    """Whether some process has marked the file as in use."""
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    with file.open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def lock_output_dir(output_dir: Path) -> FileLock:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate.commands.config.config_args import default_config_file
 from huggingface_hub import constants, get_token
 
+from ..data.cache import cache_root
 from ..sampling.fast import is_bfloat16_faster, missing_for_compilation
 from ..storage.files import free_bytes
 from .performance import expected_device
@@ -85,6 +86,6 @@ def _folders() -> dict[str, Path]:
     return {
         "models": Path(constants.HF_HUB_CACHE),
         "datasets": Path(datasets.config.HF_DATASETS_CACHE),
-        "decoded images": Path(datasets.config.HF_DATASETS_CACHE) / "decoded_images",
+        "decoded images": cache_root(None),
         "here": Path.cwd(),
     }
