@@ -35,7 +35,7 @@ FOLDERS = {
     },
     "sharing.conversion": {"config", "diffusion", "sharing", "storage"},
     "export": {"diffusion", "sampling", "storage"},
-    "demo": {"diffusion", "export", "storage"},
+    "demo": {"data", "diffusion", "export", "restoration", "storage"},
     "training": {
         "config", "console", "data", "diffusion", "distributed", "evaluation", "evaluation.metrics", "progress",
         "sampling", "sharing", "storage",
@@ -54,6 +54,8 @@ FILES = {
     "commands.restore": {"model"},
     "commands.paper": {"model"},
     "commands.sample": {"model"},
+    "commands.demo": {"model"},
+    "demo.app": {"live"},
     "demo.static_page": {"onnxruntime_web"},
     "export.export": {"sampler_table"},
     "restoration.methods": {"operators"},

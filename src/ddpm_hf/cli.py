@@ -176,8 +176,9 @@ def _parser() -> argparse.ArgumentParser:
         model=MODEL,
     )  # fmt: skip
     _add_command(
-        commands, "demo", DemoConfig, demo, "make a model a page that samples in the browser",
-        "Write a folder with a page that samples in the browser, from any web server and offline.",
+        commands, "demo", DemoConfig, demo, "try a model: an app, or a page that samples in the browser",
+        "Serve an app (Gradio) for a model, or with --static write a folder with a page that samples in the browser, "
+        "from any web server and offline.",
         model=MODEL,
     )  # fmt: skip
     _add_command(

@@ -66,8 +66,10 @@ def watched_page(browser, expected_errors=(), **options):
 
 
 def nameless_controls(page):
-    """The controls that a screen reader could not name."""
-    nodes = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
+    """The HTML of those controls that a screen reader could not name."""
+    session = page.context.new_cdp_session(page)
+    nodes = session.send("Accessibility.getFullAXTree")["nodes"]
     shown = [n for n in nodes if not n.get("ignored") and n["role"]["value"] in CONTROLS]
     assert shown
-    return [n for n in shown if not n.get("name", {}).get("value", "").strip()]
+    nameless = [n["backendDOMNodeId"] for n in shown if not n.get("name", {}).get("value", "").strip()]
+    return [session.send("DOM.getOuterHTML", {"backendNodeId": node})["outerHTML"] for node in nameless]

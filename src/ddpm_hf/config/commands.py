@@ -190,10 +190,15 @@ class ExportConfig(TrajectoryOptions):
 class DemoConfig:
     """Options of `ddpm-hf demo`."""
 
-    static: bool = option(True, "A page that samples in the browser, without a server.")
-    output_dir: str | None = option(None, "Folder for the page, new or empty. Default: the model's name and `-demo`.")
-    dtype: Literal["float32", "float16"] = option("float32", "Precision of the weights in the page.")
-    max_megabytes: float = option(100.0, "The most that the weights in the page may have: every visitor loads them.")
+    static: bool = option(False, "Write a page that samples in the browser, instead of serving an app.")
+    output_dir: str | None = option(
+        None, "--static: folder for the page, new or empty. Default: the model's name and `-demo`."
+    )
+    dtype: Literal["float32", "float16"] = option("float32", "--static: precision of the weights in the page.")
+    max_megabytes: float = option(
+        100.0, "--static: the most that the weights in the page may have: every visitor loads them."
+    )
+    device: str | None = option(None, "Of the app: cpu, cuda, mps, …; default: the best one available.")
     revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
 
     def __post_init__(self) -> None:
