@@ -87,7 +87,8 @@ def _sampling_tab(pipeline: DDPMPipelineCustom) -> None:
                 stop = gr.Button("Stop")
         with gr.Column(scale=2):
             view = gr.Image(
-                label="x̂_0, while it is sampled", alt_text="The images as a grid", format="png", interactive=False, buttons=["fullscreen", "download"],
+                label="x̂_0, while it is sampled", alt_text="The images as a grid", format="png",
+                interactive=False, buttons=["fullscreen", "download"],
                 elem_classes="pixels", elem_id="view",
             )  # fmt: skip
             with gr.Row():
