@@ -25,3 +25,13 @@ def _fixed_seed():
 @pytest.fixture
 def make_unet():
     return tiny_unet
+
+
+@pytest.fixture
+def file_limit():
+    """Files can't grow beyond so many bytes: a real failure to write, as on a full disk."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -115,7 +115,7 @@ FILES = {
     "sharing.conversion.improved_diffusion": {"original_network"},
     "sharing.conversion.pytorch_diffusion": {"original_network"},
     "sharing.push": {"card", "card_merge", "hub"},
-    "storage.checkpoint": {"files"},
+    "storage.checkpoint": {"files", "weights"},
     "storage.loading": {"checkpoint"},
     "training.batch_size": {"losses", "network"},
     "training.environment": {"performance"},

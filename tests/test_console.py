@@ -1,6 +1,8 @@
 """What a command prints beside its result: progress, and nothing that helps nobody."""
 
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -9,8 +11,10 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
 from ddpm_hf import progress
+from ddpm_hf.cli import _again
+from ddpm_hf.console import one_line_errors
 from support.models import tiny_unet
-from support.runs import run
+from support.runs import run, start, wait_for
 
 DDPM_HF = (sys.executable, "-m", "ddpm_hf")
 SAMPLE = ("--num_images", "2", "--steps", "4", "--output_dir")
@@ -56,9 +60,10 @@ def test_tqdm_disable_is_respected(oldest, tmp_path, monkeypatch):
 
 
 def test_progress_in_a_log_is_a_line_at_times(capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_MININTERVAL", raising=False)  # which commands that ran in this process have set
     assert list(progress.progress(range(10_000), desc="Quick", unit="step")) == list(range(10_000))
     assert capsys.readouterr().err.startswith("Quick: 100% 10000/10000 [")
-    monkeypatch.setattr(progress, "LINES", {**progress.LINES, "mininterval": 0, "delay": 0})
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
     with progress.progress(desc="Slow", unit="image", total=3) as bar:
         for _ in range(3):
             bar.update()
@@ -83,3 +88,61 @@ def test_in_a_terminal_progress_is_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert list(progress.progress(range(3), desc="Bar", unit="step")) == [0, 1, 2]
     assert "\rBar: 100%|" in capsys.readouterr().err
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "status"),
+    [("ddpm_hf.cli", -signal.SIGINT), ("torch", 130), ("diffusers", 130), ("ddpm_hf.storage", 130)],
+)
+def test_ctrl_c_during_imports_prints_no_traceback(module, status, tmp_path):
+    """Sent by the import itself, in a process that was told to sample."""
+    script = (
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from ddpm_hf.__main__ import main\n"
+        "main()\n"
+    )
+    done = run([sys.executable, "-c", script, "sample", "model", "--output_dir", str(tmp_path / "out")])
+    assert done.returncode == status
+    if status > 0:
+        assert done.stderr.splitlines()[-2:] == [
+            "Interrupted by Ctrl-C. What was saved before is unharmed. Run it again with:",
+            f"  ddpm-hf sample model --output_dir {tmp_path / 'out'}",
+        ]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_a_calibration_ends_with_a_word_and_the_command(signum, tmp_path):
+    DDPMPipeline(tiny_unet(channels=1), DDPMScheduler(1000)).save_pretrained(tmp_path / "model")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.json")}
+    command = ["calibrate", str(tmp_path / "model"), "--dataset", "digits", "--num_images", "64"]
+    process = start([*DDPM_HF, *command], env={**os.environ, "TQDM_MININTERVAL": "0"})
+    wait_for(process, b"Calibrating")
+    process.send_signal(signum)
+    output = process.communicate()[0].decode()
+    assert process.returncode == 128 + signum
+    assert f"Interrupted by {'Ctrl-C' if signum == signal.SIGINT else 'SIGTERM'}. What was saved" in output
+    assert f"Run it again with:\n  ddpm-hf {' '.join(command)}\n" in output
+    assert "Traceback" not in output
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*.json")} == before
+
+
+def test_the_command_to_run_again_holds_no_token():
+    for token in (["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]):
+        again = _again(["push", "my model", *token, "me/model"])
+        assert again == "Run it again with:\n  ddpm-hf push 'my model' me/model"
+
+
+def test_signals_are_handled_as_before_when_a_command_has_ended():
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    with one_line_errors(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -98,7 +99,7 @@ MODEL = "a folder, a training checkpoint, or a model on the Hub"
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; foreseen errors end with one line and status 1."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    with one_line_errors():
+    with one_line_errors(_again(arguments)):
         if arguments[:1] == ["train"]:  # it reads a YAML file between the defaults and the flags
             train(arguments[1:])
             return
@@ -106,6 +107,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         run, config_type, positionals = (options.pop(name) for name in ("run", "config_type", "positionals"))
         options.pop("command")
         run(*(options.pop(name) for name in positionals), config_type(**options))
+
+
+def _again(arguments: Sequence[str]) -> str:
+    """How an interrupted command resumes, without the token that may be one of its arguments."""
+    words, is_secret = [], False
+    for word in arguments:
+        if not is_secret and not word.startswith("--hub_token"):
+            words.append(word)
+        is_secret = word == "--hub_token"
+    return f"Run it again with:\n  {shlex.join(['ddpm-hf', *words])}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,10 +1,11 @@
 """Progress: a bar in a terminal and in notebooks; elsewhere, in a log, a line from time to time.
 
-TQDM_DISABLE=1 turns it off.
+TQDM_DISABLE=1 turns it off, and TQDM_MININTERVAL=60 makes it a line every minute.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +16,6 @@ from tqdm.std import tqdm as Bar  # noqa: N812
 
 SECONDS_PER_LINE = 10.0
 LINE = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-LINES: dict[str, Any] = {"mininterval": SECONDS_PER_LINE, "delay": SECONDS_PER_LINE, "miniters": 1, "bar_format": LINE}
 
 
 class _Lines(Bar):
@@ -69,7 +69,9 @@ def progress(
     in_terminal = sys.stderr is not None and sys.stderr.isatty()
     if in_notebook or in_terminal:
         return tqdm.auto.tqdm(iterable, desc=desc, total=total, unit=unit, **options)
-    return _Lines(iterable, desc=desc, total=total, unit=unit, **options | LINES)
+    pause = float(os.environ.get("TQDM_MININTERVAL", SECONDS_PER_LINE))
+    options |= {"mininterval": pause, "delay": pause, "miniters": 1, "bar_format": LINE}
+    return _Lines(iterable, desc=desc, total=total, unit=unit, **options)
 
 
 def write(text: str) -> None:

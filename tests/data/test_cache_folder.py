@@ -85,7 +85,7 @@ def test_incomplete_caches_are_removed_and_others_stay(cached, lines):
     make_partial(dogs)
     assert lines("--prune")[0].startswith("Removed: ")
     assert not dogs.exists()
-    assert lines("--prune") == [f"0.0 MiB freed in {cats.parent}."]
+    assert lines("--prune") == [f"0 bytes freed in {cats.parent}."]
     assert cats.exists()
     assert (Path(cats.parents[2]) / "dogs").is_dir()  # the images themselves
 

@@ -23,9 +23,10 @@ def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     options = ["--max_train_steps", "8", "--checkpointing_steps", "8", "--save_images_steps", "0"]
     options += ["--eval_steps", "8", "--eval_images", "17"]
-    wrong_default = {**TWO_PROCESSES_ENV, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}  # which the flag overrides
+    env = {**TWO_PROCESSES_ENV, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}  # which the flag overrides
+    env["TQDM_MININTERVAL"] = "0"  # progress is printed at once
     command = [*TWO_PROCESSES, str(SUPPORT / "two_processes.py"), str(folder), json.dumps(options)]
-    process = start(command, env=wrong_default)
+    process = start(command, env=env)
     seen = wait_for(process, b"whole is done") + wait_for(process, b"Sampling")
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
     os.kill(int(children.split()[-1]), signal.SIGTERM)

@@ -41,7 +41,7 @@ def test_a_signal_waits_for_the_next_check(signum):
 @pytest.mark.slow
 def test_ctrl_c_during_a_preview_saves_a_checkpoint_and_until_then_no_other_run_starts(tmp_path):
     slow = ["--ddpm_num_inference_steps", "1000", "--save_images_steps", "10", "--eval_batch_size", "200"]
-    process = start(train_command(tmp_path, *slow))
+    process = start(train_command(tmp_path, *slow), env={**os.environ, "TQDM_MININTERVAL": "0"})
     wait_for(process, b"Sampling")
     other = train_here(tmp_path, "--resume_from_checkpoint", "latest")
     assert other.returncode == 1
@@ -52,6 +52,23 @@ def test_ctrl_c_during_a_preview_saves_a_checkpoint_and_until_then_no_other_run_
     assert b"Stopped after 1 updates. Resume with --resume_from_checkpoint latest." in output
     assert b"Traceback" not in output
     assert checkpoint_steps(tmp_path) == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_calibration_at_the_end_says_how_to_resume(signum, tmp_path):
+    few = ["--ddpm_num_steps", "100", "--ddpm_beta_schedule", "squaredcos_cap_v2", "--max_train_steps", "4"]
+    command = train_command(tmp_path, *few, "--calibration_images", "64")
+    process = start(command, env={**os.environ, "TQDM_MININTERVAL": "0"})
+    wait_for(process, b"Calibrating")
+    process.send_signal(signum)
+    output = process.communicate()[0].decode()
+    assert process.returncode == 128 + signum
+    assert "What was saved before is unharmed. Resume with --resume_from_checkpoint latest." in output
+    assert "Traceback" not in output
+    again = train_here(tmp_path, *few, "--calibration_images", "64", "--resume_from_checkpoint", "latest")
+    assert again.returncode == 0, again.stderr
+    assert "_calibration" in (tmp_path / "scheduler" / "scheduler_config.json").read_text("utf-8")
 
 
 def test_a_failed_run_releases_its_folder_though_its_exception_is_kept(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import runpy
 import shutil
 import sys
@@ -232,9 +233,13 @@ def test_a_full_disk_ends_the_run_without_a_damaged_checkpoint(tmp_path):
     )
     done = run(train_command(tmp_path, launcher=(sys.executable, "-c", script)))
     assert done.returncode == 1
-    assert "checkpoint can't be written" in done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(f"error: '{tmp_path}/checkpoint-4' can't be written (")
+    assert re.search(r"free on its disk, and [0-9,]+ bytes are needed\. Earlier checkpoints are kept: free some", error)
+    assert "--resume_from_checkpoint latest" in error
     assert "Traceback" not in done.stderr
-    assert not any(tmp_path.glob("checkpoint-*[0-9]"))
+    assert not any(tmp_path.glob("checkpoint-*"))
+    assert not any(tmp_path.glob("*.partial"))
     again = train_here(tmp_path, "--resume_from_checkpoint", "latest")  # with space again, it succeeds
     assert again.returncode == 0, again.stderr
     assert not any(tmp_path.glob("*.partial"))

@@ -123,3 +123,14 @@ def test_damaged_checkpoints_are_skipped_and_named(finished_run, tmp_path):
         load_checkpoint(tmp_path / "run" / "checkpoint-12")
     (tmp_path / "run" / "checkpoint-8" / "unet" / "config.json").unlink()
     assert latest_checkpoint(tmp_path / "run")[0] is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["samples.png", "Samples.PNG", "unet/logs", "checkpoint-8", "metrics.json", "README.md", "x.partial", ".lock"],
+)
+def test_logs_have_no_folder_that_the_run_writes_something_else_to(name, tmp_path):
+    config = TrainConfig(dataset_name="digits", resolution=16, output_dir=str(tmp_path), logging_dir=name)
+    with pytest.raises(ValueError, match=f"`logging_dir` is '{name}', but the run writes something else of this name"):
+        prepare_output_dir(tmp_path, config)
+    prepare_output_dir(tmp_path, replace(config, logging_dir="logs/samples.png"))

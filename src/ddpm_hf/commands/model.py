@@ -28,11 +28,9 @@ def load_on_device(model: str, revision: str | None, device: str | None, dtype: 
         ValueError: where the device can't be used.
     """
     import torch
-    from diffusers.utils import logging
 
     from ..storage.loading import load_pipeline
 
-    logging.disable_progress_bar()  # of two components
     place = _device(device) if device else processes().device
     return load_pipeline(model, revision, getattr(torch, dtype)).to(place)
 

@@ -380,8 +380,6 @@ class TrainConfig(
         logs = Path(self.logging_dir)
         if logs.is_absolute() or ".." in logs.parts or not logs.parts:
             raise ValueError(f"`logging_dir` is {self.logging_dir!r}, but must be a folder inside the output folder.")
-        if re.fullmatch(r"unet|scheduler|checkpoint-.*|.*\.partial", logs.parts[0]):
-            raise ValueError(f"`logging_dir` is {self.logging_dir!r}, but that name is reserved: choose another one.")
         if self.logger is not None and self.report_to not in (None, [self.logger]):
             raise ValueError(
                 f"`logger` is {self.logger!r}, but `report_to` is {', '.join(self.report_to)}: leave --logger out."

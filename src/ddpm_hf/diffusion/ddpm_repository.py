@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import json
 import os
-import shutil
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -65,8 +64,7 @@ def complete_repository(folder: Path, has_custom_scheduler: bool) -> None:
         _write_config(unet_config, _read_config(unet_config))
     here = Path(__file__).parent
     for name in CODE_FILES:
-        if (here / name).resolve() != (folder / name).resolve():
-            shutil.copyfile(here / name, folder / name)
+        _replace(folder / name, (here / name).read_bytes())
     # safetensors keeps weights to their owner, whatever the umask: give them the mode of other new files
     for weights in folder.glob("unet/*.safetensors"):
         weights.chmod(index_file.stat().st_mode)
@@ -80,7 +78,20 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _write_config(file: Path, config: dict[str, Any]) -> None:
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    _replace(file, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """Write a file, or leave it as it is: a full disk harms no model that was complete."""
+    if file.is_file() and file.read_bytes() == content:
+        return
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def update_card(folder: Path, **facts: str) -> None:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from ..diffusion.ddpm_few_steps import Calibration, fingerprint
 from ..diffusion.ddpm_process import check_choice
+from ..diffusion.ddpm_repository import complete_repository
 from ..diffusion.pipeline import DDPMPipelineCustom
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import sum_over_processes
-from ..storage.files import write_text_atomically
+from ..storage.files import full_disk_explained, write_text_atomically
+from ..storage.weights import size_of
 from .predictions import NoisyImages, Prediction, on_cpu
 
 MIN_IMAGES = 16  # below it the standard error itself is a guess
@@ -140,8 +142,10 @@ def steps_table(scheduler: DDPMSchedulerCustom, steps: Sequence[int] = (10, 25, 
 def save_calibrated(pipe: DDPMPipelineCustom, place: Path) -> None:
     """Save a calibrated pipeline. In its own folder only the scheduler and the code are replaced, not the weights."""
     if not (place / "model_index.json").is_file():
-        pipe.save_pretrained(place)
+        with full_disk_explained(place, size_of(pipe.unet.parameters())):
+            pipe.save_pretrained(place)
         return
-    pipe.save_config(place)
+    with full_disk_explained(place):
+        complete_repository(place, has_custom_scheduler=True)
     name = pipe.scheduler.config_name
     write_text_atomically(place / "scheduler" / name, pipe.scheduler.to_json_string())

@@ -15,7 +15,14 @@ from accelerate import PartialState
 
 from ..data.pictures import image_grid
 from ..diffusion.pipeline import DDPMPipelineCustom, image_size
-from ..storage.files import check_free_space, check_writable, lock_output_dir, write_atomically, write_text_atomically
+from ..storage.files import (
+    check_free_space,
+    check_writable,
+    free_bytes,
+    lock_output_dir,
+    write_atomically,
+    write_text_atomically,
+)
 from .files import NpzFile, PngFiles, image_files
 from .generate import describe_sampling, index_batches, sample_pixels
 
@@ -149,8 +156,8 @@ def _writing(output_dir: Path, record: dict[str, Any], state: PartialState) -> I
         state.wait_for_everyone()
     except OSError as error:
         raise OSError(
-            f"images can't be written into {str(output_dir)!r} ({error}): free some space. The same command then "
-            "resumes."
+            f"images can't be written into {str(output_dir)!r} ({error}), whose disk has {free_bytes(output_dir):,} "
+            "bytes free: free some space. The same command then resumes."
         ) from error
     finally:
         if lock is not None:

@@ -22,8 +22,9 @@ from PIL import Image
 
 from ..diffusion.ddpm_repository import EVALUATION_FILES, REAL_IMAGES, SHARED_FILES
 from ..evaluation.results import evaluation_files
+from ..storage.files import full_disk_explained
 from ..storage.loading import load_pipeline, stored_dtype
-from ..storage.weights import hash_weight_files
+from ..storage.weights import hash_weight_files, size_of
 from .card import CardFacts, combine_facts, known_facts, write_card
 from .card_merge import merge_cards, parse_card
 from .hub import DEFAULT_RETRY, HubTarget, Log, PushError, Retry, check_push_access, explain, readable_errors
@@ -116,7 +117,8 @@ def export_model(folder: Path, destination: Path, with_real_images: bool = False
     for name in dict.fromkeys((*EXTRAS, *REAL_IMAGES)):
         if name not in hidden and (folder / name).is_file():
             shutil.copyfile(folder / name, destination / name)
-    pipeline.save_pretrained(destination)
+    with full_disk_explained(destination, size_of(pipeline.unet.parameters())):
+        pipeline.save_pretrained(destination)
     for name in set(EVALUATION_FILES).difference(evaluation_files(destination)):
         (destination / name).unlink(missing_ok=True)
 

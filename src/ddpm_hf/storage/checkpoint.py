@@ -15,16 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..diffusion.pipeline import DDPMPipelineCustom
-from .files import sync
+from .files import full_disk_explained, sync
+from .weights import size_of
 
 MANIFEST = "manifest.json"
 STATE = "training_state"
 BEST = "best_checkpoint.json"
+FULL_DISK_REMEDY = "Earlier checkpoints are kept: free some space, then resume with --resume_from_checkpoint latest."
 PIPELINE_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -68,10 +69,14 @@ def save_checkpoint(output_dir: Path, pipeline: DDPMPipelineCustom, state: Train
     Raises:
         OSError: if it can't be written, for example on a full disk. Earlier checkpoints are kept.
     """
-    try:
-        return _save_checkpoint(output_dir, pipeline, state, total_limit)
-    except SafetensorError as error:
-        raise OSError(f"the checkpoint can't be written into {str(output_dir)!r}: {error}") from error
+    final = output_dir / f"checkpoint-{state.step}"
+    tensors = [*pipeline.unet.parameters(), *state.weights.values(), *state.optimizer.values()]
+    with full_disk_explained(final, size_of(tensors), FULL_DISK_REMEDY):
+        try:
+            return _save_checkpoint(output_dir, pipeline, state, total_limit)
+        except BaseException:
+            _remove(final.with_name(f"{final.name}.partial"))
+            raise
 
 
 def _save_checkpoint(output_dir: Path, pipeline: DDPMPipelineCustom, state: TrainingState, total_limit: int) -> Path:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}  # Windows has no EDQUOT
+REMEDY = "Free some space, or choose another folder."
 
 
 def check_writable(folder: Path) -> None:
@@ -39,8 +45,33 @@ def free_bytes(folder: Path) -> int:
 
 
 def describe_bytes(count: int) -> str:
-    """A size for people, in MiB or GiB."""
+    """A size for people, in MiB or GiB; in bytes below a MiB."""
+    if count < 2**20:
+        return f"{count:,} bytes"
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+@contextmanager
+def full_disk_explained(place: Path, num_bytes: int | None = None, remedy: str = REMEDY) -> Iterator[None]:
+    """Within this context, a disk that is full is an OSError that names the place, the room there is, and the remedy.
+
+    Args:
+        place: what is being written, or the folder that it lies in.
+        num_bytes: what it takes, where that is known.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        codes = {error.errno} if isinstance(error, OSError) else {*map(int, re.findall(r"os error (\d+)", str(error)))}
+        if not codes & FULL:
+            if isinstance(error, OSError):
+                raise
+            raise OSError(f"{str(place)!r} can't be written: {error}") from error
+        needed = "" if num_bytes is None else f", and {describe_bytes(num_bytes)} are needed"
+        raise OSError(
+            f"{str(place)!r} can't be written ({error}): {describe_bytes(free_bytes(place))} are free on its "
+            f"disk{needed}. {remedy}"
+        ) from error
 
 
 def _nearest_existing(folder: Path) -> Path:
@@ -53,14 +84,23 @@ def write_atomically(file: Path, write: Callable[[IO[bytes]], object], *, sync: 
     Args:
         write: gets the open file.
         sync: flush the content to the disk before the rename, so that it survives a power failure, too.
+
+    Raises:
+        OSError: where it can't be written, for example on a full disk. No temporary file is left.
     """
     partial = file.with_name(f"{file.name}.partial")
-    with partial.open("wb") as stream:
-        write(stream)
-        if sync:
-            stream.flush()
-            os.fsync(stream.fileno())
-    partial.replace(file)
+    try:
+        with partial.open("wb") as stream:
+            write(stream)
+            if sync:
+                stream.flush()
+                os.fsync(stream.fileno())
+        partial.replace(file)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(file)  # which the system does not name where a disk is full
+        raise
 
 
 def write_text_atomically(file: Path, text: str) -> None:

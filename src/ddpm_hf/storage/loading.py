@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.utils import logging
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
@@ -38,6 +39,7 @@ def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = 
     Raises:
         ValueError: if there is no such model, or it is damaged.
     """
+    logging.disable_progress_bar()  # of diffusers, over two components
     folder = Path(model)
     if folder.is_dir():
         if revision is not None:

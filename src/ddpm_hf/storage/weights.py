@@ -1,8 +1,9 @@
-"""Hashes that identify the weights of a network, and of a saved one."""
+"""The weights of a network, and of a saved one: hashes that identify them, and their size."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -30,3 +31,8 @@ def hash_weight_files(folder: Path) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def size_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes that these tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

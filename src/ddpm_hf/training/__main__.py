@@ -15,7 +15,7 @@ def main(argv: Sequence[str], **defaults: Any) -> None:
         argv: the command line.
         defaults: of options, instead of those of `TrainConfig`.
     """
-    with one_line_errors():
+    with one_line_errors("Resume with --resume_from_checkpoint latest."):
         config = parse_train_config(argv, **defaults)
         from .interruption import Interrupted  # after the options: --help and mistakes answer at once
         from .loop import train

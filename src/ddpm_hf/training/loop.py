@@ -22,8 +22,8 @@ from ..diffusion.pipeline import DDPMPipelineCustom
 from ..distributed import lost_processes_raise
 from ..sampling.batch_size import out_of_memory_explained
 from ..sharing.background_push import BackgroundPusher
-from ..storage.checkpoint import best_step, checkpoint_steps, save_checkpoint
-from ..storage.files import lock_output_dir
+from ..storage.checkpoint import FULL_DISK_REMEDY, best_step, checkpoint_steps, save_checkpoint
+from ..storage.files import full_disk_explained, lock_output_dir
 from .batch_size import what_to_lower
 from .interruption import Interrupted, Interruption
 from .log import TrainingLog
@@ -62,7 +62,10 @@ def train(config: TrainConfig) -> Path:
     with setup.agreement.together():
         lock = lock_output_dir(Path(config.output_dir)) if setup.accelerator.is_main_process else None
     try:
-        with out_of_memory_explained(what_to_lower(config)):
+        with (
+            out_of_memory_explained(what_to_lower(config)),
+            full_disk_explained(Path(config.output_dir), remedy=FULL_DISK_REMEDY),
+        ):
             train_prepared(config, setup)
     finally:
         if lock is not None:

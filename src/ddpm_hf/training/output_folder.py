@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from ..config.training import TrainConfig
 from ..diffusion.ddpm_repository import CODE_FILES, EVALUATION_FILES
@@ -14,7 +13,8 @@ from ..diffusion.pipeline import DDPMPipelineCustom
 from ..sharing.card import read_card
 from ..sharing.card_merge import parse_card
 from ..storage.checkpoint import BEST, check_intact, checkpoint_steps, latest_checkpoint, remove_checkpoint
-from ..storage.files import check_writable
+from ..storage.files import check_writable, full_disk_explained
+from ..storage.weights import size_of
 
 # What a run leaves in its folder beside checkpoints: with them, all that --overwrite_output_dir may remove.
 PICTURES = ("samples.png", "real.png", "samples_and_real.png", "loss.png", "validation.png")
@@ -33,6 +33,7 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig) -> tuple[Path | No
         ValueError: for a folder that can't be written or holds another run, and for a checkpoint that does not exist.
     """
     check_writable(output_dir)
+    _check_logging_dir(config)
     for folder in [output_dir, output_dir / config.logging_dir, *(output_dir / name for name in RUN_FOLDERS)]:
         if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
             raise ValueError(f"{str(folder)!r} is not a folder, but the run needs one of this name: move it away.")
@@ -57,6 +58,17 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig) -> tuple[Path | No
     if latest is None:
         _refuse_foreign_files(output_dir, config)
     return latest, skipped
+
+
+def _check_logging_dir(config: TrainConfig) -> None:
+    """Raise a ValueError where the folder of the logs has the name of something else that a run writes."""
+    first = Path(config.logging_dir).parts[0].casefold()  # on some disks, samples.PNG is samples.png
+    reserved = (*RUN_FILES, *RUN_FOLDERS, "README.md", ".lock")
+    if first in {name.casefold() for name in reserved} or re.fullmatch(r"checkpoint-.*|.*\.partial", first):
+        raise ValueError(
+            f"`logging_dir` is {config.logging_dir!r}, but the run writes something else of this name: choose another "
+            "one, such as logs."
+        )
 
 
 def _refuse_other_run(output_dir: Path, config: TrainConfig) -> None:
@@ -118,12 +130,14 @@ def replace_pipeline(pipeline: DDPMPipelineCustom, output_dir: Path) -> None:
     partial = output_dir / "pipeline.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    try:
-        if (output_dir / "README.md").is_file():  # the card keeps what a person has edited in it
-            shutil.copyfile(output_dir / "README.md", partial / "README.md")
-        pipeline.save_pretrained(partial)
-    except SafetensorError as error:
-        raise OSError(f"the pipeline can't be written into {str(output_dir)!r}: {error}") from error
+    with full_disk_explained(output_dir, size_of(pipeline.unet.parameters())):
+        try:
+            if (output_dir / "README.md").is_file():  # the card keeps what a person has edited in it
+                shutil.copyfile(output_dir / "README.md", partial / "README.md")
+            pipeline.save_pretrained(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     for file in [p for p in partial.rglob("*") if p.is_file()]:
         place = output_dir / file.relative_to(partial)
         place.parent.mkdir(exist_ok=True)

@@ -19,6 +19,7 @@ from ..sharing.background_push import BackgroundPusher
 from ..sharing.card import CardFacts, write_card
 from ..sharing.hub import HubTarget, check_push_access
 from ..sharing.push import try_push
+from ..storage.files import write_text_atomically
 from .network import ema_weights
 from .state import Run
 
@@ -73,7 +74,8 @@ def calibrate_export(run: Run, images: Images) -> None:
     with ema_weights(run.ema, run.unet):
         calibrate(pipeline, to_uint8(normalize(batch.pixels)), class_labels=batch.labels, seed=run.config.seed)
     if run.accelerator.is_main_process:
-        pipeline.scheduler.save_pretrained(Path(run.config.output_dir) / "scheduler")
+        file = Path(run.config.output_dir) / "scheduler" / pipeline.scheduler.config_name
+        write_text_atomically(file, pipeline.scheduler.to_json_string())
 
 
 def publish(run: Run, target: HubTarget | None) -> None:

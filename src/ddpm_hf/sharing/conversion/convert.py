@@ -20,8 +20,9 @@ from torch import Tensor
 from ...config.commands import ConvertConfig
 from ...diffusion.pipeline import DDPMPipelineCustom, image_size
 from ...diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
-from ...storage.files import check_writable
+from ...storage.files import check_writable, full_disk_explained
 from ...storage.loading import load_pipeline, stored_dtype
+from ...storage.weights import size_of
 from ..card import CardFacts, write_card
 from .improved_diffusion import improved_diffusion_network, is_improved_diffusion
 from .original_network import Forward, OriginalNetwork, Weights
@@ -60,7 +61,8 @@ def convert_model(model: str, destination: Path, config: ConvertConfig) -> Path:
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".ddpm-hf-convert-", dir=destination.parent) as place:
         stage = Path(place) / "model"
-        pipeline.save_pretrained(stage)
+        with full_disk_explained(destination, size_of(pipeline.unet.parameters())):
+            pipeline.save_pretrained(stage)
         for loader in (DDPMPipeline, DDPMPipelineCustom):
             saved = loader.from_pretrained(stage, dtype=pipeline.unet.dtype).unet
             _check_equal(reference, saved, torch.float64 if is_file else saved.dtype)
