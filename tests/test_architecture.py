@@ -106,6 +106,7 @@ FILES = {
         "embedding", "forward", "interpolation", "network", "neighbours", "posterior", "figure",
         "job", "progressive", "quality", "rate_distortion", "samples", "schedule", "scores", "shared", "page",
     },
+    "sampling.fast": {"onnx_network"},
     "sampling.files": {"generate"},
     "sampling.generate": {"philox"},
     "sampling.folder": {"files", "generate"},

@@ -139,18 +139,17 @@ def test_given_images_are_restored_and_a_missing_one_is_named(page, tmp_path):
 
 def test_sampling_ends_when_nobody_watches_and_errors_reach_the_visitor(make_unet):
     pipeline = DDPMPipelineCustom(make_unet(), DDPMSchedulerCustom())
-    before = threading.active_count()
     steps = sample_live(pipeline, 0, 1, pipeline.scheduler, num_inference_steps=1000)
     assert next(steps)[0].number == 1
     started = time.monotonic()
     steps.close()
-    assert threading.active_count() == before
+    assert "sample_live" not in {thread.name for thread in threading.enumerate()}
     frames = [f for new in sample_live(pipeline, 0, 2, pipeline.scheduler, num_inference_steps=120) for f in new]
     assert [f.number for f in frames] == [*range(1, 121, 3), 120]
     assert time.monotonic() - started < 60
     with pytest.raises(ValueError, match="class_labels"):
         list(sample_live(pipeline, 0, 1, pipeline.scheduler, num_inference_steps=5, class_labels=[0]))
-    assert threading.active_count() == before
+    assert "sample_live" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_without_gradio_the_command_says_what_to_install(model, monkeypatch):

@@ -41,6 +41,7 @@ def half_precision(monkeypatch):
 def compilation(monkeypatch):
     """A compiler that traces as the real one does and generates no code; what it makes takes a tenth of the time."""
     monkeypatch.setattr(torch, "compile", functools.partial(_compile, torch.compile))
+    monkeypatch.setattr(fast, "missing_packages", lambda: ["onnxruntime"])
     times = iter([1.0, 0.1] * 10)
     monkeypatch.setattr(fast, "seconds_per_call", lambda *arguments: next(times))
     yield
@@ -77,6 +78,7 @@ def test_compiled_network_gives_the_same_images_at_every_batch_size(make_pipelin
 def test_one_compilation_serves_the_trial_and_the_job(make_pipeline, half_precision, monkeypatch):
     graphs = []
     monkeypatch.setattr(torch, "compile", functools.partial(_compile, torch.compile, graphs=graphs))
+    monkeypatch.setattr(fast, "missing_packages", lambda: ["onnxruntime"])
     times = iter([1.0, 0.1])
     measure = fast.seconds_per_call
     monkeypatch.setattr(fast, "seconds_per_call", lambda *arguments: (measure(*arguments), next(times))[1])
@@ -85,6 +87,39 @@ def test_one_compilation_serves_the_trial_and_the_job(make_pipeline, half_precis
     pipe(2, generators(0, 1), 3, class_labels=1)
     assert len(graphs) == 1
     torch.compiler.reset()
+
+
+def test_onnxruntime_gives_the_same_images_where_it_is_faster(make_pipeline, monkeypatch):
+    times = iter([1.0, 0.5] * 2)  # of PyTorch, of onnxruntime
+    monkeypatch.setattr(fast, "seconds_per_call", lambda *arguments: next(times))
+    pipe = make_pipeline(num_class_embeds=4)
+    options = {"class_labels": 1, "guidance_scale": 2.0, "num_inference_steps": 5, "output_type": "pt"}
+    plain = [pipe(n, generators(*range(n)), **options).images for n in (2, 3)]
+    described = pipe.enable_fast_sampling(200, 1, batch_size=2, guidance_scale=2.0)
+    assert described.startswith("float32 by onnxruntime (2.00 times as fast as PyTorch); not compiled (about 90 s")
+    assert pipe.sampling_dtype == torch.float32
+    for n, images in zip((2, 3), plain, strict=True):
+        torch.testing.assert_close(pipe(n, generators(*range(n)), **options).images, images, rtol=0, atol=1e-5)
+    pipe.unet.conv_out.bias.data += 1
+    with pytest.raises(ValueError, match="its weights changed"):
+        pipe(2, generators(0, 1), **options)
+    assert "by onnxruntime" in pipe.enable_fast_sampling(200, 1, batch_size=2, guidance_scale=2.0)
+
+
+def test_onnxruntime_that_is_slower_or_fails_is_left_out(make_unet, monkeypatch):
+    times = iter([1.0, 0.99, 1.0])
+    monkeypatch.setattr(fast, "seconds_per_call", lambda *arguments: next(times))
+    network, described = fast_network(make_unet(), 100, 1, 1, 1.0)
+    assert network is None
+    assert "without onnxruntime (tried: 1.01 times as fast as PyTorch)" in described
+
+    def fail(unet):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(fast, "OnnxNetwork", fail)
+    network, described = fast_network(make_unet(), 100, 1, 1, 1.0)
+    assert network is None
+    assert "without onnxruntime (RuntimeError: no such instruction)" in described
 
 
 def test_guided_sampling_is_compiled_for_both_halves(make_pipeline, compilation):

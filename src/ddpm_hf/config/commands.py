@@ -112,7 +112,9 @@ class SampleConfig(SamplingOptions):
     rng: Literal["torch", "philox"] = option(
         "torch", "Whose random numbers: PyTorch's, or Philox4x32-10, as the browser demo and other languages draw them."
     )
-    fast: bool = option(False, "Half precision and compilation if they pay on this machine; prints what was chosen.")
+    fast: bool = option(
+        False, "Half precision, compilation and onnxruntime if they pay on this machine; prints what was chosen."
+    )
     revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
 
     def __post_init__(self) -> None:

@@ -74,7 +74,7 @@ def sample_live(
         except BaseException as error:  # raised where somebody sees it
             frames.put(error)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=work, name="sample_live", daemon=True)
     thread.start()
     try:
         items: list[Frame | BaseException | None] = [frames.get()]

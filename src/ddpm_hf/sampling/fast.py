@@ -1,4 +1,4 @@
-"""How a network samples fastest on this machine: in which precision, and whether compiled.
+"""How a network samples fastest on this machine: by PyTorch or onnxruntime, in which precision, and whether compiled.
 
 The limits for CPUs are measured (training/benchmarks/README.md); what is said of GPUs is from their documentation.
 """
@@ -17,6 +17,7 @@ from diffusers import UNet2DModel
 from ..diffusion.ddpm_fast_network import FastNetwork
 from ..diffusion.ddpm_process import check_integer
 from ..diffusion.pipeline import image_size
+from .onnx_network import OnnxNetwork, missing_packages
 
 # Below, a CPU spends more on converting activations than it gains in multiplications.
 BFLOAT16_PARAMETERS = 2_000_000
@@ -25,15 +26,18 @@ COMPILATION_SECONDS = {"cpu": 90, "cuda": 60}
 COMPILED_SAVING = 0.25
 # On a CPU, only what a small network does beside its multiplications is worth compiling.
 COMPILED_PARAMETERS = {"cpu": 5_000_000, "cuda": float("inf")}
-LEAST_COMPILED_GAIN = 1.05  # else the network stays uncompiled
+LEAST_GAIN = 1.05  # else nothing is changed
+# What making an onnxruntime session takes, and the least part of a network call that it saves.
+ONNX_SECONDS, ONNX_SECONDS_PER_PARAMETER = 1.0, 1e-7
+ONNX_SAVING = 0.25
 TRITON_CAPABILITY = (7, 0)  # of the oldest GPUs that Triton generates code for
-# Measuring what compilation would save takes three calls, too many of a job of fewer calls than these.
+# Measuring what could be saved takes three calls, too many of a job of fewer calls than these.
 MEASURED_CALLS = 100
 
 
 def fast_network(
     unet: UNet2DModel, num_images: int, num_inference_steps: int, batch_size: int | None, guidance_scale: float
-) -> tuple[FastNetwork | None, str]:
+) -> tuple[FastNetwork | OnnxNetwork | None, str]:
     """The fastest twin of a network for a job of this size: see `DDPMPipelineCustom.enable_fast_sampling`.
 
     Returns:
@@ -50,10 +54,17 @@ def fast_network(
     dtype, precision = sampling_dtype(unet)
     twin = FastNetwork(unet, dtype)
     is_guided = unet.config.num_class_embeds is not None and guidance_scale != 1
-    num_calls = num_inference_steps * (num_images // batch_size)
-    is_compiled, compilation = _compile_where_it_pays(twin, unet, batch_size * (2 if is_guided else 1), num_calls)
-    is_faster = is_compiled or dtype != torch.float32
-    return twin if is_faster else None, f"{precision}; {compilation}"
+    num_calls, rows = num_inference_steps * (num_images // batch_size), batch_size * (2 if is_guided else 1)
+    if num_calls < MEASURED_CALLS:
+        best: FastNetwork | OnnxNetwork | None = twin if dtype != torch.float32 else None
+        return best, f"{precision}; not compiled ({num_calls} network calls are too few)"
+    seconds = seconds_per_call(twin, unet, rows)
+    onnx, onnx_seconds, runtime = _onnx_where_it_pays(unet, rows, num_calls, seconds)
+    is_compiled, compilation = _compile_where_it_pays(twin, unet, rows, num_calls, onnx_seconds)
+    if onnx is not None and not is_compiled:
+        return onnx, f"{runtime}; {compilation}"
+    best = twin if is_compiled or dtype != torch.float32 else None
+    return best, "; ".join(filter(None, [precision, runtime, compilation]))
 
 
 def sampling_dtype(unet: UNet2DModel) -> tuple[torch.dtype, str]:
@@ -100,17 +111,47 @@ def missing_for_compilation(device: torch.device) -> str | None:
     return None
 
 
-def _compile_where_it_pays(twin: FastNetwork, unet: UNet2DModel, batch_size: int, num_calls: int) -> tuple[bool, str]:
-    """Compile the twin if that saves more time than it takes, by trial; whether it is compiled, and why."""
+def _onnx_where_it_pays(
+    unet: UNet2DModel, batch_size: int, num_calls: int, seconds: float
+) -> tuple[OnnxNetwork | None, float, str]:
+    """The network in onnxruntime, if that is faster than a twin that takes `seconds` per call, by trial.
+
+    Returns:
+        It, or None; the seconds of the faster of both; and what was found, nothing where there is no onnxruntime.
+    """
+    if unet.device.type != "cpu" or unet.dtype != torch.float32 or missing_packages():
+        return None, seconds, ""
+    cost = ONNX_SECONDS + ONNX_SECONDS_PER_PARAMETER * unet.num_parameters()
+    saved = num_calls * seconds * ONNX_SAVING
+    if saved < 2 * cost:
+        return None, seconds, f"without onnxruntime (about {cost:.0f} s, to save {saved:.1f} s)"
+    try:
+        network = OnnxNetwork(unet)
+        onnx_seconds = seconds_per_call(network, unet, batch_size)
+    except Exception as error:  # whatever exporters and runtimes raise
+        reason, *_ = str(error).strip().splitlines() or ["without a message"]
+        return None, seconds, f"without onnxruntime ({type(error).__name__}: {reason})"
+    gain = f"{seconds / onnx_seconds:.2f} times as fast as PyTorch"
+    if onnx_seconds * LEAST_GAIN > seconds:
+        return None, seconds, f"without onnxruntime (tried: {gain})"
+    return network, onnx_seconds, f"float32 by onnxruntime ({gain})"
+
+
+def _compile_where_it_pays(
+    twin: FastNetwork, unet: UNet2DModel, batch_size: int, num_calls: int, seconds: float
+) -> tuple[bool, str]:
+    """Compile the twin if that saves more time than it takes, by trial; whether it is compiled, and why.
+
+    Args:
+        seconds: of a call of the fastest alternative.
+    """
     kind, parameters = unet.device.type, unet.num_parameters()
     if kind not in COMPILATION_SECONDS or parameters > COMPILED_PARAMETERS[kind]:
         return False, "not compiled (no gain for such a network on this device)"
     missing = missing_for_compilation(unet.device)
     if missing:
         return False, f"not compiled (torch.compile needs {missing})"
-    if num_calls < MEASURED_CALLS:
-        return False, f"not compiled ({num_calls} network calls are too few)"
-    seconds, cost = seconds_per_call(twin, unet, batch_size), COMPILATION_SECONDS[kind]
+    cost = COMPILATION_SECONDS[kind]
     saved = num_calls * seconds * COMPILED_SAVING
     if saved < 2 * cost:
         return False, f"not compiled (about {cost} s, to save {saved:.0f} s of {num_calls} network calls)"
@@ -121,13 +162,13 @@ def _compile_where_it_pays(twin: FastNetwork, unet: UNet2DModel, batch_size: int
     except Exception as error:  # whatever compilers raise
         reason, *_ = str(error).strip().splitlines() or ["without a message"]
         gain, outcome = 0.0, f"{type(error).__name__}: {reason}"
-    if gain > LEAST_COMPILED_GAIN:
+    if gain > LEAST_GAIN:
         return True, f"compiled for batches of {batch_size} ({gain:.2f} times as fast)"
     twin.undo_compile()
     return False, f"not compiled ({outcome})"
 
 
-def seconds_per_call(twin: FastNetwork, unet: UNet2DModel, batch_size: int) -> float:
+def seconds_per_call(twin: FastNetwork | OnnxNetwork, unet: UNet2DModel, batch_size: int) -> float:
     """Of the faster of two calls of a network's twin, after one that allocates or compiles."""
     config, device = unet.config, unet.device
     x = torch.zeros(batch_size, config.in_channels, *image_size(unet), device=device)
