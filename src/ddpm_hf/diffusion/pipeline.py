@@ -240,9 +240,9 @@ class DDPMPipelineCustom(DiffusionPipeline):
         Half precision where it pays, on a trajectory that stays float32: bfloat16 moves most pixels by less than one of
         255 levels, and a few by many. Compilation where the job is long enough to earn it back; it changes images by
         rounding alone. On a CPU, onnxruntime in place of PyTorch where the extra [onnx] is installed and it is measured
-        to be faster; that, too, changes images by rounding alone. What is saved stays the network itself. Attention processors and hooks that are set later have
-        no effect; a compiled network must be used by the thread that made it. The package ddpm-hf makes the choice: a
-        pipeline of remote code that runs without it has `use_fast_network`.
+        to be faster; that, too, changes images by rounding alone. What is saved stays the network itself. Attention
+        processors and hooks that are set later have no effect; a compiled network must be used by the thread that made
+        it. The package ddpm-hf makes the choice: a pipeline of remote code that runs without it has `use_fast_network`.
 
         Args:
             num_images: N, of the whole job, in batches of one size.
