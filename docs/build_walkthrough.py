@@ -1,0 +1,215 @@
+"""A hook of mkdocs: runs `walkthrough/*.py` and makes of each a page in English, one in Japanese, and two notebooks.
+
+The sources are in jupytext's percent format. A cell of words holds both languages, after the marks `<!-- en -->` and
+`<!-- ja -->`; code is the same for both, so that its outputs are, too. Cells tagged `exercise` and `solution` become a
+question, and an answer that is folded away. The outputs are those of the run that builds the site, kept in
+`walkthrough/.cache` until a source or the package changes.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+
+SOURCES = Path(__file__).parent / "walkthrough"
+CACHE = SOURCES / ".cache" / "outputs.json"
+# In reading order: later pages use the model that `training` leaves.
+PAGES = (
+    "forward", "closed_form", "posterior", "loss", "network", "training", "sampling", "likelihood", "few_steps",
+    "guidance", "sharing", "unified",
+)  # fmt: skip
+LANGUAGES = ("en", "ja")
+WORDS = {
+    "en": {"exercise": "Exercise", "solution": "Solution", "output": "Output", "next": "Next",
+           "notebook": "this page as a notebook", "other": "日本語"},
+    "ja": {"exercise": "練習問題", "solution": "解答", "output": "出力", "next": "次へ",
+           "notebook": "このページのノートブック", "other": "English"},
+}  # fmt: skip
+ALIASES = {
+    "P.": "ddpm_hf.diffusion.ddpm_process.DDPMProcess.",
+    "M.": "ddpm_hf.diffusion.ddpm_process.",
+}
+INSTALL = '%pip install -q "ddpm-hf[train]"'
+
+
+@dataclass
+class Output:
+    """What a code cell left: its text, and its pictures as PNG."""
+
+    text: str = ""
+    pictures: list[bytes] = field(default_factory=list)
+
+
+def read(page: str) -> list[Any]:
+    """The cells of a page: `cell_type`, `source`, and `metadata.tags`."""
+    return jupytext.read(SOURCES / f"{page}.py", fmt="py:percent").cells
+
+
+def in_language(source: str, language: str) -> str:
+    """One language's part of a cell of words; all of a cell that has no marks."""
+    parts = re.split(r"<!-- (en|ja) -->\n?", source)
+    if len(parts) == 1:
+        return source
+    return dict(zip(parts[1::2], parts[2::2], strict=True))[language].strip()
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def run_page(page: str, namespace: dict[str, Any] | None = None) -> list[Output]:
+    """Run the code of a page, in the current folder.
+
+    Raises:
+        Exception: what the code raises, with a note of the page and the cell.
+    """
+    import matplotlib
+    import torch
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    namespace = {"__name__": "__main__"} if namespace is None else namespace
+    torch.set_default_dtype(torch.float32)  # a page before may have chosen another
+    outputs = []
+    for number, cell in enumerate(c for c in read(page) if c.cell_type == "code"):
+        text = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(text), warnings.catch_warnings(action="ignore"):
+                exec(compile(cell.source, f"{page}.py, code cell {number + 1}", "exec"), namespace)
+        except Exception as error:
+            error.add_note(f"in walkthrough/{page}.py, code cell {number + 1}:\n{cell.source}")
+            raise
+        pictures = []
+        for figure in map(pyplot.figure, pyplot.get_fignums()):
+            file = io.BytesIO()
+            figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
+            pictures.append(file.getvalue())
+        pyplot.close("all")
+        outputs.append(Output(text.getvalue().strip("\n"), pictures))
+    return outputs
+
+
+def run_all() -> dict[str, list[Output]]:
+    """The outputs of all pages: of a run now, or of an earlier one of the same sources and package."""
+    key = _key()
+    if CACHE.is_file():
+        stored = json.loads(CACHE.read_text("utf-8"))
+        if stored["key"] == key:
+            return {
+                page: [Output(o["text"], [base64.b64decode(p) for p in o["pictures"]]) for o in outputs]
+                for page, outputs in stored["pages"].items()
+            }
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        found = {page: run_page(page) for page in PAGES}
+    pages = {
+        page: [{"text": o.text, "pictures": [base64.b64encode(p).decode() for p in o.pictures]} for o in outputs]
+        for page, outputs in found.items()
+    }
+    CACHE.parent.mkdir(exist_ok=True)
+    partial = CACHE.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({"key": key, "pages": pages}), "utf-8")
+    partial.replace(CACHE)
+    return found
+
+
+def _key() -> str:
+    import torch
+
+    import ddpm_hf
+
+    digest = hashlib.sha256(torch.__version__.encode())
+    package = Path(ddpm_hf.__file__).parent
+    for file in [*sorted(package.rglob("*.py")), *(SOURCES / f"{page}.py" for page in PAGES)]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def to_markdown(page: str, outputs: list[Output], language: str) -> str:
+    """The page in one language; pictures lie beside the English one as `PAGE-1.png`, …"""
+    words, up = WORDS[language], "" if language == "en" else "../"
+    other = f"ja/{page}.md" if language == "en" else f"../{page}.md"
+    remaining, picture, blocks = iter(outputs), 0, []
+    for cell in read(page):
+        tags, indent = cell.metadata.get("tags", []), ""
+        if cell.cell_type == "markdown":
+            text = in_language(cell.source, language)
+        else:
+            output = next(remaining)
+            text = f"```python\n{cell.source}\n```"
+            if output.text:
+                text += f'\n\n```text title="{words["output"]}"\n{output.text}\n```'
+            for _ in output.pictures:
+                picture += 1
+                text += f"\n\n![{page} {picture}]({up}{page}-{picture}.png)"
+        if "exercise" in tags:
+            blocks.append(f'!!! question "{words["exercise"]}"\n')
+            indent = "    "
+        elif "solution" in tags:
+            if not blocks or not blocks[-1].startswith(("??? ", "    <!-- solution -->")):
+                blocks.append(f'??? success "{words["solution"]}"\n')
+            indent = "    "
+        blocks.append("\n".join(indent + line if line else "" for line in text.splitlines()))
+        if "solution" in tags:
+            blocks.append("    <!-- solution -->")
+    head, *rest = blocks
+    links = f"[{words['other']}]({other}) · [{words['notebook']}]({page}.ipynb)"
+    after = PAGES[PAGES.index(page) + 1 :]
+    if after:
+        title = in_language(read(after[0])[0].source, language).splitlines()[0].lstrip("# ")
+        rest.append(f"**{words['next']}:** [{title}]({after[0]}.md)")
+    title, _, lead = head.partition("\n")
+    text = "\n\n".join([title, links, lead.strip(), *rest])
+    for short, full in ALIASES.items():
+        text = text.replace(f"][{short}", f"][{full}")
+    return text + "\n"
+
+
+def to_notebook(page: str, language: str) -> str:
+    """The page as a notebook in one language, without outputs; solutions are folded."""
+    notebook = nbformat.v4.new_notebook(metadata={"language_info": {"name": "python"}})
+    notebook.cells.append(nbformat.v4.new_code_cell(INSTALL, id="install"))
+    for number, cell in enumerate(read(page)):
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type == "code":
+            new = nbformat.v4.new_code_cell(cell.source, id=f"cell-{number}")
+        else:
+            text = re.sub(r"\[(`[^`]+`)\]\[[^\]]+\]", r"\1", in_language(cell.source, language))
+            text = re.sub(r"\]\((\w+)\.md\)", r"](\1.ipynb)", text)
+            heading = next((f"**{WORDS[language][t]}.** " for t in ("exercise", "solution") if t in tags), "")
+            new = nbformat.v4.new_markdown_cell(heading + text, id=f"cell-{number}")
+        if "solution" in tags:
+            new.metadata["jupyter"] = {"source_hidden": True}
+        notebook.cells.append(new)
+    nbformat.validate(notebook)
+    return nbformat.writes(notebook)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages, their pictures and the notebooks to the site."""
+    from mkdocs.structure.files import File
+
+    for page, outputs in run_all().items():
+        pictures = [p for output in outputs for p in output.pictures]
+        for number, picture in enumerate(pictures, 1):
+            files.append(File.generated(config, f"walkthrough/{page}-{number}.png", content=picture))
+        for language in LANGUAGES:
+            place = "walkthrough" if language == "en" else f"walkthrough/{language}"
+            files.append(File.generated(config, f"{place}/{page}.md", content=to_markdown(page, outputs, language)))
+            files.append(File.generated(config, f"{place}/{page}.ipynb", content=to_notebook(page, language)))
+    return files
