@@ -42,6 +42,7 @@ ALIASES = {
     "P.": "ddpm_hf.diffusion.ddpm_process.DDPMProcess.",
     "M.": "ddpm_hf.diffusion.ddpm_process.",
 }
+KANA = "ぁ-んァ-ヶー一-龥、。「」（）"
 INSTALL = '%pip install -q "ddpm-hf[train]"'
 
 
@@ -64,6 +65,12 @@ def in_language(source: str, language: str) -> str:
     if len(parts) == 1:
         return source
     return dict(zip(parts[1::2], parts[2::2], strict=True))[language].strip()
+
+
+def join_lines(text: str) -> str:
+    """Japanese text without the spaces that a browser puts in the place of line breaks."""
+    text = re.sub(rf"(?<=[{KANA}])\n(?=[{KANA}$`*\[])", "", text)
+    return re.sub(rf"(?<=[$`*)])\n(?=[{KANA}])", "", text)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -175,6 +182,8 @@ def to_markdown(page: str, outputs: list[Output], language: str) -> str:
         rest.append(f"**{words['next']}:** [{title}]({after[0]}.md)")
     title, _, lead = head.partition("\n")
     text = "\n\n".join([title, links, lead.strip(), *rest])
+    if language == "ja":
+        text = join_lines(text)
     for short, full in ALIASES.items():
         text = text.replace(f"][{short}", f"][{full}")
     return text + "\n"
@@ -198,6 +207,11 @@ def to_notebook(page: str, language: str) -> str:
         notebook.cells.append(new)
     nbformat.validate(notebook)
     return nbformat.writes(notebook)
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Join the lines of the Japanese pages that are written by hand."""
+    return join_lines(markdown) if "/ja/" in page.file.src_uri else markdown
 
 
 def on_files(files: Any, config: Any) -> Any:

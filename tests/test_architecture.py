@@ -29,16 +29,16 @@ FOLDERS = {
     },
     "restoration": {"config", "data", "diffusion", "sampling", "storage"},
     "sharing": {"diffusion", "evaluation", "progress", "storage"},
-    "paper": {
-        "config", "data", "diffusion", "evaluation", "evaluation.metrics", "progress", "restoration", "sampling",
-        "storage",
-    },
     "sharing.conversion": {"config", "diffusion", "sharing", "storage"},
     "export": {"diffusion", "sampling", "storage"},
     "demo": {"data", "diffusion", "export", "restoration", "storage"},
     "training": {
         "config", "console", "data", "diffusion", "distributed", "evaluation", "evaluation.metrics", "progress",
         "sampling", "sharing", "storage",
+    },
+    "paper": {
+        "config", "data", "diffusion", "evaluation", "evaluation.metrics", "progress", "restoration", "sampling",
+        "storage", "training",
     },
     "commands": {
         "config", "data", "demo", "diffusion", "evaluation", "export", "paper", "restoration", "sampling", "sharing",
@@ -88,6 +88,7 @@ FILES = {
     "evaluation.metrics.reference_statistics": {"distances", "features"},
     "evaluation.phases": {"likelihood_report", "plots", "predictions", "real_images", "results"},
     "evaluation.plots": {"likelihood"},
+    "paper.ablation": {"figure", "job"},
     "paper.figure": {"job"},
     "paper.embedding": {"canvas", "figure", "job"},
     "paper.forward": {"canvas", "figure", "job"},
@@ -103,7 +104,7 @@ FILES = {
     "paper.scores": {"figure", "job"},
     "paper.shared": {"canvas", "figure", "job"},
     "paper.report": {
-        "embedding", "forward", "interpolation", "network", "neighbours", "posterior", "figure",
+        "ablation", "embedding", "forward", "interpolation", "network", "neighbours", "posterior", "figure",
         "job", "progressive", "quality", "rate_distortion", "samples", "schedule", "scores", "shared", "page",
     },
     "sampling.fast": {"onnx_network"},

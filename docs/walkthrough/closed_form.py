@@ -96,11 +96,17 @@ for t in range(1000):
         means.append(float(x.mean()))
         variances.append(float(x.var()))
 
-closed = process.q_mean_variance(torch.full((10, 1), pixel, dtype=torch.float64), torch.tensor(times))
+closed = process.q_mean_variance(
+    torch.full((10, 1), pixel, dtype=torch.float64), torch.tensor(times)
+)
 mean, variance = closed.mean.flatten(), closed.variance.flatten()
 z_mean = (torch.tensor(means, dtype=torch.float64) - mean) / (variance / draws).sqrt()
-z_variance = (torch.tensor(variances, dtype=torch.float64) - variance) / (variance * (2 / draws) ** 0.5)
-print(f"the largest of 20 deviations: {float(torch.cat([z_mean, z_variance]).abs().max()):.1f} standard errors")
+z_variance = (torch.tensor(variances, dtype=torch.float64) - variance) / (
+    variance * (2 / draws) ** 0.5
+)
+print(
+    f"the largest of 20 deviations: {float(torch.cat([z_mean, z_variance]).abs().max()):.1f} standard errors"
+)
 assert torch.cat([z_mean, z_variance]).abs().max() < 4  # Eq. 4
 
 t = torch.arange(1000)
@@ -127,7 +133,9 @@ plt.legend()
 
 # %%
 assert abs(float(process.one_minus_alpha_bar(0)) / 1e-4 - 1) < 1e-12
-print(f"SNR: {float(process.snr(0)):.0f} after one step, {float(process.snr(999)):.1e} after all of them")
+print(
+    f"SNR: {float(process.snr(0)):.0f} after one step, {float(process.snr(999)):.1e} after all of them"
+)
 
 # %% [markdown] tags=["exercise"]
 # <!-- en -->

@@ -96,7 +96,11 @@ for choice in ("fixed_small", "fixed_large", "optimal"):
             added = process.p_log_variance(t, s, choice).exp()
         variance = float((c_0 * slope + c_t) ** 2 * variance + added)
     results[choice] = variance
-print({choice: f"{variance:.4f}" for choice, variance in results.items()}, "and the data have", c)
+print(
+    {choice: f"{variance:.4f}" for choice, variance in results.items()},
+    "and the data have",
+    c,
+)
 assert abs(results["optimal"] - c) < 1e-4  # arXiv 2201.06503, Theorem 1
 assert abs(results["fixed_small"] - c) > 10 * abs(results["optimal"] - c)
 
@@ -111,7 +115,9 @@ assert abs(results["fixed_small"] - c) > 10 * abs(results["optimal"] - c)
 # 数字のモデルを 5、10、25 ステップで動かします。2 次の補正（`solver_order=2`）は直前のステップからの $\hat x_0$ の変化を使うもので、ネットワークの呼び出し回数は増えません。
 
 # %%
-assert Path("walkthrough-digits").is_dir(), "run the page about training first: it makes this model"
+assert Path("walkthrough-digits").is_dir(), (
+    "run the page about training first: it makes this model"
+)
 pipe = load_pipeline("walkthrough-digits")
 pipe.set_progress_bar_config(disable=True)
 fig, axes = plt.subplots(2, 3, figsize=(9, 3.2))
@@ -120,8 +126,12 @@ for column, steps in enumerate((5, 10, 25)):
         random = [torch.Generator().manual_seed(i) for i in range(12)]
         images = pipe(12, random, steps, output_type="pt", **options).images[:, 0]
         tiles = torch.nn.functional.pad(images, (1, 1, 1, 1), value=1)
-        axes[row, column].imshow(tiles.reshape(2, 6, 10, 10).permute(0, 2, 1, 3).reshape(20, 60), cmap="gray")
-        axes[row, column].set_title(f"{steps} steps, " + ("second order" if row else "DDPM"), fontsize=9)
+        axes[row, column].imshow(
+            tiles.reshape(2, 6, 10, 10).permute(0, 2, 1, 3).reshape(20, 60), cmap="gray"
+        )
+        axes[row, column].set_title(
+            f"{steps} steps, " + ("second order" if row else "DDPM"), fontsize=9
+        )
         axes[row, column].set_axis_off()
 
 # %% [markdown] tags=["exercise"]
@@ -133,7 +143,10 @@ for column, steps in enumerate((5, 10, 25)):
 # %% tags=["solution"]
 distances = {}
 for eta in (0.0, 1.0):
-    few, many = (pipe(8, torch.Generator().manual_seed(3), k, output_type="pt", eta=eta).images for k in (50, 200))
+    few, many = (
+        pipe(8, torch.Generator().manual_seed(3), k, output_type="pt", eta=eta).images
+        for k in (50, 200)
+    )
     distances[eta] = float((few - many).square().mean().sqrt())
 print(distances)
 assert distances[0.0] < 0.5 * distances[1.0]

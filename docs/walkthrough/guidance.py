@@ -47,7 +47,9 @@ unet = UNet2DModel(  # untrained: the formula holds for any network
     down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     num_class_embeds=4,  # three classes, and the null label, which comes last
 ).eval()  # fmt: skip
-pipe = DDPMPipelineCustom(unet, DDPMSchedulerCustom(200, beta_schedule="squaredcos_cap_v2", clip_sample=False))
+pipe = DDPMPipelineCustom(
+    unet, DDPMSchedulerCustom(200, beta_schedule="squaredcos_cap_v2", clip_sample=False)
+)
 pipe.set_progress_bar_config(disable=True)
 
 x, t, w = torch.randn(2, 1, 8, 8), 150, 3.0
@@ -56,9 +58,13 @@ with torch.no_grad():
     conditional = unet(x, t, class_labels=torch.tensor([0, 1])).sample
 guided = null + w * (conditional - null)
 expected = pipe.scheduler.process.predict_x0(guided, x, t)
-made = pipe(2, timesteps=[t], latents=x, class_labels=[0, 1], guidance_scale=w, output_type="latent").images
+made = pipe(
+    2, timesteps=[t], latents=x, class_labels=[0, 1], guidance_scale=w, output_type="latent"
+).images
 print(f"by hand and by the pipeline: difference {float((made - expected).abs().max()):.1e}")
-assert (made - expected).abs().max() < 1e-4 * float(expected.abs().max())  # arXiv 2207.12598, Eq. 6
+assert (made - expected).abs().max() < 1e-4 * float(
+    expected.abs().max()
+)  # arXiv 2207.12598, Eq. 6
 
 # %% [markdown]
 # <!-- en -->
@@ -83,7 +89,9 @@ def noise_of_class(x, t, centre):  # the best prediction, for data N(centre, wid
 
 def noise_of_all(x, t):
     a = process.alpha_bar(t)
-    logits = torch.stack([-((x - a.sqrt() * m) ** 2) / (2 * (a * width**2 + 1 - a)) for m in (-1.0, 1.0)])
+    logits = torch.stack(
+        [-((x - a.sqrt() * m) ** 2) / (2 * (a * width**2 + 1 - a)) for m in (-1.0, 1.0)]
+    )
     share = logits.softmax(0)
     return share[0] * noise_of_class(x, t, -1.0) + share[1] * noise_of_class(x, t, 1.0)
 
@@ -99,8 +107,17 @@ def sample(w):
 
 results = {w: sample(w) for w in (0.0, 1.0, 3.0)}
 for w, x in results.items():
-    plt.hist(x.numpy(), bins=120, range=(-4, 4), density=True, histtype="step", label=f"w = {w:g}")
-    print(f"w = {w:g}: {float((x > 0).double().mean()):.1%} on the right, std {float(x.std()):.2f}")
+    plt.hist(
+        x.numpy(),
+        bins=120,
+        range=(-4, 4),
+        density=True,
+        histtype="step",
+        label=f"w = {w:g}",
+    )
+    print(
+        f"w = {w:g}: {float((x > 0).double().mean()):.1%} on the right, std {float(x.std()):.2f}"
+    )
 plt.gcf().set_size_inches(6, 2.8)
 plt.legend()
 assert abs(float((results[0.0] > 0).double().mean()) - 0.5) < 0.02

@@ -44,8 +44,12 @@ from ddpm_hf.diffusion.ddpm_process import discretized_gaussian_log_likelihood, 
 
 grid = torch.linspace(-1, 1, 256, dtype=torch.float64)
 for mean, std in ((0.0, 0.01), (0.3, 0.2), (0.999, 1e-4)):
-    log_p = discretized_gaussian_log_likelihood(grid, torch.tensor(mean), 2 * torch.tensor(std).log())
-    print(f"mean {mean}, std {std}: the 256 probabilities sum to {float(log_p.exp().sum()):.12f}")
+    log_p = discretized_gaussian_log_likelihood(
+        grid, torch.tensor(mean), 2 * torch.tensor(std).log()
+    )
+    print(
+        f"mean {mean}, std {std}: the 256 probabilities sum to {float(log_p.exp().sum()):.12f}"
+    )
     assert abs(float(log_p.exp().sum()) - 1) < 1e-9  # Eq. 13
 
 # %% [markdown]
@@ -83,7 +87,9 @@ assert abs(L_T / 2.911e-05 - 1) < 1e-3  # Eq. 5
 # その誤差が**歪み**（ディストーション）です。
 
 # %%
-assert Path("walkthrough-digits").is_dir(), "run the page about training first: it makes this model"
+assert Path("walkthrough-digits").is_dir(), (
+    "run the page about training first: it makes this model"
+)
 pipe = load_pipeline("walkthrough-digits")
 images = (load_digits().images[:, None] * (255 / 16)).round()
 images = torch.tensor(images, dtype=torch.uint8)
@@ -124,6 +130,8 @@ assert (curve.rate.diff() > -1e-9).all()  # bits are only ever paid
 share = torch.bincount(images.flatten().long(), minlength=256) / images.numel()
 share = share[share > 0]
 entropy = -float((share * share.log2()).sum())
-print(f"{len(share)} levels, entropy {entropy:.2f} bits per pixel; the model: {bits.total:.2f}")
+print(
+    f"{len(share)} levels, entropy {entropy:.2f} bits per pixel; the model: {bits.total:.2f}"
+)
 assert len(share) == 17
 assert entropy < torch.log2(torch.tensor(17.0))

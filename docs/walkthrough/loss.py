@@ -171,12 +171,24 @@ back = {t: q_reverse(t, x[t]).log_prob(x[t - 1]) for t in range(T)}
 line_17 = -(start + sum(p_step.values()) - sum(q_step.values()))
 line_18 = -start - sum(p_step[t] - q_step[t] for t in range(T))
 line_19 = -start - sum(p_step[t] - q_step[t] for t in range(1, T)) - (p_step[0] - q_step[0])
-line_20 = -start - sum(p_step[t] - post[t] + from_0[t - 1] - from_0[t] for t in range(1, T)) - (p_step[0] - from_0[0])
-line_21 = -(start - from_0[T - 1]) - sum(p_step[t] - post[t] for t in range(1, T)) - p_step[0]
+line_20 = (
+    -start
+    - sum(p_step[t] - post[t] + from_0[t - 1] - from_0[t] for t in range(1, T))
+    - (p_step[0] - from_0[0])
+)
+line_21 = (
+    -(start - from_0[T - 1]) - sum(p_step[t] - post[t] for t in range(1, T)) - p_step[0]
+)
 line_23 = line_18
-marginals = {t: (q_t(t - 1, x[t - 1]) if t else q_0(x[-1])) - q_t(t, x[t]) for t in range(T)}
+marginals = {
+    t: (q_t(t - 1, x[t - 1]) if t else q_0(x[-1])) - q_t(t, x[t]) for t in range(T)
+}
 line_24 = -start - sum(p_step[t] - back[t] + marginals[t] for t in range(T))
-line_25 = -(start - q_t(T - 1, x[T - 1])) - sum(p_step[t] - back[t] for t in range(T)) - q_0(x[-1])
+line_25 = (
+    -(start - q_t(T - 1, x[T - 1]))
+    - sum(p_step[t] - back[t] for t in range(T))
+    - q_0(x[-1])
+)
 assert (line_17 - line_18).abs().max() < 1e-9  # Eq. 17, Eq. 18
 assert (line_19 - line_18).abs().max() < 1e-9  # Eq. 19
 assert (line_20 - line_19).abs().max() < 1e-9  # Eq. 20
@@ -213,7 +225,9 @@ line_26 = (
     + entropy
 )
 error = float((line_22 - line_17).std() / n**0.5 + (line_26 - line_17).std() / n**0.5)
-print(f"(22): {float(line_22.mean()):.5f}, (26): {float(line_26.mean()):.5f} nats, ± {error:.5f}")
+print(
+    f"(22): {float(line_22.mean()):.5f}, (26): {float(line_26.mean()):.5f} nats, ± {error:.5f}"
+)
 assert abs(float(line_22.mean() - line_17.mean())) < 4 * error  # Eq. 5, Eq. 22
 assert abs(float(line_26.mean() - line_17.mean())) < 4 * error  # Eq. 16, Eq. 26
 
@@ -297,20 +311,30 @@ def shaped(v):
 alpha, alpha_bar, beta = 1 - process.beta(t), process.alpha_bar(t), process.beta(t)
 from_noise = (x_t - shaped(beta / (1 - alpha_bar).sqrt()) * noise) / shaped(alpha.sqrt())
 mu_theta = (x_t - shaped(beta / (1 - alpha_bar).sqrt()) * guess) / shaped(alpha.sqrt())
-from_x_0 = process.q_posterior((x_t - shaped((1 - alpha_bar).sqrt()) * noise) / shaped(alpha_bar.sqrt()), x_t, t).mean
+from_x_0 = process.q_posterior(
+    (x_t - shaped((1 - alpha_bar).sqrt()) * noise) / shaped(alpha_bar.sqrt()), x_t, t
+).mean
 assert (posterior.mean - from_x_0).abs().max() < 1e-10  # Eq. 9
 assert (posterior.mean - from_noise).abs().max() < 1e-10  # Eq. 10
 assert (reverse.mean - mu_theta).abs().max() < 1e-10  # Eq. 11
 
-bound = process.L_t_minus_1(x_0, x_t, t, reverse) * torch.log(torch.tensor(2.0))  # nats per dimension
+bound = process.L_t_minus_1(x_0, x_t, t, reverse) * torch.log(
+    torch.tensor(2.0)
+)  # nats per dimension
 ratio = posterior.variance.flatten() / beta
 constant = 0.5 * (ratio - 1 - ratio.log())  # C: what the variances alone cost
 means = ((posterior.mean - reverse.mean) ** 2).flatten(1).mean(1) / (2 * beta)
-noises = beta**2 / (2 * beta * alpha * (1 - alpha_bar)) * ((noise - guess) ** 2).flatten(1).mean(1)
+noises = (
+    beta**2
+    / (2 * beta * alpha * (1 - alpha_bar))
+    * ((noise - guess) ** 2).flatten(1).mean(1)
+)
 print("L_(t-1), nats/dim:", [f"{v:.5f}" for v in bound.tolist()])
 assert (bound - means - constant).abs().max() < 1e-10  # Eq. 8
 assert (bound - noises - constant).abs().max() < 1e-10  # Eq. 12
-assert (l_simple(guess, noise) - ((noise - guess) ** 2).flatten(1).mean(1)).abs().max() < 1e-6  # Eq. 14
+assert (
+    l_simple(guess, noise) - ((noise - guess) ** 2).flatten(1).mean(1)
+).abs().max() < 1e-6  # Eq. 14
 
 # %% [markdown] tags=["exercise"]
 # <!-- en -->
@@ -324,7 +348,9 @@ assert (l_simple(guess, noise) - ((noise - guess) ** 2).flatten(1).mean(1)).abs(
 t = torch.arange(1000)
 beta, alpha_bar = process.beta(t), process.alpha_bar(t)
 weight = beta / (2 * (1 - beta) * (1 - alpha_bar))
-print(f"{float(weight[0] / weight[-1]):.0f} times, and {float(weight[0] / weight.min()):.0f} times the least of all")
+print(
+    f"{float(weight[0] / weight[-1]):.0f} times, and {float(weight[0] / weight.min()):.0f} times the least of all"
+)
 assert weight.argmin() > 100
 plt.figure(figsize=(6, 2.6))
 plt.semilogy(t, weight)

@@ -55,7 +55,9 @@ assert (embedding - by_hand).abs().max() < 1e-4  # Appendix B
 
 products = embedding @ embedding.T
 distance = (t[:, None] - t[None]).double()
-assert (products - torch.cos(distance[..., None] * omega).sum(-1)).abs().max() < 1e-3  # Appendix B
+assert (
+    products - torch.cos(distance[..., None] * omega).sum(-1)
+).abs().max() < 1e-3  # Appendix B
 assert abs(float(products[5, 5]) - d / 2) < 1e-4
 print(
     f"{d} components; dot product {float(products[5, 5]):.1f} of equal times, {float(products[5, 15]):.1f} ten steps apart"
@@ -96,7 +98,9 @@ parameters = sum(p.numel() for p in cifar10.parameters())
 print(f"{parameters:,} parameters")
 assert parameters == 35_746_307  # Appendix B
 for block in read_blocks(cifar10, (3, 32, 32)):
-    print(f"{block.name:14} {block.kind:18} {' × '.join(map(str, block.shape)):14} {block.parameters:>10,}")
+    print(
+        f"{block.name:14} {block.kind:18} {' × '.join(map(str, block.shape)):14} {block.parameters:>10,}"
+    )
 
 # %% [markdown] tags=["exercise"]
 # <!-- en -->

@@ -94,10 +94,15 @@ for axis, t in zip(axes, (3, 50, 900), strict=True):  # the paper's t is one mor
     x_t = process.q_sample(x_0, t, torch.tensor([[1.3]], dtype=torch.float64))
     prior = process.q_mean_variance(x_0, t - 1)
     width = 8 * process.q_posterior(x_0, x_t, t).variance.sqrt()
-    x = torch.linspace(-1, 1, 20_001, dtype=torch.float64) * width.item() + process.q_posterior(x_0, x_t, t).mean.item()
+    x = (
+        torch.linspace(-1, 1, 20_001, dtype=torch.float64) * width.item()
+        + process.q_posterior(x_0, x_t, t).mean.item()
+    )
     step = process.q_step_mean_variance(x[:, None], t)
     likelihood = Normal(step.mean, step.variance.sqrt()).log_prob(x_t).flatten()
-    density = (likelihood + Normal(prior.mean, prior.variance.sqrt()).log_prob(x).flatten()).exp()
+    density = (
+        likelihood + Normal(prior.mean, prior.variance.sqrt()).log_prob(x).flatten()
+    ).exp()
     density = density / torch.trapezoid(density, x)
 
     posterior = process.q_posterior(x_0, x_t, t)

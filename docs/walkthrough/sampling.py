@@ -44,7 +44,9 @@ import torch
 
 from ddpm_hf import load_pipeline
 
-assert Path("walkthrough-digits").is_dir(), "run the page about training first: it makes this model"
+assert Path("walkthrough-digits").is_dir(), (
+    "run the page about training first: it makes this model"
+)
 pipe = load_pipeline("walkthrough-digits")
 pipe.set_progress_bar_config(disable=True)
 process = pipe.scheduler.process
@@ -133,7 +135,9 @@ for data in ("normal", "point"):
         variances[data, choice] = variance
 right = {"normal": 1.0, "point": float(process.one_minus_alpha_bar(halfway))}
 for (data, choice), variance in variances.items():
-    print(f"{data:6} data, {choice}: variance {variance:.4f} halfway, and {right[data]:.4f} is right")
+    print(
+        f"{data:6} data, {choice}: variance {variance:.4f} halfway, and {right[data]:.4f} is right"
+    )
 assert abs(variances["normal", "fixed_large"] - 1) < 1e-6  # Section 3.2
 assert abs(variances["point", "fixed_small"] - right["point"]) < 1e-6  # Section 3.2
 assert abs(variances["normal", "fixed_small"] - 1) > 1e-3

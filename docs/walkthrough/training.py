@@ -111,31 +111,42 @@ if not (MODEL / "model_index.json").is_file():
               "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]},
         ddpm_num_steps=200, ddpm_beta_schedule="squaredcos_cap_v2", ddpm_num_inference_steps=50,
         train_batch_size=64, max_train_steps=500, learning_rate=2e-3, lr_warmup_steps=50, adam_beta1=0.9, adam_beta2=0.99,
-        use_ema=True, ema_max_decay=0.99, checkpointing_steps=10_000, save_images_steps=0, calibration_images=64, report_to="none",
+        use_ema=True, ema_max_decay=0.99, checkpointing_steps=10_000, save_images_steps=0, calibration_images=64, report_to=["none"],
     ))  # fmt: skip
 
 # %%
 import json
 
-log = [json.loads(line) for line in (MODEL / "logs" / "train.jsonl").read_text("utf-8").splitlines()]
+log = [
+    json.loads(line)
+    for line in (MODEL / "logs" / "train.jsonl").read_text("utf-8").splitlines()
+]
 log = [entry for entry in log if "loss" in entry]
 last = sum(entry["loss"] for entry in log[-20:]) / len(log[-20:])
 print(f"loss: {last:.3f} at the end")
 assert last < 0.25  # Algorithm 1
 plt.figure(figsize=(6, 2.4))
-plt.semilogy([entry["step"] for entry in log], [entry["loss"] for entry in log], linewidth=0.6)
+plt.semilogy(
+    [entry["step"] for entry in log], [entry["loss"] for entry in log], linewidth=0.6
+)
 plt.xlabel("update")
 plt.title("L_simple")
 
 # %%
 pipe = load_pipeline(str(MODEL))
 pipe.set_progress_bar_config(disable=True)
-samples = pipe(20, [torch.Generator().manual_seed(i) for i in range(20)], output_type="pt").images
+samples = pipe(
+    20, [torch.Generator().manual_seed(i) for i in range(20)], output_type="pt"
+).images
 real = images[torch.randperm(len(images))[:20]] / 2 + 0.5
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-for axis, title, batch in zip(axes, ("samples", "real scans"), (samples, real), strict=True):
+for axis, title, batch in zip(
+    axes, ("samples", "real scans"), (samples, real), strict=True
+):
     tiles = torch.nn.functional.pad(batch[:, 0], (1, 1, 1, 1), value=1)
-    axis.imshow(tiles.reshape(4, 5, 10, 10).permute(0, 2, 1, 3).reshape(40, 50), cmap="gray")
+    axis.imshow(
+        tiles.reshape(4, 5, 10, 10).permute(0, 2, 1, 3).reshape(40, 50), cmap="gray"
+    )
     axis.set_title(title)
     axis.set_axis_off()
 

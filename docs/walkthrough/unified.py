@@ -63,7 +63,10 @@ def log_q(x, t):
     a = process.alpha_bar(t)
     variances = a * stds**2 + 1 - a
     squares = ((x[:, None] - a.sqrt() * centres) ** 2).sum(-1)
-    return torch.logsumexp(weights.log() - squares / (2 * variances) - torch.log(2 * torch.pi * variances), dim=1)
+    return torch.logsumexp(
+        weights.log() - squares / (2 * variances) - torch.log(2 * torch.pi * variances),
+        dim=1,
+    )
 
 
 def eps(x, t):
@@ -71,7 +74,9 @@ def eps(x, t):
     a = process.alpha_bar(t)
     variances = a * stds**2 + 1 - a
     difference = x[:, None] - a.sqrt() * centres
-    share = (weights.log() - (difference**2).sum(-1) / (2 * variances) - variances.log()).softmax(1)
+    share = (
+        weights.log() - (difference**2).sum(-1) / (2 * variances) - variances.log()
+    ).softmax(1)
     return (share[..., None] * (1 - a).sqrt() * difference / variances[:, None]).sum(1)
 
 
@@ -89,7 +94,9 @@ for t in (0, 50, 300, 900):
     difference = float((s - predicted).abs().max() / s.abs().max())
     print(f"t = {t:3}: score and -ε/√(1 - ᾱ) differ by {difference:.0e}")
     assert difference < 1e-10  # arXiv 2208.11970: score
-    assert (process.predict_x0(eps(x, t), x, t) - x_0).abs().max() < 1e-8  # arXiv 2208.11970: Tweedie's formula
+    assert (
+        process.predict_x0(eps(x, t), x, t) - x_0
+    ).abs().max() < 1e-8  # arXiv 2208.11970: Tweedie's formula
 
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(11, 3.6))
@@ -97,10 +104,20 @@ side = torch.linspace(-2.2, 2.2, 120)
 plane = torch.cartesian_prod(side, side)
 coarse = torch.cartesian_prod(side[::8], side[::8])
 for axis, t in zip(axes, (20, 200, 500), strict=True):
-    axis.contourf(side, side, log_q(plane, t).exp().reshape(120, 120).T, levels=12, cmap="Blues")
+    axis.contourf(
+        side, side, log_q(plane, t).exp().reshape(120, 120).T, levels=12, cmap="Blues"
+    )
     field = score(coarse, t)
     field = field / field.norm(dim=1, keepdim=True)
-    axis.quiver(coarse[:, 0], coarse[:, 1], field[:, 0], field[:, 1], color="tab:red", width=0.004, scale=28)
+    axis.quiver(
+        coarse[:, 0],
+        coarse[:, 1],
+        field[:, 0],
+        field[:, 1],
+        color="tab:red",
+        width=0.004,
+        scale=28,
+    )
     axis.set_title(f"density and direction of the score, t = {t}", fontsize=9)
     axis.set_aspect("equal")
 
@@ -139,12 +156,15 @@ for length in (8, 4, 2, 1):
     euler = x + beta / 2 * (x + score(x, t))
     remainders.append(float((ddim(x, t, t - length) - euler).abs().max()))
 ratios = [a / b for a, b in pairwise(remainders)]
-print("remainders", [f"{r:.1e}" for r in remainders], "ratios", [f"{r:.2f}" for r in ratios])
+print(
+    "remainders", [f"{r:.1e}" for r in remainders], "ratios", [f"{r:.2f}" for r in ratios]
+)
 assert all(3.5 < ratio < 4.5 for ratio in ratios)  # arXiv 2011.13456, Eq. 13
 
 one_step = process.q_step_mean_variance(torch.ones(1, 1), 500)
 assert (
-    abs(float(one_step.mean) - (1 - float(process.beta(500)) / 2)) < float(process.beta(500)) ** 2
+    abs(float(one_step.mean) - (1 - float(process.beta(500)) / 2))
+    < float(process.beta(500)) ** 2
 )  # arXiv 2011.13456, Eq. 11
 
 # %% [markdown]
@@ -174,8 +194,12 @@ for name, path in paths.items():
     nearest = torch.cdist(x, centres).argmin(1)
     shares = torch.bincount(nearest, minlength=3) / n
     spread = torch.stack([x[nearest == i].std(0).mean() for i in range(3)])
-    print(f"{name}: shares {[f'{v:.3f}' for v in shares.tolist()]}, spread {[f'{v:.3f}' for v in spread.tolist()]}")
-    assert (shares - weights).abs().max() < 4 * (0.25 / n) ** 0.5  # arXiv 2011.13456, Eq. 13
+    print(
+        f"{name}: shares {[f'{v:.3f}' for v in shares.tolist()]}, spread {[f'{v:.3f}' for v in spread.tolist()]}"
+    )
+    assert (shares - weights).abs().max() < 4 * (
+        0.25 / n
+    ) ** 0.5  # arXiv 2011.13456, Eq. 13
     assert (spread - stds).abs().max() < 0.03
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.8))
@@ -201,7 +225,11 @@ for axis, (name, path) in zip(axes, paths.items(), strict=True):
 # %% tags=["solution"]
 x, h = 2 * torch.rand(2000, 2) * torch.tensor([1.0, 1.0]) - 1, 0.002
 for _ in range(500):
-    x = x - h / 2 * eps(x, 0) / process.one_minus_alpha_bar(0).sqrt() + h**0.5 * torch.randn_like(x)
+    x = (
+        x
+        - h / 2 * eps(x, 0) / process.one_minus_alpha_bar(0).sqrt()
+        + h**0.5 * torch.randn_like(x)
+    )
 shares = torch.bincount(torch.cdist(x, centres).argmin(1), minlength=3) / 2000
 print([f"{v:.3f}" for v in shares.tolist()], "instead of", weights.tolist())
 assert (shares - weights).abs().max() > 0.05

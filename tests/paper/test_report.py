@@ -14,6 +14,7 @@ from support.models import tiny_unet
 
 SMALL = ["--num_images", "6", "--num_likelihood_images", "4", "--steps", "5", "--batch_size", "4"]
 DIGITS = ["--dataset", "digits"]
+DRAWN = [figure for figure in FIGURES if not figure.is_optional]
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,12 @@ def record(folder):
 
 def test_the_page_holds_every_figure_and_needs_nothing_else(report):
     page = (report / "index.html").read_text("utf-8")
-    for figure in FIGURES:
+    for figure in DRAWN:
         assert f'id="{figure.name}"' in page
         if figure.has_picture:
             with Image.open(report / f"{figure.name}.png") as picture:
                 assert min(picture.size) > 100
-    assert page.count("data:image/png;base64,") == sum(figure.has_picture for figure in FIGURES)
+    assert page.count("data:image/png;base64,") == sum(figure.has_picture for figure in DRAWN)
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert "{" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)  # every number has been filled in
     assert "Left out" not in page
@@ -68,7 +69,7 @@ def _is_module(name):
 
 
 def test_a_second_run_draws_nothing_and_other_options_redraw_what_depends_on_them(model, report, capsys):
-    before = {f.name: (report / f"{f.name}.png").stat().st_mtime_ns for f in FIGURES if f.has_picture}
+    before = {f.name: (report / f"{f.name}.png").stat().st_mtime_ns for f in DRAWN if f.has_picture}
     page = (report / "index.html").read_text("utf-8")
     main(["paper", model, *DIGITS, *SMALL, "--output_dir", str(report)])
     assert {name: (report / f"{name}.png").stat().st_mtime_ns for name in before} == before
@@ -100,7 +101,7 @@ def test_samples_of_an_interrupted_run_are_reused(model, report, tmp_path):
 def test_without_images_the_figures_that_need_none_are_drawn_from_samples(model, tmp_path):
     main(["paper", model, *SMALL, "--output_dir", str(tmp_path)])
     page = (tmp_path / "index.html").read_text("utf-8")
-    for figure in FIGURES:
+    for figure in DRAWN:
         assert (f'id="{figure.name}"' in page) == (not figure.needs_images)
         if figure.needs_images:
             assert f"{figure.title}: needs real images" in page
@@ -114,6 +115,22 @@ def test_a_model_with_classes_is_drawn_with_the_classes_of_its_images(tmp_path):
     options = [*DIGITS, "--label_column", "label", *SMALL, "--figures", "samples,shared,interpolation,rate_distortion"]
     main(["paper", str(model), *options, "--output_dir", str(tmp_path / "out")])
     assert set(record(tmp_path / "out")) == {"samples", "shared", "interpolation", "rate_distortion"}
+
+
+@pytest.mark.slow
+def test_six_networks_are_trained_once_and_compared(model, tmp_path):
+    options = [*DIGITS, *SMALL, "--figures", "ablation", "--ablation_updates", "2", "--output_dir", str(tmp_path)]
+    main(["paper", model, *options])
+    head, *rows = record(tmp_path)["ablation"]["table"]
+    assert len({tuple(row[:3]) for row in rows}) == 6
+    assert all(float(row[3].split(" ")[0]) > 0 and float(row[4]) > 0 for row in rows)
+    networks = sorted(tmp_path.glob("work/ablation-*/*/model_index.json"))
+    times = [file.stat().st_mtime_ns for file in networks]
+    assert len(times) == 6
+    (tmp_path / "paper.json").unlink()
+    main(["paper", model, *options])
+    assert [file.stat().st_mtime_ns for file in networks] == times
+    assert record(tmp_path)["ablation"]["table"] == [head, *rows]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ SMALL = {  # added to what the page says; later options win
     "sample": ("--num_images", "4", "--batch_size", "4"),
     "evaluate": ("--num_images", "32", "--num_likelihood_images", "4", "--likelihood_steps", "5"),
     "calibrate": ("--num_images", "16"),
-    "paper": ("--num_images", "4", "--num_likelihood_images", "2", "--batch_size", "4"),
+    "paper": ("--num_images", "4", "--num_likelihood_images", "2", "--batch_size", "4", "--ablation_updates", "1"),
     "feature_extractor": ("--updates", "2", "--num_images", "100"),
 }
 

@@ -282,10 +282,11 @@ class PaperConfig(ImageOptions):
 
     test_split: str | None = option(None, "A split of the dataset that the model has not seen, e.g. `test`.")
     test_data_dir: str | None = option(None, "A folder of images that the model has not seen.")
-    figures: str | None = option(None, "Names of figures, as in samples,rate_distortion. Default: all.")
+    figures: str | None = option(None, "Names of figures, as in samples,rate_distortion. Default: all but ablation.")
     num_images: int = option(100, "How many samples to make.")
     num_likelihood_images: int = option(50, "How many images to measure bits/dim on at most, drawn at random.")
     num_inference_steps: int | None = option(None, "K, the steps per sample. Default: the model's T.", ["--steps"])
+    ablation_updates: int = option(300, "Updates of each of the six networks that the figure `ablation` trains.")
     feature_extractor: str | None = option(
         None,
         "Features for Fréchet distances: `inception`, or a vision model of `transformers` (folder or Hub). Default: "
@@ -299,7 +300,7 @@ class PaperConfig(ImageOptions):
 
     def __post_init__(self) -> None:
         check_types(self)
-        at_least(1, self, "batch_size", "num_inference_steps")
+        at_least(1, self, "batch_size", "num_inference_steps", "ablation_updates")
         at_least(2, self, "num_images", "num_likelihood_images")
         check_seed(self.seed, self.num_images + 1000)
         if self.dataset_name is not None and self.train_data_dir is not None:

@@ -38,6 +38,7 @@ class PaperFigure:
         calls: how many images are sent through the network, counting each call, apart from the shared samples.
         uses_samples: whether it shows the samples that several figures share.
         has_picture: False for a table alone.
+        is_optional: drawn only if it is named.
     """
 
     name: str
@@ -51,3 +52,4 @@ class PaperFigure:
     calls: Callable[[Job], int] = lambda job: 0
     uses_samples: bool = False
     has_picture: bool = True
+    is_optional: bool = False

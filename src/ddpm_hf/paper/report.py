@@ -24,6 +24,7 @@ from ..progress import write
 from ..storage.files import check_writable, lock_output_dir, write_text_atomically
 from ..storage.weights import hash_weights
 from . import (
+    ablation,
     embedding,
     forward,
     interpolation,
@@ -45,8 +46,9 @@ from .page import render
 FIGURES: tuple[PaperFigure, ...] = (
     samples.FIGURE, schedule.FIGURE, forward.FIGURE, posterior.FIGURE, network.FIGURE, embedding.FIGURE,
     progressive.STRIP, progressive.FIGURE, quality.FIGURE, rate_distortion.FIGURE, shared.FIGURE,
-    interpolation.FIGURE, interpolation.COARSE_TO_FINE, neighbours.FIGURE, scores.FIGURE,
+    interpolation.FIGURE, interpolation.COARSE_TO_FINE, neighbours.FIGURE, scores.FIGURE, ablation.FIGURE,
 )  # fmt: skip
+PREDICTIONS = {"epsilon": "the noise ε", "sample": "the image x_0", "v_prediction": "v (a mixture of ε and x_0)"}
 RECORD = "paper.json"
 PAGE = "index.html"
 FEWEST = 4  # real images, for a Fréchet distance and three neighbours
@@ -148,7 +150,7 @@ def _images(pipeline: DDPMPipelineCustom, config: PaperConfig) -> tuple[RealImag
 
 def _chosen(config: PaperConfig) -> list[PaperFigure]:
     if config.figures is None:
-        return list(FIGURES)
+        return [f for f in FIGURES if not f.is_optional]
     names, known = [n.strip() for n in config.figures.split(",")], [f.name for f in FIGURES]
     unknown = [n for n in names if n not in known]
     if unknown:
@@ -239,7 +241,8 @@ def _write_page(
         "model": name,
         "images": ", ".join(data) or "none: pass --dataset for the figures that need them",
         "image size": " × ".join(map(str, small(job))),
-        "process": f"{scheduler.beta_schedule}, T = {job.T}, the network predicts {scheduler.prediction_type}",
+        "process": f"{scheduler.beta_schedule}, T = {job.T}",
+        "the network predicts": PREDICTIONS[scheduler.prediction_type],
         "reverse steps": str(job.steps),
         "seed": str(job.config.seed),
         "time": f"{math.ceil(seconds)} seconds for all figures, on {job.pipeline.device.type}",
