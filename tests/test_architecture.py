@@ -31,7 +31,7 @@ FOLDERS = {
     "sharing": {"diffusion", "evaluation", "progress", "storage"},
     "sharing.conversion": {"config", "diffusion", "sharing", "storage"},
     "export": {"diffusion", "sampling", "storage"},
-    "demo": {"data", "diffusion", "export", "restoration", "storage"},
+    "demo": {"data", "diffusion", "export", "restoration", "sharing", "storage"},
     "training": {
         "config", "console", "data", "diffusion", "distributed", "evaluation", "evaluation.metrics", "progress",
         "sampling", "sharing", "storage",
@@ -55,7 +55,9 @@ FILES = {
     "commands.paper": {"model"},
     "commands.sample": {"model"},
     "commands.demo": {"model"},
+    "commands.push": {"demo"},
     "demo.app": {"live"},
+    "demo.space": {"static_page"},
     "demo.static_page": {"onnxruntime_web"},
     "export.export": {"sampler_table"},
     "restoration.methods": {"operators"},

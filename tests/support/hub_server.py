@@ -62,6 +62,7 @@ class Hub:
 
     def __init__(self):
         self.repos = {}
+        self.created = {}  # name → type and, of a Space, its SDK
         self.blobs = {}
         self.tokens = {}
         self.faults = []
@@ -185,18 +186,18 @@ class _Handler(BaseHTTPRequestHandler):
             (r"GET api/whoami-v2", self._whoami),
             (r"POST api/repos/create", self._create),
             (r"POST api/validate-yaml", self._validate),
-            (r"GET api/models/([^/]+/[^/]+)/auth-check(/write)?", self._auth_check),
-            (r"GET api/models/([^/]+/[^/]+)/discussions", self._discussions),
-            (r"GET api/models/([^/]+/[^/]+)/refs", self._refs),
-            (r"GET api/models/([^/]+/[^/]+)/tree/(.+)", self._tree),
-            (r"GET api/models/([^/]+/[^/]+)(?:/revision/(.+))?", self._info),
-            (r"POST api/models/([^/]+/[^/]+)/branch/(.+)", self._branch),
-            (r"POST api/models/([^/]+/[^/]+)/tag/(.+)", self._tag),
-            (r"POST api/models/([^/]+/[^/]+)/preupload/(.+)", self._preupload),
-            (r"POST api/models/([^/]+/[^/]+)/commit/(.+)", self._commit),
-            (r"POST ([^/]+/[^/]+)\.git/info/lfs/objects/batch", self._lfs_batch),
+            (r"GET api/(?:models|spaces)/([^/]+/[^/]+)/auth-check(/write)?", self._auth_check),
+            (r"GET api/(?:models|spaces)/([^/]+/[^/]+)/discussions", self._discussions),
+            (r"GET api/(?:models|spaces)/([^/]+/[^/]+)/refs", self._refs),
+            (r"GET api/(?:models|spaces)/([^/]+/[^/]+)/tree/(.+)", self._tree),
+            (r"GET api/(?:models|spaces)/([^/]+/[^/]+)(?:/revision/(.+))?", self._info),
+            (r"POST api/(?:models|spaces)/([^/]+/[^/]+)/branch/(.+)", self._branch),
+            (r"POST api/(?:models|spaces)/([^/]+/[^/]+)/tag/(.+)", self._tag),
+            (r"POST api/(?:models|spaces)/([^/]+/[^/]+)/preupload/(.+)", self._preupload),
+            (r"POST api/(?:models|spaces)/([^/]+/[^/]+)/commit/(.+)", self._commit),
+            (r"POST (?:spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", self._lfs_batch),
             (r"PUT lfs/(\w+)", self._lfs_put),
-            (r"(?:GET|HEAD) ([^/]+/[^/]+)/resolve/(refs/pr/\d+|[^/]+)/(.+)", self._resolve),
+            (r"(?:GET|HEAD) (?:spaces/)?([^/]+/[^/]+)/resolve/(refs/pr/\d+|[^/]+)/(.+)", self._resolve),
         ]
         for pattern, answer in routes:
             match = re.fullmatch(pattern, f"{self.command} {self.route}")
@@ -223,6 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{namespace}/{asked['name']}"
         if name in self.hub.repos:
             raise _Answer(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})
+        self.hub.created[name] = (asked.get("type", "model"), asked.get("sdk"))
         self.hub.add_repo(name, private=asked.get("visibility") == "private" or bool(asked.get("private")))
         raise _Answer(200, {"url": f"{self.hub.url}/{name}", "name": name})
 

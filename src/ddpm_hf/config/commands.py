@@ -139,6 +139,10 @@ class PushConfig:
     share_training_images: bool = option(
         False, "Also upload the pictures that show training images: real.png, samples_and_real.png, nearest*.png."
     )
+    with_onnx: bool = option(False, "Also upload what `ddpm-hf export` has written into the model's folder.")
+    with_demo: bool = option(
+        False, "Also push an app that samples from the model, to the Space REPO_ID-demo, and link to it from the card."
+    )
     dry_run: bool = option(False, "List what would be uploaded, and stop.")
     license: str | None = option(None, "The license for the card, in the Hub's spelling: apache-2.0, mit, cc-by-4.0, …")
     hub_token: str | None = option(
@@ -147,6 +151,11 @@ class PushConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.with_demo and (self.create_pr or self.revision):
+            raise ValueError(
+                "`with_demo` shows what is on `main`: leave out create_pr and revision, or push the demo later, by "
+                "`ddpm-hf demo MODEL --push NAME`."
+            )
 
 
 @dataclass
@@ -201,11 +210,18 @@ class DemoConfig:
         100.0, "--static: the most that the weights in the page may have: every visitor loads them."
     )
     device: str | None = option(None, "Of the app: cpu, cuda, mps, …; default: the best one available.")
+    push: str | None = option(None, "Push the app, or with --static the page, to this Space of the Hub: owner/name.")
+    private: bool = option(False, "--push: make the Space private.")
+    hub_token: str | None = option(
+        None, "--push: access token. Default: that of HF_TOKEN or `hf auth login`, which other users can't see in `ps`."
+    )
     revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
 
     def __post_init__(self) -> None:
         check_types(self)
         positive(self, "max_megabytes")
+        if self.push is not None and self.output_dir is not None:
+            raise ValueError("`output_dir` and `push` were both given: a page is written to a folder, or pushed.")
 
 
 @dataclass

@@ -19,6 +19,7 @@ from ..diffusion.pipeline import DDPMPipelineCustom, image_size
 from ..restoration.edit import edit
 from ..restoration.operators import Downsample, Grayscale, Inpaint, Operator
 from ..restoration.restore import restore
+from ..storage.loading import load_pipeline
 from .live import Frame, sample_live
 
 MAX_IMAGES = 16
@@ -41,6 +42,18 @@ def launch(pipeline: DDPMPipelineCustom, title: str, wait: bool = True) -> gr.Bl
         css=CSS, theme=THEME, show_error=True, footer_links=["api"], prevent_thread_lock=not wait
     )
     return app
+
+
+def launch_model(model: str, revision: str | None, title: str) -> None:
+    """Load a model onto the best device and serve the app; of a model that can't be loaded, serve the reason."""
+    try:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        launch(load_pipeline(model, revision).to(device or torch.device("cpu")), title)
+    except ValueError as error:
+        with gr.Blocks(title=title, analytics_enabled=False) as app:
+            gr.Markdown(f"# {_plain(title)}\n\nThe model can't be loaded: {_plain(str(error))}")
+        print(f"error: {error}")
+        app.launch(theme=THEME)
 
 
 def build_app(pipeline: DDPMPipelineCustom, title: str) -> gr.Blocks:

@@ -54,6 +54,7 @@ class CardFacts:
         images_seen: updates times images per update, over all processes.
         seconds: wall-clock time of training.
         hardware: e.g. "1 × NVIDIA H200".
+        demo: the name on the Hub of a Space that shows the model.
         results: what was measured, which becomes the `model-index` of the metadata.
     """
 
@@ -67,12 +68,13 @@ class CardFacts:
     images_seen: int | None = None
     seconds: float | None = None
     hardware: str | None = None
+    demo: str | None = None
     results: Sequence[EvalResult] = ()
 
 
 FACT_TYPES: dict[str, Any] = {
     "repo_id": str, "license": str, "dataset": str, "dataset_ids": list, "base_model": str, "options": dict,
-    "updates": int, "images_seen": int, "seconds": (int, float), "hardware": str, "results": list,
+    "updates": int, "images_seen": int, "seconds": (int, float), "hardware": str, "demo": str, "results": list,
 }  # fmt: skip
 
 

@@ -44,6 +44,9 @@ class HubTarget:
         tag: given to the resulting commit.
         create_pr: open a pull request instead of committing to `main`.
         share_training_images: upload the pictures that show training images, too.
+        with_onnx: upload the network in ONNX and its sampler, too.
+        repo_type: "model", or "space" for a demo.
+        space_sdk: what runs a Space: "gradio" or "static".
 
     Raises:
         ValueError: for options that exclude each other, and names that the Hub does not allow.
@@ -56,6 +59,9 @@ class HubTarget:
     tag: str | None = None
     create_pr: bool = False
     share_training_images: bool = False
+    with_onnx: bool = False
+    repo_type: str = "model"
+    space_sdk: str | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -139,13 +145,13 @@ def check_push_access(target: HubTarget, retry: Retry = DEFAULT_RETRY) -> str:
     with readable_errors(target):
         repo_id = _own_name(target, retry(api.whoami, "Looking up the token's account"))
         try:
-            info = retry(lambda: api.model_info(repo_id), "Looking up the repository")
+            info: Any = retry(lambda: api.repo_info(repo_id, repo_type=target.repo_type), "Looking up the repository")
         except RepositoryNotFoundError:
             if target.create_pr:
                 raise ValueError(
                     f"`create_pr` is set, but there is no repository {repo_id!r} to open a pull request in."
                 ) from None
-            retry(lambda: _create(api, repo_id, target.private), "Creating the repository")
+            retry(lambda: _create(api, repo_id, target), "Creating the repository")
         else:
             if target.private and not info.private and not target.create_pr:
                 raise ValueError(
@@ -153,7 +159,7 @@ def check_push_access(target: HubTarget, retry: Retry = DEFAULT_RETRY) -> str:
                     "another name, or leave out `private`."
                 )
         if not target.create_pr:
-            retry(lambda: _check_write(api, repo_id), "Checking write access")
+            retry(lambda: _check_write(api, repo_id, target.repo_type), "Checking write access")
     return repo_id
 
 
@@ -223,31 +229,33 @@ def _own_name(target: HubTarget, account: dict[str, Any]) -> str:
     writable = [user, *(org for org, role in roles.items() if role != "read")]
     if namespace not in writable and not target.create_pr:
         why = "has only read access to" if namespace in roles else "is not a member of"
+        pull = ", or open a pull request with create_pr" if target.repo_type == "model" else ""
         raise ValueError(
             f"`repo_id` is {target.repo_id!r}, but {user!r} {why} {namespace!r}: use {user}/{name}"
-            f"{''.join(f' or {org}/{name}' for org in writable[1:])}, or open a pull request with create_pr."
+            f"{''.join(f' or {org}/{name}' for org in writable[1:])}{pull}."
         )
     return f"{namespace}/{name}"
 
 
-def _create(api: HfApi, repo_id: str, private: bool) -> None:
+def _create(api: HfApi, repo_id: str, target: HubTarget) -> None:
+    private = target.private or None  # None: the default of the organisation
     try:
-        api.create_repo(repo_id, private=private or None)  # None: the default of the organisation
+        api.create_repo(repo_id, private=private, repo_type=target.repo_type, space_sdk=target.space_sdk)
     except HfHubHTTPError as error:
         if _status(error) != 409:  # created by an earlier attempt whose answer was lost
             raise
 
 
-def _check_write(api: HfApi, repo_id: str) -> None:
+def _check_write(api: HfApi, repo_id: str, repo_type: str) -> None:
     """Ask for write access: `create_repo(exist_ok=True)` succeeds with any token where the repository exists."""
     if "write" not in inspect.signature(api.auth_check).parameters:  # an older client
         return
     try:
-        api.auth_check(repo_id, write=True)
+        api.auth_check(repo_id, repo_type=repo_type, write=True)
     except HfHubHTTPError as error:
         if _status(error) not in (404, 405):
             raise
-        api.model_info(repo_id)  # the repository exists: this Hub does not offer the check
+        api.repo_info(repo_id, repo_type=repo_type)  # the repository exists: this Hub does not offer the check
 
 
 def _failure(state: RetryCallState) -> BaseException:

@@ -24,11 +24,12 @@ from ..diffusion.ddpm_repository import EVALUATION_FILES, REAL_IMAGES, SHARED_FI
 from ..evaluation.results import evaluation_files
 from ..storage.files import full_disk_explained
 from ..storage.loading import load_pipeline, stored_dtype
-from ..storage.weights import hash_weight_files, size_of
+from ..storage.weights import hash_weight_files, hash_weights, size_of
 from .card import CardFacts, combine_facts, known_facts, write_card
 from .card_merge import merge_cards, parse_card
 from .hub import DEFAULT_RETRY, HubTarget, Log, PushError, Retry, check_push_access, explain, readable_errors
 
+ONNX_FILES = ("onnx/model.onnx", "onnx/sampler.json")
 EXTRAS = ("README.md", "samples.png", "loss.png", *EVALUATION_FILES)
 STAGE = ".ddpm-hf-push-"
 
@@ -73,7 +74,7 @@ def try_push(folder: Path, target: HubTarget, facts: CardFacts | None = None, *,
 
 def resume_command(folder: Path, target: HubTarget) -> str:
     """The command that pushes a folder, without the token."""
-    flags = ("private", "create_pr", "share_training_images")
+    flags = ("private", "create_pr", "share_training_images", "with_onnx")
     options = [f"--{name}" for name in flags if getattr(target, name)]
     for name in ("revision", "tag"):
         options += [f"--{name}", getattr(target, name)] if getattr(target, name) else []
@@ -96,6 +97,8 @@ def _export(folder: Path, target: HubTarget, facts: CardFacts | None) -> Iterato
     with tempfile.TemporaryDirectory(prefix=STAGE) as name:
         stage = Path(name)
         export_model(folder, stage, target.share_training_images)
+        if target.with_onnx:
+            _copy_onnx(folder, stage)
         write_card(stage, facts)
         yield stage
 
@@ -123,6 +126,26 @@ def export_model(folder: Path, destination: Path, with_real_images: bool = False
         (destination / name).unlink(missing_ok=True)
 
 
+def _copy_onnx(folder: Path, stage: Path) -> None:
+    """Add the network in ONNX and its sampler to an export.
+
+    Raises:
+        ValueError: where there are none, or they were exported from other weights.
+    """
+    remedy = "run `ddpm-hf export` first, or leave out --with_onnx"
+    if not all((folder / name).is_file() for name in ONNX_FILES):
+        raise ValueError(f"`with_onnx` is set, but {str(folder / 'onnx')!r} has no export: {remedy}.")
+    try:
+        weights = json.loads((folder / ONNX_FILES[1]).read_text("utf-8"))["model"]["weights"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{str(folder / ONNX_FILES[1])!r} is damaged ({error}): {remedy}.") from error
+    if weights != hash_weights(load_pipeline(str(stage)).unet):
+        raise ValueError(f"the export in {str(folder / 'onnx')!r} is of other weights: {remedy}.")
+    (stage / "onnx").mkdir()
+    for name in ONNX_FILES:
+        shutil.copyfile(folder / name, stage / name)
+
+
 def _check_files(folder: Path) -> None:
     """Refuse a folder whose files lie elsewhere, or are not what their names say.
 
@@ -135,7 +158,7 @@ def _check_files(folder: Path) -> None:
     roots = (folder.resolve(), Path(constants.HF_HUB_CACHE).resolve())
     for file in folder.rglob("*"):
         name = file.relative_to(folder).as_posix()
-        if not (is_shared(name) or name in REAL_IMAGES or name in ("unet", "scheduler")):
+        if not (is_shared(name) or name in (*REAL_IMAGES, *ONNX_FILES) or name in ("unet", "scheduler", "onnx")):
             continue
         if not any(file.resolve().is_relative_to(root) for root in roots):
             raise ValueError(f"{str(file)!r} is a link to a file outside the model's folder: replace it by a copy.")
@@ -178,9 +201,9 @@ def _commit(api: HfApi, stage: Path, target: HubTarget, facts: CardFacts, messag
     remote = {sibling.rfilename for sibling in head.siblings or []}
     other_weights = _update_card(api, stage, target, facts, head.sha if "README.md" in remote else None)
 
-    allowed = REAL_IMAGES if target.share_training_images else ()
+    allowed = (*(REAL_IMAGES if target.share_training_images else ()), *(ONNX_FILES if target.with_onnx else ()))
     files = {name: file for name, file in files_of(stage).items() if is_shared(name) or name in allowed}
-    replaced = ("unet/diffusion_pytorch_model*", *(EVALUATION_FILES if other_weights else ()))
+    replaced = ("unet/diffusion_pytorch_model*", *((*EVALUATION_FILES, *ONNX_FILES) if other_weights else ()))
     stale = {n for n in remote - set(files) if any(fnmatch(n, pattern) for pattern in replaced)}  # of another model
     commit = api.create_commit(
         repo_id,
