@@ -92,6 +92,7 @@ FILES = {
     "evaluation.plots": {"likelihood"},
     "paper.ablation": {"figure", "job"},
     "paper.figure": {"job"},
+    "paper.flow": {"canvas", "figure", "job"},
     "paper.embedding": {"canvas", "figure", "job"},
     "paper.forward": {"canvas", "figure", "job"},
     "paper.interpolation": {"canvas", "figure", "job"},
@@ -106,7 +107,7 @@ FILES = {
     "paper.scores": {"figure", "job"},
     "paper.shared": {"canvas", "figure", "job"},
     "paper.report": {
-        "ablation", "embedding", "forward", "interpolation", "network", "neighbours", "posterior", "figure",
+        "ablation", "embedding", "flow", "forward", "interpolation", "network", "neighbours", "posterior", "figure",
         "job", "progressive", "quality", "rate_distortion", "samples", "schedule", "scores", "shared", "page",
     },
     "sampling.fast": {"onnx_network"},

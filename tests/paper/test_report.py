@@ -74,7 +74,7 @@ def test_a_second_run_draws_nothing_and_other_options_redraw_what_depends_on_the
     main(["paper", model, *DIGITS, *SMALL, "--output_dir", str(report)])
     assert {name: (report / f"{name}.png").stat().st_mtime_ns for name in before} == before
     assert (report / "index.html").read_text("utf-8") == page
-    assert "0 figures to draw, 15 kept" in capsys.readouterr().out
+    assert "0 figures to draw, 16 kept" in capsys.readouterr().out
 
     main(["paper", model, *DIGITS, *SMALL, "--num_likelihood_images", "5", "--output_dir", str(report)])
     changed = {n for n, time in before.items() if (report / f"{n}.png").stat().st_mtime_ns != time}

@@ -26,6 +26,7 @@ from ..storage.weights import hash_weights
 from . import (
     ablation,
     embedding,
+    flow,
     forward,
     interpolation,
     neighbours,
@@ -45,7 +46,7 @@ from .page import render
 
 FIGURES: tuple[PaperFigure, ...] = (
     samples.FIGURE, schedule.FIGURE, forward.FIGURE, posterior.FIGURE, network.FIGURE, embedding.FIGURE,
-    progressive.STRIP, progressive.FIGURE, quality.FIGURE, rate_distortion.FIGURE, shared.FIGURE,
+    flow.FIGURE, progressive.STRIP, progressive.FIGURE, quality.FIGURE, rate_distortion.FIGURE, shared.FIGURE,
     interpolation.FIGURE, interpolation.COARSE_TO_FINE, neighbours.FIGURE, scores.FIGURE, ablation.FIGURE,
 )  # fmt: skip
 PREDICTIONS = {"epsilon": "the noise ε", "sample": "the image x_0", "v_prediction": "v (a mixture of ε and x_0)"}
