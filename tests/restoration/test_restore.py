@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from ddpm_hf.diffusion.ddpm_few_steps import Calibration, fingerprint
-from ddpm_hf.restoration.methods import METHODS, resampling_order
+from ddpm_hf.restoration.methods import METHODS, Problem, State, Step, resampling_order
 from ddpm_hf.restoration.operators import Blur, Compose, Downsample, Grayscale, Inpaint
 from ddpm_hf.restoration.restore import restore
 from support.oracle import OracleUNet, exact_x_0_error, oracle_pipeline
@@ -104,6 +104,18 @@ class CorrelatedOracle(OracleUNet):
         return ((sample.flatten(1) @ matrix.to(sample.dtype)).reshape(sample.shape),)
 
 
+def test_diffpir_does_not_magnify_the_noise_of_a_blurred_image():
+    """Where ᾱ_t is near 0, as with the cosine schedule, only the range of images limits the inverse of a blur."""
+    pipe = oracle_pipeline(0.3, beta_schedule="squaredcos_cap_v2", clip_sample=True)
+    truth = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)) / 2 + 0.25
+    blur = Blur.gaussian(1.0)
+    y = blur(truth) + 0.05 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))
+    images = restore(
+        pipe, y, blur, 0.05, method="diffpir", num_inference_steps=25, generator=torch.Generator().manual_seed(2)
+    ).images
+    assert (images - truth).square().mean().sqrt() < 0.3  # noise over the smallest singular value would be 5 and more
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("noise_std", [0.0, 0.1])
 def test_mmps_finds_the_posterior_mean_of_pixels_that_hang_together(noise_std):
@@ -124,6 +136,27 @@ def test_mmps_finds_the_posterior_mean_of_pixels_that_hang_together(noise_std):
         generator=torch.Generator().manual_seed(0), output_type="latent",
     ).images.double().flatten(1).mean(0)  # fmt: skip
     assert float((found - mean).norm() / mean.norm()) < 0.06
+
+
+def test_mmps_explains_a_measurement_no_worse_than_the_network_alone():
+    """Also for a network whose Jacobian is far from a covariance, with which conjugate gradients diverge."""
+    generator = torch.Generator().manual_seed(0)
+    linear, better = Inpaint(MASK).bind((1, 4, 4)), 0
+    step = Step(t=500, s=400, c_0=0.1, c_t=0.9, variance=0.0, alpha_bar_t=0.5, alpha_bar_s=0.7, x_0_error=None,
+                extrapolation=0.0)  # fmt: skip
+    for _ in range(20):
+        matrix = torch.randn(16, 16, generator=generator)
+
+        def denoise(x_t, step, matrix=matrix):
+            return (x_t.flatten(1) @ matrix).reshape(x_t.shape), 0.0
+
+        x_t, y = torch.randn(2, 4, 1, 4, 4, generator=generator)
+        problem = Problem(linear, linear(y), 0.0)
+        _, mean = METHODS["mmps"](State(x_t, denoise, torch.zeros), step, problem)
+        before, after = ((problem.y - linear(x)).flatten(1).norm(dim=1) for x in (denoise(x_t, step)[0], mean))
+        assert (after <= before * (1 + 1e-5)).all()
+        better += int((after < 0.99 * before).sum())
+    assert better > 20
 
 
 OPERATORS = [

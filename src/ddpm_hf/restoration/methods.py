@@ -177,11 +177,12 @@ DIFFPIR_ZETA = 0.3  # ζ of the paper: the share of new noise
 def diffpir(state: State, step: Step, problem: Problem) -> tuple[Tensor, Tensor]:
     """DiffPIR (arXiv 2305.08995, Algorithm 1): x̂_0 by a proximal step, then noise, of which a share ζ is new.
 
-    argmin ‖y - A x‖² + ρ ‖x - x̂_0‖² with ρ = λ σ_y² ᾱ_t/(1 - ᾱ_t).
+    argmin ‖y - A x‖² + ρ ‖x - x̂_0‖² with ρ = λ σ_y² max(ᾱ_t/(1 - ᾱ_t), 1). The paper has no maximum; but pixels in
+    [-1, 1] vary by at most 1, and without it the inverse of a blur magnifies noise without limit where ᾱ_t is near 0.
     """
     x_0, _ = state.denoise(state.x_t, step)
     A = problem.linear
-    rho = DIFFPIR_LAMBDA * problem.noise_std**2 * step.alpha_bar_t / (1 - step.alpha_bar_t)
+    rho = DIFFPIR_LAMBDA * problem.noise_std**2 * max(step.alpha_bar_t / (1 - step.alpha_bar_t), 1.0)
     mean = x_0 + A.adjoint(A.solve(problem.y - A(x_0), rho))
     if step.is_last:
         return mean, mean
@@ -273,17 +274,20 @@ def mmps(state: State, step: Step, problem: Problem) -> tuple[Tensor, Tensor]:
     mean = x_0.detach()
     residual = problem.y - A(mean)
     direction, energy = residual, _dot(residual, residual)
+    best, least = mean, energy  # a network's V is not quite symmetric, nor positive: conjugate gradients may diverge
     for _ in range(MMPS_ITERATIONS):
         image = covariance(A.adjoint(direction))
         change = A(image) + sigma**2 * direction
         curvature = _dot(direction, change)
-        is_sound = (curvature > 1e-12) & (energy > 1e-12)  # a network's V is not quite symmetric, nor positive
+        is_sound = (curvature > 1e-12) & (energy > 1e-12)
         length = torch.where(is_sound, energy / curvature.where(is_sound, 1), 0)
         mean = mean + length * image
         residual = residual - length * change
         renewed = _dot(residual, residual)
         direction = residual + torch.where(is_sound, renewed / energy.where(is_sound, 1), 0) * direction
         energy = renewed
+        best, least = torch.where(energy < least, mean, best), torch.minimum(energy, least)
+    mean = best
     if step.is_last:
         if sigma == 0:
             mean = mean + A.pinv(problem.y - A(mean))
