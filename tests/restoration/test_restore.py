@@ -145,7 +145,7 @@ def test_mmps_explains_a_measurement_no_worse_than_the_network_alone():
     step = Step(t=500, s=400, c_0=0.1, c_t=0.9, variance=0.0, alpha_bar_t=0.5, alpha_bar_s=0.7, x_0_error=None,
                 extrapolation=0.0)  # fmt: skip
     for _ in range(20):
-        matrix = torch.randn(16, 16, generator=generator)
+        matrix = torch.eye(16) + 0.25 * torch.randn(16, 16, generator=generator)
 
         def denoise(x_t, step, matrix=matrix):
             return (x_t.flatten(1) @ matrix).reshape(x_t.shape), 0.0
