@@ -67,6 +67,11 @@ def in_language(source: str, language: str) -> str:
     return dict(zip(parts[1::2], parts[2::2], strict=True))[language].strip()
 
 
+def code_of(cell: Any) -> str:
+    """The code of a cell, without marks for the formatter."""
+    return cell.source.replace("  # fmt: skip", "")
+
+
 def join_lines(text: str) -> str:
     """Japanese text without the spaces that a browser puts in the place of line breaks."""
     text = re.sub(rf"(?<=[{KANA}])\n(?=[{KANA}$`*\[])", "", text)
@@ -158,7 +163,7 @@ def to_markdown(page: str, outputs: list[Output], language: str) -> str:
             text = in_language(cell.source, language)
         else:
             output = next(remaining)
-            text = f"```python\n{cell.source}\n```"
+            text = f"```python\n{code_of(cell)}\n```"
             if output.text:
                 text += f'\n\n```text title="{words["output"]}"\n{output.text}\n```'
             for _ in output.pictures:
@@ -196,7 +201,7 @@ def to_notebook(page: str, language: str) -> str:
     for number, cell in enumerate(read(page)):
         tags = cell.metadata.get("tags", [])
         if cell.cell_type == "code":
-            new = nbformat.v4.new_code_cell(cell.source, id=f"cell-{number}")
+            new = nbformat.v4.new_code_cell(code_of(cell), id=f"cell-{number}")
         else:
             text = re.sub(r"\[(`[^`]+`)\]\[[^\]]+\]", r"\1", in_language(cell.source, language))
             text = re.sub(r"\]\((\w+)\.md\)", r"](\1.ipynb)", text)

@@ -43,8 +43,10 @@ from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
 
 torch.manual_seed(0)
 unet = UNet2DModel(  # untrained: the formula holds for any network
-    sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32),
+    layers_per_block=1, norm_num_groups=8,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     num_class_embeds=4,  # three classes, and the null label, which comes last
 ).eval()  # fmt: skip
 pipe = DDPMPipelineCustom(

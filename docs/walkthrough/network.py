@@ -43,8 +43,10 @@ import torch
 from diffusers import UNet2DModel
 
 unet = UNet2DModel(
-    sample_size=8, in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    sample_size=8, in_channels=1, out_channels=1, block_out_channels=(32, 64),
+    layers_per_block=1, norm_num_groups=8,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
 )  # fmt: skip
 t = torch.arange(200)
 embedding = unet.time_proj(t).double()

@@ -25,7 +25,7 @@
 # <!-- ja -->
 # ## アルゴリズム 1
 #
-# 次を繰り返します。画像 $x_0$、一様乱数の時刻 $t \in \{1, …, T\}$、ノイズ $\epsilon \sim \mathcal{N}(0, I)$ を取り、次の式の勾配で
+# 次を繰り返します。画像 $x_0$、$1, …, T$ から一様に選んだ時刻 $t$、ノイズ $\epsilon \sim \mathcal{N}(0, I)$ を取り、次の式の勾配で
 # パラメータを更新します。
 #
 # $$\Vert \epsilon - \epsilon_\theta(\sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon, t) \Vert^2$$
@@ -72,8 +72,10 @@ from sklearn.datasets import load_digits
 
 images = torch.tensor(load_digits().images / 8 - 1, dtype=torch.float32)[:, None]
 unet = UNet2DModel(
-    sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32),
+    layers_per_block=1, norm_num_groups=8,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
 )  # fmt: skip
 optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
 losses = []
@@ -106,12 +108,18 @@ assert losses[-1] < losses[0]  # Algorithm 1
 MODEL = Path("walkthrough-digits")
 if not (MODEL / "model_index.json").is_file():
     train(TrainConfig(
-        dataset_name="digits", resolution=8, channels=1, center_crop=True, output_dir=str(MODEL),
-        unet={"block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 8,
-              "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]},
+        dataset_name="digits", resolution=8, channels=1, center_crop=True,
+        output_dir=str(MODEL),
+        unet={
+            "block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 8,
+            "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        },
         ddpm_num_steps=200, ddpm_beta_schedule="squaredcos_cap_v2", ddpm_num_inference_steps=50,
-        train_batch_size=64, max_train_steps=500, learning_rate=2e-3, lr_warmup_steps=50, adam_beta1=0.9, adam_beta2=0.99,
-        use_ema=True, ema_max_decay=0.99, checkpointing_steps=10_000, save_images_steps=0, calibration_images=64, report_to=["none"],
+        train_batch_size=64, max_train_steps=500, learning_rate=2e-3, lr_warmup_steps=50,
+        adam_beta1=0.9, adam_beta2=0.99, use_ema=True, ema_max_decay=0.99,
+        checkpointing_steps=10_000, save_images_steps=0, calibration_images=64,
+        report_to=["none"],
     ))  # fmt: skip
 
 # %%

@@ -36,6 +36,7 @@ def test_a_page_says_the_same_in_both_languages_and_is_complete(page):
     equations = [re.findall(r"\$\$(.+?)\$\$", text) for text in (english, japanese)]
     assert equations[0] == equations[1]
     assert [re.findall(r"\]\[([\w.]+)\]", text) for text in (english,)] == [re.findall(r"\]\[([\w.]+)\]", japanese)]
+    assert not re.search(r"\\[{}|!_*]", english + japanese)  # an escape of Markdown, inside a formula
     assert re.search("[ぁ-ん]", japanese)
     assert not re.search("[ぁ-んァ-ン一-龥]", english)
     tags = [tag for cell in walkthrough.read(page) for tag in cell.metadata.get("tags", [])]
