@@ -121,7 +121,7 @@ FILES = {
     "sharing.conversion.pytorch_diffusion": {"original_network"},
     "sharing.push": {"card", "card_merge", "hub"},
     "storage.checkpoint": {"files", "weights"},
-    "storage.loading": {"checkpoint"},
+    "storage.loading": {"checkpoint", "files"},
     "training.batch_size": {"losses", "network"},
     "training.environment": {"performance"},
     "training.loop": {

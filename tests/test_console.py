@@ -95,7 +95,7 @@ def test_in_a_terminal_progress_is_a_bar(capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("module", "status"),
-    [("ddpm_hf.cli", -signal.SIGINT), ("torch", 130), ("diffusers", 130), ("ddpm_hf.storage", 130)],
+    [("ddpm_hf.cli", -signal.SIGINT), ("torch", 130), ("diffusers", 130)],
 )
 def test_ctrl_c_during_imports_prints_no_traceback(module, status, tmp_path):
     """Sent by the import itself, in a process that was told to sample."""
@@ -119,17 +119,16 @@ def test_ctrl_c_during_imports_prints_no_traceback(module, status, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_during_a_calibration_ends_with_a_word_and_the_command(signum, tmp_path):
+def test_sigterm_during_a_calibration_ends_with_a_word_and_the_command(tmp_path):
     DDPMPipeline(tiny_unet(channels=1), DDPMScheduler(1000)).save_pretrained(tmp_path / "model")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.json")}
     command = ["calibrate", str(tmp_path / "model"), "--dataset", "digits", "--num_images", "64"]
     process = start([*DDPM_HF, *command], env={**os.environ, "TQDM_MININTERVAL": "0"})
     wait_for(process, b"Calibrating")
-    process.send_signal(signum)
+    process.send_signal(signal.SIGTERM)
     output = process.communicate()[0].decode()
-    assert process.returncode == 128 + signum
-    assert f"Interrupted by {'Ctrl-C' if signum == signal.SIGINT else 'SIGTERM'}. What was saved" in output
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Interrupted by SIGTERM. What was saved" in output
     assert f"Run it again with:\n  ddpm-hf {' '.join(command)}\n" in output
     assert "Traceback" not in output
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.json")} == before

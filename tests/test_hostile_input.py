@@ -13,11 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
+from ddpm_hf.data.cache import read_survey
 from ddpm_hf.diffusion.ddpm_few_steps import Calibration, fingerprint
+from ddpm_hf.diffusion.ddpm_labels import label_names
+from ddpm_hf.evaluation.results import Result, read_results
+from ddpm_hf.sampling.folder import sample_to_folder
 from ddpm_hf.sharing.card import CardFacts, known_facts, write_card
 from ddpm_hf.sharing.card_merge import merge_cards, parse_card, stamp
-from ddpm_hf.storage.checkpoint import check_intact, latest_checkpoint, read_progress
+from ddpm_hf.sharing.conversion.convert import read_weights
+from ddpm_hf.storage.checkpoint import TrainingState, check_intact, latest_checkpoint, read_progress
+from ddpm_hf.storage.files import read_json
 from ddpm_hf.storage.loading import load_pipeline
+from ddpm_hf.training.state import _check_tensors
 from support.runs import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -217,3 +224,140 @@ def test_weights_that_are_a_pickle_are_not_read(model, tmp_path):
     weights.write_bytes(weights.with_suffix(".bin").read_bytes())
     with pytest.raises(ValueError, match="damaged"):
         load_pipeline(str(folder))
+
+
+# --- what runs and evaluations leave ----------------------------------------------------------------------------------
+
+CONTENTS = {
+    "empty": b"", "null": b"null", "list": b"[]", "number": b"3", "nested": b"[" * 100_000,
+    "UTF-16": "{}".encode("utf-16"), "deep": b'{"a":' * 5000 + b"1" + b"}" * 5000, "binary": bytes(range(256)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
+def test_json_is_read_or_named(content, tmp_path):
+    file = tmp_path / "x.json"
+    file.write_bytes(content)
+    try:
+        read_json(file)
+    except ValueError as error:
+        assert "x.json' is damaged" in str(error)
+    file.write_bytes(bytes(256))
+    with pytest.raises(ValueError, match="has 256 bytes, but such a file never has more than 10"):
+        read_json(file, 10)
+
+
+FIGURE = json.loads((FIXTURE.parent / "metrics.json").read_text("utf-8"))["figures"][0]
+
+
+@SETTINGS
+@given(
+    st.one_of(
+        VALUES, changed(FIGURE), changed(FIGURE["settings"]).map(lambda settings: {**FIGURE, "settings": settings})
+    )
+)
+def test_forged_results_are_sound_or_named(tmp_path, figure):
+    file = tmp_path / "metrics.json"
+    file.write_text(json.dumps({"figures": [figure]}), "utf-8")
+    try:
+        for result in read_results(file):
+            assert isinstance(result, Result)
+            assert result.title
+            assert result.for_card()
+    except ValueError as error:
+        assert "metrics.json' was not written by `ddpm-hf evaluate`" in str(error)
+
+
+PROGRESS = json.loads((FIXTURE / "checkpoint-3" / "training_state" / "progress.json").read_text("utf-8"))
+
+
+@SETTINGS
+@given(changed(PROGRESS))
+def test_forged_progress_holds_what_a_run_computes_with_or_is_named(tmp_path, progress):
+    file = tmp_path / "training_state" / "progress.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(progress), "utf-8")
+    try:
+        read = read_progress(tmp_path)
+    except ValueError as error:
+        assert "progress.json' is damaged" in str(error)
+    else:
+        assert read["images_seen"] + read["step"] + read["seconds"] + sum(map(sum, read["unlogged"])) < 2**60
+        assert read["num_processes"] * read["config"]["train_batch_size"] >= 1
+
+
+def test_tensors_of_a_checkpoint_are_those_of_its_network(make_unet, tmp_path):
+    network = make_unet()
+    sound = network.state_dict()
+    name, weight = next(iter(sound.items()))
+    for weights, moments in (
+        ({}, {}),
+        ({**sound, "evil": weight}, {}),
+        ({**sound, name: weight[:1]}, {}),
+        (sound, {"evil/exp_avg": weight}),
+        (sound, {f"{name}/exp_avg": weight[:1]}),
+    ):
+        with pytest.raises(ValueError, match="checkpoint-3 is damaged"):
+            _check_tensors(tmp_path / "checkpoint-3", TrainingState({}, weights, moments), network)
+    _check_tensors(
+        tmp_path, TrainingState({}, sound, {f"{name}/exp_avg": weight, f"{name}/step": torch.ones(())}), network
+    )
+
+
+@SETTINGS
+@given(VALUES)
+def test_any_record_of_samples_is_refused(tmp_path, make_unet, record):
+    (tmp_path / "sampling.json").write_text(json.dumps(record), "utf-8")
+    (tmp_path / "00000.png").touch()
+    pipe = DDPMPipelineCustom(make_unet(), DDPMSchedulerCustom(timestep_spacing="linspace"))
+    with pytest.raises(ValueError, match="holds 1 images"):
+        sample_to_folder(pipe, tmp_path, 2, 0, 1, num_inference_steps=2, show_progress=False)
+
+
+@SETTINGS
+@given(st.one_of(VALUES, changed({"tried": 3, "unreadable": [], "pixels": "pixels.bin"})))
+def test_any_record_of_a_cache_is_read_or_ignored(tmp_path, record):
+    (tmp_path / "pixels.bin").write_bytes(bytes(30))
+    (tmp_path / "cache.json").write_text(json.dumps(record), "utf-8")
+    survey = read_survey(tmp_path / "cache.json", 10)
+    assert survey is None or len(survey.readable) <= 3
+
+
+@SETTINGS
+@given(VALUES, st.integers(0, 5))
+def test_any_names_of_classes_are_names_or_one_line(names, count):
+    try:
+        found = label_names({"_label_names": names, "num_class_embeds": count})
+    except ValueError as error:
+        assert "unet/config.json" in str(error)
+    else:
+        assert len(set(found)) == len(found) <= count
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@SETTINGS
+@given(VALUES, st.binary(max_size=40))
+def test_any_header_of_safetensors_is_weights_or_one_line(tmp_path, header, data):
+    file = tmp_path / "weights.safetensors"
+    head = json.dumps(header).encode()
+    for content in (len(head).to_bytes(8, "little") + head + data, data, (2**62).to_bytes(8, "little") + head):
+        file.write_bytes(content)
+        try:
+            read_weights(file)
+        except ValueError as error:
+            assert "can't be read as plain weights" in str(error)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"x", b"PK\x03\x04" + bytes(50), None, [], {}, {1: torch.zeros(3)}, {"ema": {"x": 3}}], ids=repr
+)
+def test_weight_files_without_weights_are_one_line(content, tmp_path):
+    file = tmp_path / "weights.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(ValueError, match="can't be read as plain weights"):
+        read_weights(file)

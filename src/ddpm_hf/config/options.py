@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import field, fields
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def option(default: Any, help: str, aliases: Sequence[str] = ()) -> Any:
@@ -19,7 +19,7 @@ def check_types(config: object) -> None:
     hints = get_type_hints(type(config))
     for name in (f.name for f in fields(config)):  # type: ignore[arg-type]
         value, hint = getattr(config, name), hints[name]
-        alternatives = [hint] if get_origin(hint) is Literal else list(get_args(hint) or (hint,))
+        alternatives = list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
         if value is None and NoneType in alternatives:
             continue
         literal = next((t for t in alternatives if get_origin(t) is Literal), None)

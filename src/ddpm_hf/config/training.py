@@ -455,7 +455,7 @@ class TrainConfig(
 def _json_mapping(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"`unet` is not valid JSON ({error}): pass e.g. '{{\"layers_per_block\": 1}}'.") from error
     if not isinstance(value, dict):
         raise ValueError("`unet` must be a JSON object, e.g. '{\"layers_per_block\": 1}'.")

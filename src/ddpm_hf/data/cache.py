@@ -25,7 +25,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ..progress import Bar, progress
-from ..storage.files import free_bytes, share, write_atomically, write_text_atomically
+from ..storage.files import free_bytes, read_json, share, write_atomically, write_text_atomically
 from .decoding import decode_batches, decode_rows
 from .sources import Source
 from .transform import Transform, Unreadable, image_format
@@ -220,7 +220,7 @@ class ImageCache:
 def read_survey(file: Path, image_bytes: int) -> Survey | None:
     """The survey in a record, unless the record or some of the pixels that it counts are missing or damaged."""
     try:
-        record = json.loads(file.read_text("utf-8"))
+        record = read_json(file)
         survey = Survey(**{**record, "unreadable": [Unreadable(**bad) for bad in record["unreadable"]]})
         present = _size(file.with_name(Path(survey.pixels).name))
         return survey if present >= len(survey.readable) * image_bytes else None

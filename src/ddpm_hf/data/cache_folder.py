@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from contextlib import suppress
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..storage.files import describe_bytes, is_shared
+from ..storage.files import describe_bytes, is_shared, read_json
 from .cache import ABOUT, SQUARE, read_survey
 
 FILES = re.compile(
@@ -74,7 +73,7 @@ def remove_cache(folder: Path) -> bool:
 
 def _describe(folder: Path) -> CacheEntry:
     try:
-        about = json.loads((folder / ABOUT).read_text("utf-8"))
+        about = read_json(folder / ABOUT)
         description, image_bytes = str(about["description"]), int(about["image_bytes"])
     except (OSError, ValueError, TypeError, KeyError):
         description, image_bytes = "made by an earlier version", 0

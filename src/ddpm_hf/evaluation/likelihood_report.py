@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data.pixels import LEVELS_PER_UNIT
 from ..diffusion.pipeline import DDPMPipelineCustom
-from ..storage.files import write_text_atomically
+from ..storage.files import read_json, write_text_atomically
 from .likelihood import BitsPerDim, bits_per_dim, combine, rate_distortion
 from .plots import save_bits_per_dim, save_rate_distortion
 from .predictions import draw_indices
@@ -70,9 +70,12 @@ def split_evenly(indices: Tensor, unit: int) -> Sequence[Tensor]:
 
 
 def _read(file: Path) -> BitsPerDim:
-    stored: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    tables = {name: torch.tensor(stored[name], dtype=torch.float64) for name in ("terms", "x_0_mse", "eps_mse")}
-    return BitsPerDim(**(stored | tables))
+    try:
+        stored = read_json(file)
+        tables = {name: torch.tensor(stored[name], dtype=torch.float64) for name in ("terms", "x_0_mse", "eps_mse")}
+        return BitsPerDim(**(stored | tables))
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{str(file)!r} is damaged ({error}): remove it, and it is measured again.") from error
 
 
 def likelihood_details(bits: BitsPerDim) -> dict[str, Any]:

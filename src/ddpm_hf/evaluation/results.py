@@ -12,9 +12,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from ..config.options import check_types
 from ..diffusion.ddpm_repository import EVALUATION_FILES
 from ..storage.checkpoint import MANIFEST
-from ..storage.files import check_writable, write_text_atomically
+from ..storage.files import check_writable, read_json, write_text_atomically
 from ..storage.weights import hash_loaded_weights
 from .metrics.measurement import Measurement
 
@@ -158,15 +159,24 @@ def read_results(file: Path, weights: str | None = None) -> list[Result]:
         ValueError: for a file of another kind.
     """
     try:
-        stored = json.loads(file.read_text("utf-8"))["figures"] if file.is_file() else []
+        stored = read_json(file)["figures"] if file.is_file() else []
         results = [
             Result(**r | {"settings": Settings(**r["settings"]), "warnings": tuple(r["warnings"])}) for r in stored
         ]
+        for result in results:
+            _check_sound(result)
         return [result for result in results if weights in (None, result.weights)]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{str(file)!r} was not written by `ddpm-hf evaluate`, or is damaged ({error!r}): move it away."
         ) from error
+
+
+def _check_sound(result: Result) -> None:
+    """Raise unless a result that was read can be shown and written again."""
+    check_types(result.settings)
+    check_types(result)
+    str(result), result.slot, result.for_card()
 
 
 def write_results(file: Path, results: Sequence[Result]) -> None:

@@ -21,7 +21,7 @@ from ..evaluation.evaluate import time_network_call
 from ..evaluation.metrics.features import open_extractor
 from ..evaluation.real_images import RealImages, load_real_images
 from ..progress import write
-from ..storage.files import check_writable, lock_output_dir, write_text_atomically
+from ..storage.files import check_writable, lock_output_dir, read_json, write_text_atomically
 from ..storage.weights import hash_weights
 from . import (
     ablation,
@@ -212,7 +212,7 @@ def _draw(figure: PaperFigure, job: Job, output_dir: Path) -> dict[str, Any]:
 def _read_record(file: Path) -> dict[str, Any]:
     """What earlier runs have drawn; nothing if that can't be read, since all can be drawn again."""
     try:
-        stored = json.loads(file.read_text("utf-8"))
+        stored = read_json(file)
     except (OSError, ValueError):
         return {}
     return stored if isinstance(stored, dict) else {}

@@ -155,7 +155,7 @@ def read_record(file: Path) -> dict[str, Any] | None:
     try:
         with Image.open(file) as image:
             return json.loads(image.info[RECORD])
-    except (OSError, SyntaxError, KeyError, TypeError, ValueError):
+    except (OSError, SyntaxError, KeyError, TypeError, ValueError, RecursionError, Image.DecompressionBombError):
         return None
 
 

@@ -20,6 +20,7 @@ from ..storage.files import (
     check_writable,
     free_bytes,
     lock_output_dir,
+    read_json,
     write_atomically,
     write_text_atomically,
 )
@@ -109,7 +110,9 @@ def _check_origin(output_dir: Path, record: dict[str, Any]) -> None:
     if not count:
         return
     try:
-        earlier = json.loads((output_dir / RECORD).read_text("utf-8"))
+        earlier = read_json(output_dir / RECORD)
+        if not isinstance(earlier, dict):
+            raise ValueError("it is no mapping of options")
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(
             f"`output_dir` {str(output_dir)!r} holds {count} images, but no {RECORD} that records how they "

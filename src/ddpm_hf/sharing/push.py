@@ -6,7 +6,6 @@ second commit or pull request where only an answer was lost, and a card that kee
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ from PIL import Image
 
 from ..diffusion.ddpm_repository import EVALUATION_FILES, REAL_IMAGES, SHARED_FILES
 from ..evaluation.results import evaluation_files
-from ..storage.files import full_disk_explained
+from ..storage.files import full_disk_explained, read_json
 from ..storage.loading import load_pipeline, stored_dtype
 from ..storage.weights import hash_weight_files, hash_weights, size_of
 from .card import CardFacts, combine_facts, known_facts, write_card
@@ -167,8 +166,8 @@ def _check_files(folder: Path) -> None:
                 with Image.open(file, formats=["PNG"]) as image:
                     image.verify()
             elif file.suffix == ".json":
-                json.loads(file.read_text("utf-8"))
-        except (OSError, SyntaxError, ValueError) as error:
+                read_json(file)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             kind = "PNG picture" if file.suffix == ".png" else "JSON file"
             raise ValueError(f"{str(file)!r} is not a valid {kind} ({error}): repair or remove it.") from error
 

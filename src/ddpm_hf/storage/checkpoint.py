@@ -11,19 +11,22 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..diffusion.pipeline import DDPMPipelineCustom
-from .files import full_disk_explained, sync
+from .files import full_disk_explained, read_json, sync
 from .weights import size_of
 
 MANIFEST = "manifest.json"
 STATE = "training_state"
+MAX_COUNT, MAX_SECONDS = 2**53, 1e11  # of what a run may count
 BEST = "best_checkpoint.json"
 FULL_DISK_REMEDY = "Earlier checkpoints are kept: free some space, then resume with --resume_from_checkpoint latest."
 PIPELINE_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -55,8 +58,8 @@ def checkpoint_steps(output_dir: Path) -> list[int]:
 def best_step(output_dir: Path) -> int | None:
     """The step of the checkpoint that validation has recorded as the best, if any."""
     try:
-        return int(json.loads((output_dir / BEST).read_text("utf-8"))["step"])
-    except (FileNotFoundError, ValueError):
+        return int(read_json(output_dir / BEST)["step"])
+    except (FileNotFoundError, ValueError, TypeError, KeyError, OverflowError):
         return None
 
 
@@ -132,13 +135,46 @@ def read_progress(folder: Path) -> dict[str, Any]:
     """
     file = folder / STATE / "progress.json"
     try:
-        progress = json.loads(file.read_text("utf-8"))
-        missing = [name for name in ("step", "images_seen", "config") if name not in progress]
-    except (ValueError, RecursionError, TypeError) as error:
+        progress = read_json(file)
+    except OSError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
-    if missing or not isinstance(progress["step"], int) or not isinstance(progress["config"], dict):
-        raise ValueError(f"{file} is damaged: it has no {missing[0] if missing else 'step and config'}.")
+    for name, is_sound in SOUND_PROGRESS.items():
+        if not isinstance(progress, dict) or name not in progress or not is_sound(progress[name]):
+            found = repr(progress.get(name))[:80] if isinstance(progress, dict) else "no mapping"
+            raise ValueError(f"{str(file)!r} is damaged: its `{name}` ({found}) is not what a run writes.")
     return progress
+
+
+def _is_count(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_COUNT
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_COUNT
+
+
+def _is_list_of(is_sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_sound, value))
+
+
+def _is_config(value: object) -> bool:
+    batch = ("train_batch_size", "gradient_accumulation_steps")
+    return isinstance(value, dict) and all(_is_count(value.get(name), 1) for name in batch)
+
+
+# What `read_progress` takes for the work of a run.
+SOUND_PROGRESS: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "images_seen": _is_count,
+    "seconds": lambda value: _is_number(value) and 0 <= value < MAX_SECONDS,
+    "max_steps": _is_count,
+    "num_images": lambda value: value is None or _is_count(value),
+    "label_names": lambda value: value is None or _is_list_of(lambda name: isinstance(name, str))(value),
+    "num_processes": lambda value: _is_count(value, 1),
+    "unlogged": _is_list_of(_is_list_of(_is_number)),
+    "grad_scaler": lambda value: value is None or isinstance(value, dict),
+    "config": _is_config,
+}
 
 
 def load_checkpoint(folder: Path) -> TrainingState:
@@ -148,12 +184,13 @@ def load_checkpoint(folder: Path) -> TrainingState:
         ValueError: for a folder that is no checkpoint, or in which a file is missing or differs from its hash.
     """
     check_intact(folder)
-    return TrainingState(
-        progress=read_progress(folder),
-        weights=load_file(folder / STATE / "weights.safetensors"),
-        optimizer=load_file(folder / STATE / "optimizer.safetensors"),
-        ema=load_file(folder / PIPELINE_WEIGHTS),
-    )
+    progress = read_progress(folder)
+    try:
+        files = (f"{STATE}/weights.safetensors", f"{STATE}/optimizer.safetensors", PIPELINE_WEIGHTS)
+        weights, optimizer, ema = (load_file(folder / name) for name in files)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder} is damaged: {error}") from error
+    return TrainingState(progress, weights, optimizer, ema)
 
 
 def check_intact(folder: Path) -> None:
@@ -161,10 +198,7 @@ def check_intact(folder: Path) -> None:
     manifest_file = folder / MANIFEST
     if not manifest_file.is_file():
         raise ValueError(f"{folder} is not a checkpoint: it has no {MANIFEST}.")
-    try:
-        manifest = json.loads(manifest_file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{manifest_file} is damaged: {error}") from error
+    manifest = read_json(manifest_file)
     if not isinstance(manifest, dict):
         raise ValueError(f"{manifest_file} is damaged: it is not a mapping of files to hashes.")
     for name, digest in manifest.items():

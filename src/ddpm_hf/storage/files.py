@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -11,12 +12,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}  # Windows has no EDQUOT
+MAX_JSON_BYTES = 100_000_000
 REMEDY = "Free some space, or choose another folder."
 
 
@@ -106,6 +108,22 @@ def write_atomically(file: Path, write: Callable[[IO[bytes]], object], *, sync: 
 def write_text_atomically(file: Path, text: str) -> None:
     """`write_atomically` for text, in UTF-8."""
     write_atomically(file, lambda stream: stream.write(text.encode()))
+
+
+def read_json(file: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """The content of a JSON file, which a stranger may have written.
+
+    Raises:
+        ValueError: for a file that is too large, is not JSON in UTF-8, or is nested too deep for the parser.
+        OSError: if it can't be read.
+    """
+    size = file.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"{str(file)!r} has {size:,} bytes, but such a file never has more than {max_bytes:,}.")
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(file)!r} is damaged ({error}).") from error
 
 
 def sync(path: Path) -> None:

@@ -101,11 +101,16 @@ class TrainingLog:
         """The entries of the earlier parts of the run, up to a line that a crash cut off."""
         if not self.file.is_file():
             return
-        for line in self.file.read_text("utf-8").splitlines():
+        for line in self.file.read_text("utf-8", errors="replace").splitlines():
             try:
-                yield json.loads(line)
-            except ValueError:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
                 return
+            if not (
+                isinstance(entry, dict) and "step" in entry and all(type(v) in (int, float) for v in entry.values())
+            ):
+                return  # not ours
+            yield entry
 
     def bar(self, start: int) -> Bar[int]:
         """The updates that are left, as a progress bar."""

@@ -141,6 +141,7 @@ def restore(run: Run, folder: Path) -> None:
     with agreement.together():
         if run.accelerator.is_main_process:
             state = load_checkpoint(folder)
+            _check_tensors(folder, state, run.network)
     progress = agreement.from_main({} if state is None else state.progress)
     moments: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, value in agreement.tensors_from_main(None if state is None else state.optimizer).items():
@@ -166,6 +167,23 @@ def restore(run: Run, folder: Path) -> None:
         run.saved_step = progress["step"]
     run.images_seen, run.seconds = progress["images_seen"], progress["seconds"]
     run.unlogged = progress["unlogged"]
+
+
+def _check_tensors(folder: Path, state: TrainingState, network: UNet2DModel) -> None:
+    """Raise a ValueError unless the tensors of a checkpoint are those of a network, and of its optimizer."""
+    shapes = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+    for tensors in (state.weights, *([] if state.ema is None else [state.ema])):
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        wrong = next((n for n in {**shapes, **found} if shapes.get(n) != found.get(n)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{folder} is damaged: its {wrong!r} has shape {found.get(wrong)}, but the network's has "
+                f"{shapes.get(wrong)}."
+            )
+    for name, value in state.optimizer.items():
+        parameter, _, _ = name.rpartition("/")
+        if parameter not in shapes or (value.ndim and tuple(value.shape) != shapes[parameter]):
+            raise ValueError(f"{folder} is damaged: its optimizer's {name!r} fits no weight of the network.")
 
 
 def _order_moments(optimizer: torch.optim.Optimizer) -> None:

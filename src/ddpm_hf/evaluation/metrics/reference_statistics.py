@@ -111,7 +111,7 @@ def _read(file: Path, key: Key) -> Reference | None:
             raise ValueError("it holds the statistics of other images")
         if metadata["sha256"] != _hash(tensors):
             raise ValueError("its numbers are not those that were written")
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError, RecursionError) as error:
         warnings.warn(f"{file} is damaged ({error}): the statistics are computed anew.", stacklevel=3)
         return None
     return Reference(Moments(tensors["mean"], tensors["covariance"], key["shape"][0]), tensors["features"], key)

@@ -123,7 +123,7 @@ def read_weights(file: Path) -> Weights:
         else:
             found = _state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), "it is empty or cut off")
         raise ValueError(
             f"{str(file)!r} can't be read as plain weights ({reason}). Pickles that run code are never loaded: "
             "save the state dict alone, with safetensors or torch.save."
@@ -134,15 +134,19 @@ def read_weights(file: Path) -> Weights:
 def _state_dict(content: Any) -> Weights:
     """The weights in the content of a file: itself, or a part of a dictionary, or the last of a list (the EMA's)."""
     if isinstance(content, Mapping):
-        if content and all(isinstance(v, Tensor) for v in content.values()):
+        if content and _are_weights(content):
             return dict(content)
         inner = [content[key] for key in ("ema", "ema_state_dict", "state_dict", "model") if key in content]
     else:
         inner = list(reversed(content)) if isinstance(content, (list, tuple)) else []
     for part in inner:
-        if isinstance(part, Mapping) and part and all(isinstance(v, Tensor) for v in part.values()):
+        if isinstance(part, Mapping) and part and _are_weights(part):
             return dict(part)
     raise OSError("it has no dictionary of tensors")
+
+
+def _are_weights(content: Mapping[Any, Any]) -> bool:
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
 
 
 def _refuse_file_options(config: ConvertConfig) -> None:
