@@ -135,7 +135,7 @@ def _copy_onnx(folder: Path, stage: Path) -> None:
     if not all((folder / name).is_file() for name in ONNX_FILES):
         raise ValueError(f"`with_onnx` is set, but {str(folder / 'onnx')!r} has no export: {remedy}.")
     try:
-        weights = json.loads((folder / ONNX_FILES[1]).read_text("utf-8"))["model"]["weights"]
+        weights = read_json(folder / ONNX_FILES[1])["model"]["weights"]
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{str(folder / ONNX_FILES[1])!r} is damaged ({error}): {remedy}.") from error
     if weights != hash_weights(load_pipeline(str(stage)).unet):
