@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from functools import partial
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ import yaml
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
 from ddpm_hf.cli import main
 from ddpm_hf.demo.space import push_space, space_card, stage_app
+from ddpm_hf.sampling.onnx_network import write_onnx
 from ddpm_hf.sharing.hub import HubTarget
 from support.browser import missing
 from support.hub_server import NO_DELAYS, TOKEN
@@ -129,7 +131,8 @@ def test_a_static_space_names_its_page_and_a_local_model_is_no_link():
     assert "models" not in card
 
 
-def test_the_export_goes_with_a_push_only_if_asked_and_only_of_these_weights(hub, model, tmp_path):
+def test_the_export_goes_with_a_push_only_if_asked_and_only_of_these_weights(hub, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("ddpm_hf.export.export.write_onnx", partial(write_onnx, quickly=True))
     folder = tmp_path / "tiny"
     DDPMPipelineCustom.from_pretrained(model).save_pretrained(folder)
     with pytest.raises(SystemExit, match="has no export: run `ddpm-hf export` first"):

@@ -45,7 +45,7 @@ def copy_runtime(folder: Path) -> None:
                 raise ValueError(f"{str(archive)!r} lacks {name}: remove it, and try again.")
             content = member.read()
             if name in BINARIES:
-                (folder / f"{name}.gz").write_bytes(gzip.compress(content, 9, mtime=0))
+                (folder / f"{name}.gz").write_bytes(gzip.compress(content, 6, mtime=0))
             else:
                 (folder / name).write_bytes(content)
         package = tar.extractfile("package/package.json")
