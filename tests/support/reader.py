@@ -28,13 +28,16 @@ SMALL = {  # added to what the page says; later options win
     "sample": ("--num_images", "4", "--batch_size", "4"),
     "evaluate": ("--num_images", "32", "--num_likelihood_images", "4", "--likelihood_steps", "5"),
     "calibrate": ("--num_images", "16"),
+    "restore": ("--steps", "2"),
+    "edit": ("--steps", "4"),
+    "interpolate": ("--num_inference_steps", "2"),
     "paper": ("--num_images", "4", "--num_likelihood_images", "2", "--batch_size", "4", "--ablation_updates", "1"),
     "feature_extractor": ("--updates", "2", "--num_images", "100"),
 }
 
 
 def furnish(folder: Path) -> None:
-    """A trained model, a folder of images, a data set and a stock model that have the names of those of the Hub."""
+    """A trained model, images, photos with masks; a data set and a stock model with the names of those of the Hub."""
     output_dir = folder / "ddpm-digits"  # of a reader who has typed `ddpm-hf train`
     train_here([*SMALL_RUN, "--ddpm_num_steps", "100", "--output_dir", str(output_dir)])
     (output_dir / "checkpoint-2").rename(output_dir / "checkpoint-3400")
@@ -45,6 +48,14 @@ def furnish(folder: Path) -> None:
         place = folder / "my-images" / ("cats", "dogs")[i % 2] / f"{i:02d}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         picture.save(place)
+    hole = np.zeros((24, 20), np.uint8)
+    hole[5:9] = 255
+    Image.fromarray(hole).save(folder / "mask.png")
+    (folder / "masks").mkdir()
+    for i, name in enumerate(("photo.png", "photo2.png")):
+        Image.fromarray(pixels[i, :24, :20, 0]).save(folder / name)
+        Image.fromarray(hole).save(folder / "masks" / name)
+
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     rows = datasets.Dataset.from_dict({"img": pictures, "label": [0, 1] * 80}, features)
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(folder / "uoft-cs" / "cifar10")
