@@ -58,8 +58,8 @@ FIGURE = PaperFigure(
     place="Fig. 8",
     text="Two {kind}, at the ends of each row, are noised to t = {t} of {T} with the same noise, mixed linearly with "
     "λ, and each mixture is denoised with the same noise again. "
-    "A mixture of pixels would show both images, one through the other; here every image between is one that the model "
-    "could have seen. "
+    "A mixture of pixels would show both images, one through the other; here the images between are drawn by the "
+    "model, so that they look like its data as far as its samples do. "
     "The reconstructions at λ = 0 and 1 are {rmse} levels of 255 away from the sources, since t keeps only a part of "
     "them.",
     functions=("ddpm_hf.interpolate",),

@@ -34,7 +34,7 @@ FIGURE = PaperFigure(
     place="Fig. 1, 3, 11, 13",
     text="These are the first {shown} samples, none of them chosen, each from noise of its own (seed {seed} + its "
     "number) by {K} steps of the reverse process. "
-    "Every step asks the network what noise it sees, computes x̂_0 from it, and draws from the Gaussian "
+    "Every step asks the network for a prediction, computes x̂_0 from it, and draws from the Gaussian "
     "p_θ(x_(t-1)|x_t) "
     "(Algorithm 2). "
     "Beside them stand real images, if any were given, so that both can be judged by the same eye.",
