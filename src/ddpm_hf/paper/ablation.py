@@ -108,13 +108,11 @@ FIGURE = PaperFigure(
     title="Objectives, predictions and variances",
     place="Table 2",
     text="Six networks like the model's, trained here from scratch for {updates} updates with batches of {batch}, "
-    "differ in "
-    "what they predict, in what they minimise and in whether they learn the reverse variance. "
-    "Bits/dim are the bound of Eq. 5, and the Fréchet distance of samples in {steps} steps is in {features}; the "
-    "paper's "
-    "networks were trained 800,000 updates, and so short a run shows a tendency at best. "
-    "A prediction of x̂_0 is one of μ̃ in the units of images (Eq. 7), and our learned variance lies between β̃ and β, "
-    "where the paper's was free and unstable.",
+    "differ in what they predict, in what they minimise and in whether they learn the reverse variance. "
+    "Bits/dim are the bound of Eq. 5, and the Fréchet distance of samples in {steps} steps is in {features}; "
+    "the paper's networks were trained 800,000 updates, and so short a run shows a tendency at best. "
+    "A prediction of x̂_0 is one of μ̃ in the units of images (Eq. 7), and our learned variance lies between β̃"
+    " and β, where the paper's was free and unstable.",
     functions=("ddpm_hf.train", "ddpm_hf.bits_per_dim"),
     draw=_draw,
     options=("ablation_updates", "num_images", "num_likelihood_images", "batch_size", "feature_extractor"),

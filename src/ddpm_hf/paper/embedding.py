@@ -45,11 +45,9 @@ FIGURE = PaperFigure(
     title="The sinusoidal embedding of time",
     place="Appendix B",
     text="The network is told t as {dimension} sines and cosines, whose wavelengths grow geometrically from 2π to "
-    "{longest}; "
-    "they are read here off the network's own layer `time_proj`. "
-    "The dot product of two times depends on their distance alone and is largest where they are equal (ten steps "
-    "apart it "
-    "is {near}), so that the network can tell times apart and still treat near ones alike. "
+    "{longest}; they are read here off the network's own layer `time_proj`. "
+    "The dot product of two times depends on their distance alone and is largest where they are equal (ten "
+    "steps apart it is {near}), so that the network can tell times apart and still treat near ones alike. "
     "Two linear layers make of it what each residual block adds to its channels.",
     functions=("diffusers.models.embeddings.Timesteps",),
     draw=_draw,

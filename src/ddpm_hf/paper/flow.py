@@ -74,13 +74,12 @@ FIGURE = PaperFigure(
     name="flow",
     title="Training and sampling, in pictures",
     place="Algorithms 1 and 2",
-    text="Training takes an image, noise and a time (here t = {t}), mixes them by Eq. 4, and asks the network for the "
-    "noise; "
-    "the mean square of the difference, {loss} for this image, is the loss. "
-    "Sampling asks the same question, turns the answer into a guess x̂_0 of the image (here {error} levels of 255 "
-    "from the "
-    "image), and draws x_s from the Gaussian that the posterior gives for this guess. "
-    "One step of the chain would hardly be seen, so this one goes to s = {s} at once; noises are shown from -3 to 3.",
+    text="Training takes an image, noise and a time (here t = {t}), mixes them by Eq. 4, and asks the network for "
+    "the noise; the mean square of the difference, {loss} for this image, is the loss. "
+    "Sampling asks the same question, turns the answer into a guess x̂_0 of the image (here {error} levels of "
+    "255 from the image), and draws x_s from the Gaussian that the posterior gives for this guess. "
+    "One step of the chain would hardly be seen, so this one goes to s = {s} at once; noises are shown from -3 "
+    "to 3.",
     functions=("ddpm_hf.training.losses.training_losses", "ddpm_hf.DDPMProcess.p_mean_variance"),
     draw=_draw,
     calls=lambda job: 1,

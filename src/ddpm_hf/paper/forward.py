@@ -119,10 +119,9 @@ FIGURE = PaperFigure(
     title="The forward process: a chain and its closed form",
     place="Eq. 2 and 4",
     text="The upper strip adds a little noise at every step (Eq. 2), the lower one jumps to each t at once (Eq. 4), "
-    "with "
-    "noise of its own. "
-    "The pictures differ, their distribution does not: below, mean and variance of one pixel over {draws} draws of "
-    "either kind lie on the curves √ᾱ_t x_0 and 1 - ᾱ_t. "
+    "with noise of its own. "
+    "The pictures differ, their distribution does not: below, mean and variance of one pixel over {draws} draws"
+    " of either kind lie on the curves √ᾱ_t x_0 and 1 - ᾱ_t. "
     "The largest of all deviations is {worst} standard errors, as chance has it.",
     functions=("ddpm_hf.DDPMProcess.q_step", "ddpm_hf.DDPMProcess.q_sample"),
     draw=_draw,

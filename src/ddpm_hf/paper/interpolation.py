@@ -56,12 +56,12 @@ FIGURE = PaperFigure(
     name="interpolation",
     title="Interpolation in the latent space",
     place="Fig. 8",
-    text="Two {kind}, at the ends of each row, are noised to t = {t} of {T} with the same noise, mixed linearly with "
-    "λ, and each mixture is denoised with the same noise again. "
-    "A mixture of pixels would show both images, one through the other; here the images between are drawn by the "
-    "model, so that they look like its data as far as its samples do. "
-    "The reconstructions at λ = 0 and 1 are {rmse} levels of 255 away from the sources, since t keeps only a part of "
-    "them.",
+    text="Two {kind}, at the ends of each row, are noised to t = {t} of {T} with the same noise, mixed linearly with"
+    " λ, and each mixture is denoised with the same noise again. "
+    "A mixture of pixels would show both images, one through the other; here the images between are drawn by "
+    "the model, so that they look like its data as far as its samples do. "
+    "The reconstructions at λ = 0 and 1 are {rmse} levels of 255 away from the sources, since t keeps only a "
+    "part of them.",
     functions=("ddpm_hf.interpolate",),
     draw=_draw_pairs,
     options=("num_inference_steps",),
@@ -71,11 +71,10 @@ COARSE_TO_FINE = PaperFigure(
     name="coarse_to_fine",
     title="Interpolation, from coarse to fine",
     place="Fig. 9",
-    text="The same two images, mixed at different times of the diffusion: t = {late} in the first row, t = {early} in "
-    "the "
-    "last. "
-    "Late times leave only what is coarse, or nothing, of the sources, so that new images appear between (and even in "
-    "place of) them; early times keep detail, so that the mixture is hardly more than one of pixels. "
+    text="The same two images, mixed at different times of the diffusion: t = {late} in the first row, t = {early} "
+    "in the last. "
+    "Late times leave only what is coarse, or nothing, of the sources, so that new images appear between (and "
+    "even in place of) them; early times keep detail, so that the mixture is hardly more than one of pixels. "
     "The paper's choice lies in the middle.",
     functions=("ddpm_hf.interpolate",),
     draw=_draw_coarse_to_fine,

@@ -39,12 +39,10 @@ FIGURE = PaperFigure(
     title="Nearest training images",
     place="Fig. 12, 15",
     text="Each sample stands left of the three of {train} training images that are nearest to it in pixels: if the "
-    "model "
-    "copied, the pairs would be equal. "
+    "model copied, the pairs would be equal. "
     "The median distance is {sample} levels of 255 per pixel for samples, and {real} for {held}. "
-    "{share} ± {error} of {count} samples are nearer to a training image than 95 % of those are; a model that draws "
-    "new "
-    "images has 5 %.",
+    "{share} ± {error} of {count} samples are nearer to a training image than 95 % of those are; a model that "
+    "draws new images has 5 %.",
     functions=(
         "ddpm_hf.evaluation.metrics.memorization.nearest_neighbours",
         "ddpm_hf.evaluation.metrics.memorization.memorization",

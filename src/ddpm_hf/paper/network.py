@@ -114,11 +114,10 @@ FIGURE = PaperFigure(
     name="network",
     title="The U-Net, read off the network",
     place="Appendix B",
-    text="Each box is a block of the network with the shape (channels × height × width) that it gave out in one call, "
-    "and "
-    "its parameters: {parameters} in all. "
-    "On {levels} levels the image is halved down to {lowest} × {lowest} and brought back; blue arrows are the skip "
-    "connections that carry detail around the middle. "
+    text="Each box is a block of the network with the shape (channels × height × width) that it gave out in one "
+    "call, and its parameters: {parameters} in all. "
+    "On {levels} levels the image is halved down to {lowest} × {lowest} and brought back; blue arrows are the "
+    "skip connections that carry detail around the middle. "
     "Blocks in orange end at {attention} and attend to all places at once; every residual block is told t.",
     functions=("diffusers.UNet2DModel", "ddpm_hf.training.network.build_unet"),
     draw=_draw,

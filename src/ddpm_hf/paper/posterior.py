@@ -61,12 +61,11 @@ FIGURE = PaperFigure(
     title="The posterior of the forward process",
     place="Eq. 6 and 7",
     text="Left, {pairs} pairs (x_t, x_(t-1)) of the forward chain of one pixel at t = {t}: given x_t and x_0, the "
-    "step back "
-    "is Gaussian, with the mean μ̃_t drawn as a line and the variance β̃_t as a band. "
-    "In the middle, what remains of x_(t-1) after the mean is taken away and the rest divided by √β̃_t has mean {mean} "
-    "and standard deviation {std}, those of a standard normal up to chance. "
-    "Right, near the data the mean leans on x_0, and elsewhere it stays at x_t: this is what the network must imitate "
-    "without knowing x_0.",
+    "step back is Gaussian, with the mean μ̃_t drawn as a line and the variance β̃_t as a band. "
+    "In the middle, what remains of x_(t-1) after the mean is taken away and the rest divided by √β̃_t has mean"
+    " {mean} and standard deviation {std}, those of a standard normal up to chance. "
+    "Right, near the data the mean leans on x_0, and elsewhere it stays at x_t: this is what the network must "
+    "imitate without knowing x_0.",
     functions=("ddpm_hf.DDPMProcess.q_posterior", "ddpm_hf.DDPMProcess.posterior_coefficients"),
     draw=_draw,
 )

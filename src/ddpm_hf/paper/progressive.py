@@ -26,11 +26,9 @@ FIGURE = PaperFigure(
     title="Progressive generation",
     place="Fig. 6, 14",
     text="Each row is one sample, and each column the network's guess x̂_0 of the finished image from x_t (Eq. 15), "
-    "from "
-    "t = {first} at the left to 0 at the right. "
-    "What is large is decided first and detail last: early guesses are blurred, since they average over all images "
-    "that "
-    "x_t still allows. "
+    "from t = {first} at the left to 0 at the right. "
+    "What is large is decided first and detail last: early guesses are blurred, since they average over all "
+    "images that x_t still allows. "
     "At t = {half} the guess is on average {rmse} levels of 255 from what the sample will be.",
     functions=("ddpm_hf.DDPMProcess.predict_x0", "ddpm_hf.DDPMPipelineCustom.__call__ (trajectory_every)"),
     draw=_draw,
@@ -52,14 +50,11 @@ STRIP = PaperFigure(
     title="Sampling, step by step",
     place="Algorithm 2",
     text="{images} samples on their way from noise: the upper strip of each pair is x_t after the step from t, the "
-    "lower one "
-    "the guess x̂_0 that the step was made with. "
-    "Every one of the {K} steps moves x_t a little towards x̂_0 and adds fresh noise, less each time, and none in the "
-    "last "
-    "step. "
-    "After the first column x_t is {rmse} levels of 255 from the finished image, and still looks like noise alone "
-    "when x̂_0 "
-    "shows a shape already.",
+    "lower one the guess x̂_0 that the step was made with. "
+    "Every one of the {K} steps moves x_t a little towards x̂_0 and adds fresh noise, less each time, and none "
+    "in the last step. "
+    "After the first column x_t is {rmse} levels of 255 from the finished image, and still looks like noise "
+    "alone when x̂_0 shows a shape already.",
     functions=("ddpm_hf.DDPMSchedulerCustom.step", "ddpm_hf.DDPMProcess.p_mean_variance"),
     draw=_draw_strip,
     options=OPTIONS,

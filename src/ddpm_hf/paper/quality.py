@@ -34,13 +34,11 @@ FIGURE = PaperFigure(
     name="quality",
     title="The quality of x̂_0 over reverse time",
     place="Fig. 10",
-    text="Left, the Fréchet distance between the guesses x̂_0 of {count} samples and the real images, in {features}: "
-    "from "
-    "{first} at t = {t} to {last} at the end. "
+    text="Left, the Fréchet distance between the guesses x̂_0 of {count} samples and the real images, in {features}:"
+    " from {first} at t = {t} to {last} at the end. "
     "Right, how far the guesses still are from the finished samples. "
-    "The paper plots FID and Inception Score, which need Inception and thousands of samples (--feature_extractor "
-    "inception "
-    "--num_images 10000); compare values of one run with each other only.",
+    "The paper plots FID and Inception Score, which need Inception and thousands of samples "
+    "(--feature_extractor inception --num_images 10000); compare values of one run with each other only.",
     functions=("ddpm_hf.DDPMProcess.predict_x0", "ddpm_hf.evaluation.metrics.distances.frechet_distance"),
     draw=_draw,
     options=("num_images", "num_inference_steps", "batch_size", "feature_extractor"),

@@ -39,13 +39,11 @@ FIGURE = PaperFigure(
     title="Rate and distortion",
     place="Fig. 5, Table 4",
     text="Read as a code, the reverse process sends an image step by step: after each step the receiver knows x_t, "
-    "guesses "
-    "x̂_0 from it (Eq. 15), and the guess gets better as bits arrive (the terms of Eq. 5). "
-    "Over {count} images a lossless code takes {total} bits/dim: {rate} of rate and {L_0} for the last step, which "
-    "describes what is left, an error of {rmse} levels of 255. "
-    "Half of the steps cost {halfway} of the rate, since the first ones fix the coarse and cheap, and the last ones "
-    "what no "
-    "eye sees.",
+    "guesses x̂_0 from it (Eq. 15), and the guess gets better as bits arrive (the terms of Eq. 5). "
+    "Over {count} images a lossless code takes {total} bits/dim: {rate} of rate and {L_0} for the last step, "
+    "which describes what is left, an error of {rmse} levels of 255. "
+    "Half of the steps cost {halfway} of the rate, since the first ones fix the coarse and cheap, and the last "
+    "ones what no eye sees.",
     functions=("ddpm_hf.bits_per_dim", "ddpm_hf.rate_distortion"),
     draw=_draw,
     options=("num_likelihood_images", "batch_size"),

@@ -35,8 +35,7 @@ FIGURE = PaperFigure(
     text="These are the first {shown} samples, none of them chosen, each from noise of its own (seed {seed} + its "
     "number) by {K} steps of the reverse process. "
     "Every step asks the network for a prediction, computes x̂_0 from it, and draws from the Gaussian "
-    "p_θ(x_(t-1)|x_t) "
-    "(Algorithm 2). "
+    "p_θ(x_(t-1)|x_t) (Algorithm 2). "
     "Beside them stand real images, if any were given, so that both can be judged by the same eye.",
     functions=("ddpm_hf.DDPMPipelineCustom.__call__", "ddpm_hf.DDPMSchedulerCustom.step"),
     draw=_draw,

@@ -42,12 +42,12 @@ FIGURE = PaperFigure(
     name="schedule",
     title="The noise schedule and the signal-to-noise ratio",
     place="Section 4",
-    text="The schedule `{schedule}` with T = {T} sets the variance β_t of each forward step; β̃_t is the smaller one "
-    "of the "
-    "step back (Eq. 7). "
-    "In x_t the image keeps the factor √ᾱ_t and the noise has √(1 - ᾱ_t); both are equally strong at about t = {even}. "
-    "At the end ᾱ_T = {last}, so that next to nothing of an image is left in x_T, and sampling may start from pure "
-    "noise.",
+    text="The schedule `{schedule}` with T = {T} sets the variance β_t of each forward step; β̃_t is the smaller one"
+    " of the step back (Eq. 7). "
+    "In x_t the image keeps the factor √ᾱ_t and the noise has √(1 - ᾱ_t); both are equally strong at about t = "
+    "{even}. "
+    "At the end ᾱ_T = {last}, so that next to nothing of an image is left in x_T, and sampling may start from "
+    "pure noise.",
     functions=("ddpm_hf.diffusion.ddpm_process.make_betas", "ddpm_hf.DDPMProcess.log_snr"),
     draw=_draw,
 )

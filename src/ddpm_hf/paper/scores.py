@@ -43,11 +43,10 @@ FIGURE = PaperFigure(
     title="Likelihood and sample quality",
     place="Table 1",
     text="The likelihood is a bound, in bits per dimension, on {seen}. "
-    "The Fréchet distance compares {count} samples with the real images in {features}; only in Inception's features, "
-    "and "
-    "with as many samples, is it the FID that papers print. "
-    "`ddpm-hf evaluate` measures both with more images, writes them into the model's card, and adds KID, precision and "
-    "recall.",
+    "The Fréchet distance compares {count} samples with the real images in {features}; only in Inception's "
+    "features, and with as many samples, is it the FID that papers print. "
+    "`ddpm-hf evaluate` measures both with more images, writes them into the model's card, and adds KID, "
+    "precision and recall.",
     functions=("ddpm_hf.bits_per_dim", "ddpm_hf.evaluation.metrics.distances.frechet_estimate"),
     draw=_draw,
     options=(

@@ -45,12 +45,9 @@ FIGURE = PaperFigure(
     title="Images that share a noisy one",
     place="Fig. 7",
     text="In each row {source} is noised to t, and {copies} reverse chains start from the same x_t, each with noise "
-    "of its "
-    "own: draws from p_θ(x_0|x_t). "
-    "From t = {late} they share next to nothing, and differ by {wide} levels of 255 from each other; from t = {early} "
-    "they "
-    "differ "
-    "by {narrow}, in details. "
+    "of its own: draws from p_θ(x_0|x_t). "
+    "From t = {late} they share next to nothing, and differ by {wide} levels of 255 from each other; from t = "
+    "{early} they differ by {narrow}, in details. "
     "So x_t holds first what is large and later what is small, although no one asked for that order.",
     functions=("ddpm_hf.variations",),
     draw=_draw,
