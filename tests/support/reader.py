@@ -31,7 +31,7 @@ SMALL = {  # added to what the page says; later options win
     "restore": ("--steps", "2"),
     "edit": ("--steps", "4"),
     "interpolate": ("--num_inference_steps", "2"),
-    "paper": ("--num_images", "4", "--num_likelihood_images", "2", "--batch_size", "4", "--ablation_updates", "1"),
+    "paper": ("--num_images", "4", "--num_likelihood_images", "2", "--batch_size", "4"),
     "feature_extractor": ("--updates", "2", "--num_images", "100"),
 }
 
