@@ -7,6 +7,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
 import socket
 import threading
@@ -397,3 +398,12 @@ def point_client_at(hub, monkeypatch, folder):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+def environment(hub, tmp_path, token=TOKEN):
+    """The environment of a process whose user is logged in at `hub`."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    return {
+        **kept, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": token,
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip

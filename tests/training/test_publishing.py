@@ -1,15 +1,13 @@
 """A training run that shares its model: real runs against a Hub on this machine that breaks."""
 
-import os
 import re
 import sys
 
 import pytest
 
-from support.hub_server import serve_hub
+from support.hub_server import TOKEN, environment, serve_hub
 from support.runs import run, train_command
 
-TOKEN = "hf_ThisIsTheSecretOfTheTests"
 PUSH = ["--push_to_hub", "--hub_model_id", "me/digits", "--save_images_steps", "0"]
 
 
@@ -19,14 +17,6 @@ def hub():
         server.add_token(TOKEN, "me")
         server.add_token("hf_read", "me", role="read")
         yield server
-
-
-def environment(hub, tmp_path, token=TOKEN):
-    kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
-    return {
-        **kept, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": token,
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
 
 
 @pytest.mark.slow

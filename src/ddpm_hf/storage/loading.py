@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.utils import logging
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
@@ -46,29 +49,45 @@ def load_pipeline(model: str, revision: str | None = None, dtype: torch.dtype = 
             raise ValueError(
                 f"`revision` is {revision!r}, but {model!r} is a folder: only models on the Hub have revisions."
             )
-        try:
-            pipeline = _load_folder(folder, dtype)
-            weights = [name for name, p in pipeline.unet.named_parameters() if p.is_meta]
-            if weights:
-                raise OSError(f"its weights have no {weights[0]}")
-        except Exception as error:  # whatever diffusers raises
-            if isinstance(error, ValueError) and "expected shape" not in str(error):
-                raise  # says already what is wrong
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ValueError(f"the model in {model!r} is damaged ({reason}): save or download it again.") from error
-        return pipeline
+        with _damage_explained(model):
+            return _complete(_load_folder(folder, dtype))
     try:
         validate_repo_id(model)
     except HFValidationError as error:
         raise ValueError(f"there is no model {model!r}: no such folder, and not a valid name on the Hub.") from error
     try:
-        return DDPMPipelineCustom.from_pretrained(model, revision=revision, dtype=dtype)
+        configurations = snapshot_download(
+            model, revision=revision, allow_patterns=["model_index.json", "*config.json"]
+        )
+        with _damage_explained(model):
+            _check_configurations(Path(configurations))
+            return _complete(DDPMPipelineCustom.from_pretrained(model, revision=revision, dtype=dtype))
     except (OSError, HfHubHTTPError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"there is no model {model!r}: no such folder, and the Hub can't provide it ({reason}). For a private "
             "model, log in with `hf auth login`."
         ) from error
+
+
+@contextmanager
+def _damage_explained(model: str) -> Iterator[None]:
+    """Within this context, whatever diffusers raises for a damaged model is a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        says_so = isinstance(error, ValueError) and "expected shape" not in str(error)
+        if says_so or (isinstance(error, (OSError, HfHubHTTPError)) and not Path(model).is_dir()):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"the model in {model!r} is damaged ({reason}): save or download it again.") from error
+
+
+def _complete(pipeline: DDPMPipelineCustom) -> DDPMPipelineCustom:
+    missing = next((name for name, weight in pipeline.unet.named_parameters() if weight.is_meta), None)
+    if missing is not None:
+        raise RuntimeError(f"its weights have no {missing}")
+    return pipeline
 
 
 def _check_configurations(folder: Path) -> None:
