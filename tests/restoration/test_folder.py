@@ -174,7 +174,7 @@ def bad_cases(folder):
     return {
         "mask of another size": ([other], {"mask": drawn}, "6×4 pixels, but its mask has 8×8: make them equal"),
         "mask of gray": ([photo], {"mask": str(folder / "gray.png")}, "has gray values"),
-        "no mask": ([photo], {"mask": str(folder / "deeper")}, None),
+        "no mask": ([photo], {"mask": "nowhere.png"}, "`mask` is 'nowhere.png', but there is no such file or folder"),
         "mask of none": ([other], {"mask": str(folder / "deeper")}, "has 0 files named 'other', but needs one"),
         "too small for tiles": ([other], {"colorize": True, "tiles": True}, "6×4 pixels, but the model makes 8×8"),
         "too small to sharpen": ([other], {"deblur": "1"}, "6×4 pixels, but the model makes 8×8"),
@@ -192,8 +192,8 @@ def bad_cases(folder):
 
 
 @pytest.mark.parametrize("case", [
-    "mask of another size", "mask of gray", "mask of none", "too small for tiles", "too small to sharpen", "kernel",
-    "kernel too large", "negative blur", "one name", "a result's name", "twice", "onto itself", "foreign", "class",
+    "mask of another size", "mask of gray", "no mask", "mask of none", "too small for tiles", "too small to sharpen",
+    "kernel", "kernel too large", "negative blur", "one name", "a result's name", "twice", "onto itself", "foreign", "class",
     "steps",
 ])  # fmt: skip
 def test_bad_input_is_named_before_the_network_is_called(case, tmp_path):

@@ -99,6 +99,7 @@ def write_bad_files(folder):
         (lambda f: read_photo(f, 3), "cut.png", "it can't be read"),
         (lambda f: read_photo(f, 3), "missing.png", "it can't be read.*No such file"),
         (lambda f: read_photo(f, 3), "deep.png", "more than 8 bits per channel"),
+        (read_mask, "text.png", "its mask '.*text.png' is not an image"),
         (read_mask, "soft.png", r"has gray values, such as \d+, but must be white \(255\).*threshold it"),
         (read_mask, "black.png", "all black"),
     ],

@@ -78,6 +78,8 @@ def restore_photos(
     kernel = None if config.deblur is None else _kernel(config.deblur)
     if wanted == "colorize" and channels != 3:
         raise ValueError("--colorize needs a model of color images, but this one makes gray ones.")
+    if config.mask is not None and not Path(config.mask).exists():
+        raise ValueError(f"`mask` is {config.mask!r}, but there is no such file or folder.")
     limit = images_in_memory(pipeline.unet) // BACKWARD_MEMORY
 
     def read(file: Path) -> _Work:

@@ -106,7 +106,7 @@ def read_mask(file: Path) -> Tensor:
     Raises:
         ValueError: with the reason, if it can't be read, has gray values, or is all black.
     """
-    with _opened(file) as image:
+    with _opened(file, f"its mask {str(file)!r}") as image:
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
         values = _tensor(image.convert("L"))
@@ -181,8 +181,11 @@ def resize(image: Tensor, size: tuple[int, int], filter: Image.Resampling = Imag
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Image.Image]:
+def _opened(file: Path, subject: str = "it") -> Iterator[Image.Image]:
     """The image in a file, upright, with all of its pixels read.
+
+    Args:
+        subject: what errors call it.
 
     Raises:
         ValueError: with the reason, if it can't be read.
@@ -192,9 +195,9 @@ def _opened(file: Path) -> Iterator[Image.Image]:
             image.load()
             upright = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
-        raise ValueError("it is not an image in a format that Pillow reads") from None
+        raise ValueError(f"{subject} is not an image in a format that Pillow reads") from None
     except Exception as error:  # on damaged files, Pillow's plugins raise nearly anything
-        raise ValueError(f"it can't be read ({str(error) or type(error).__name__})") from error
+        raise ValueError(f"{subject} can't be read ({str(error) or type(error).__name__})") from error
     yield upright
 
 
