@@ -10,6 +10,8 @@ from ddpm_hf.config.restoration import EditConfig, RestoreConfig
 from ddpm_hf.restoration.folder import edit_photos, restore_photos
 from ddpm_hf.restoration.methods import METHODS
 from ddpm_hf.restoration.operators import Blur, Downsample, Grayscale
+from ddpm_hf.restoration.photos import Photo
+from ddpm_hf.restoration.tasks import deblurring
 from support.models import tiny_unet
 from support.runs import run
 
@@ -114,6 +116,18 @@ def test_a_sharpened_photograph_explains_the_blurred_one_away_from_its_border(tm
     assert left_over < 0.3 * (kernel(in_unit_range(blurred)) - in_unit_range(blurred))[inside].abs().mean()
 
 
+def test_pixels_whose_blur_saw_beyond_the_border_are_not_used():
+    kernel = torch.ones(3, 5)
+    tasks = [
+        deblurring(Photo(torch.from_numpy(noise(12, 16, seed=i)).permute(2, 0, 1)), kernel, (8, 8)) for i in (0, 1)
+    ]
+    for task in tasks:
+        seen = (task.operator(torch.rand(1, 3, 12, 16)) != 0)[0, 0]
+        assert seen[1:-1, 2:-2].all()
+        assert int(seen.sum()) == 10 * 12
+        assert ((task.measurement != 0)[0].any(0) == seen).all()
+
+
 def test_photographs_of_one_size_with_masks_of_their_own_are_restored_together(tmp_path):
     pipe, photos = model(), [save(tmp_path / f"{name}.png", noise(8, 8, seed=i)) for i, name in enumerate("ab")]
     (tmp_path / "masks").mkdir()
@@ -193,8 +207,8 @@ def bad_cases(folder):
 
 @pytest.mark.parametrize("case", [
     "mask of another size", "mask of gray", "no mask", "mask of none", "too small for tiles", "too small to sharpen",
-    "kernel", "kernel too large", "negative blur", "one name", "a result's name", "twice", "onto itself", "foreign", "class",
-    "steps",
+    "kernel", "kernel too large", "negative blur", "one name", "a result's name", "twice", "onto itself", "foreign",
+    "class", "steps",
 ])  # fmt: skip
 def test_bad_input_is_named_before_the_network_is_called(case, tmp_path):
     photos, options, message = bad_cases(tmp_path)[case]
