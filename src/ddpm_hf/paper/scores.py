@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from ..evaluation.metrics.distances import frechet_distance, frechet_estimate, moments
 from ..evaluation.metrics.measure import SMALLEST_SET, measure
 from ..evaluation.metrics.reference_statistics import reference_statistics
@@ -17,16 +19,17 @@ def _draw(job: Job, file: Path) -> Drawn:
     samples = job.samples.images
     features = job.features(samples)
     value, error, bias = frechet_estimate(features, job.features(data.pixels), job.real_moments)
-    half = len(data.pixels) // 2
-    count, others = min(len(samples), half), len(data.pixels) - half
-    floor = frechet_distance(moments(job.features(data.pixels[:count])), moments(job.features(data.pixels[half:])))
+    order = torch.randperm(len(data.pixels), generator=torch.Generator().manual_seed(job.config.seed))
+    count = min(len(samples), len(data.pixels) // 2)
+    some, others = data.pixels[order[:count]], data.pixels[order[count:]]
+    floor = frechet_distance(moments(job.features(some)), moments(job.features(others)))
     how = f"{len(samples)} samples of {job.steps} steps, {len(data.pixels):,} real images; {job.feature_name}"
     table = [
         ["", "value", "how it was measured"],
         ["NLL (bits/dim)", f"≤ {bits.total:.3f} ± {bits.standard_error:.3f}",
          f"the bound of Eq. 5, all {job.T} terms, {bits.num_images} {seen}; variance {bits.variance_type}"],
         ["Fréchet distance", f"{value:.3g} ± {error:.2g}", f"{how}; about {bias:.2g} of it is finite-sample bias"],
-        ["… of real images", f"{floor:.3g}", f"for scale: {count} real images against {others:,} others"],
+        ["… of real images", f"{floor:.3g}", f"for scale: {count} real images against the {len(others):,} others"],
     ]  # fmt: skip
     extractor = job.extractor
     if extractor is not None and extractor.num_logits and len(samples) >= SMALLEST_SET["isc"]:
