@@ -47,10 +47,14 @@ def save_evaluation(folder, *results):
     Args:
         results: (metric, changes to its settings).
     """
-    chain = {"weights": hash_weights(DDPMPipelineCustom.from_pretrained(folder).unet)}
+    data = {"name": "digits", "hub_id": None, "split": "train"}
+    chain = {
+        "weights": hash_weights(DDPMPipelineCustom.from_pretrained(folder).unet), "num_inference_steps": 20,
+        "num_train_timesteps": 20, "timesteps": "linspace", "dtype": "float32",
+    }  # fmt: skip
     write_results(
         folder / RESULTS_FILE,
-        [Result(metric, 1.0, 10, settings=Settings({}, chain, 10, **settings)) for metric, settings in results],
+        [Result(metric, 1.0, 10, settings=Settings(data, chain, 10, **settings)) for metric, settings in results],
     )
     for name in EVALUATION_FILES[1:]:
         (folder / name).write_bytes(png() if name.endswith(".png") else b"{}")
