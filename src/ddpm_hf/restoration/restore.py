@@ -23,8 +23,8 @@ from .operators import Inpaint, LinearMap, as_operator
 from .tiles import predict_in_tiles
 
 Generators = torch.Generator | list[torch.Generator] | None
-MEETING_ROUNDS = 100  # of projections, of which few are needed
-NEGLIGIBLE = 1e-5  # of the range of images, and far below one of 255 levels
+MEETING_ROUNDS = 1000  # of projections, of which few are needed
+NEGLIGIBLE = 1e-4  # of the range of images, and far below one of 255 levels
 
 
 @torch.no_grad()
@@ -57,9 +57,9 @@ def restore(
             also any differentiable function of images in [0, 1].
         noise_std: σ_y, in units of [0, 1]. With 0, the result meets the measurement to 1/255 on 8-bit output.
         num_inference_steps: K; one network call each, but for `repaint`, whose steps are repeated.
-        method: see `methods.py`. "mmps" (the best images in few steps), "posterior" (of a calibrated model; exact for data
-            of independent Gaussian pixels), "ddnm", "diffpir", "repaint" (inpainting only), "dps" (also for operators
-            that are not linear) or "pigdm". "mmps", "dps" and "pigdm" differentiate through the network.
+        method: see `methods.py`. "mmps" (the best images in few steps), "posterior" (of a calibrated model; exact for
+            data of independent Gaussian pixels), "ddnm", "diffpir", "repaint" (inpainting only), "dps" (also for
+            operators that are not linear) or "pigdm". "mmps", "dps" and "pigdm" differentiate through the network.
         eta: as in sampling, from DDIM (0) to ancestral (1).
         solver_order: 2 extrapolates x̂_0 along the trajectory, for "mmps", "posterior", "ddnm" and "diffpir".
         timesteps: the trajectory itself, or the name of its spacing; by default "linspace".
