@@ -28,7 +28,10 @@ SECONDS_BETWEEN_VIEWS = 0.15  # of a sampling that is watched
 STATE_SECONDS = 1800  # that a visitor's trajectory is kept
 VIEW_PIXELS = 400  # of the grid that is watched, at least half of it
 VIEWS = {"x_t, the noisy image": "x_t", "x̂_0, what the network expects": "x_0"}
-CSS = ".pixels img { image-rendering: pixelated; }"
+CSS = """
+.pixels img { image-rendering: pixelated; }
+@media (max-width: 600px) { .pixels .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; } }
+"""
 # Nothing is loaded from elsewhere, fonts included.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
@@ -240,7 +243,9 @@ def _editing_tab(pipeline: DDPMPipelineCustom) -> None:
             label, guidance = _class_inputs(pipeline)
             start = gr.Button("Edit", variant="primary")
         with gr.Column():
-            gallery = gr.Gallery(label="Edited", format="png", object_fit="contain", elem_classes="pixels", columns=2)
+            gallery = gr.Gallery(
+                label="Edited", show_label=False, format="png", object_fit="contain", elem_classes="pixels", columns=2
+            )
 
     def run(image: dict[str, Any], strength: float, count: int, seed: int, steps: int, label: int, guidance: float
             ) -> list[Any]:  # fmt: skip
