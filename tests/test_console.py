@@ -34,7 +34,7 @@ def oldest(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_sampling_prints_its_result_and_a_line_of_progress(oldest, tmp_path, dtype):
     done = run([*DDPM_HF, "sample", str(oldest), *SAMPLE, str(tmp_path / "out"), "--dtype", dtype, "--device", "cpu"])
     assert done.returncode == 0
@@ -119,6 +119,7 @@ def test_ctrl_c_during_imports_prints_no_traceback(module, status, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_sigterm_during_a_calibration_ends_with_a_word_and_the_command(tmp_path):
     DDPMPipeline(tiny_unet(channels=1), DDPMScheduler(1000)).save_pretrained(tmp_path / "model")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.json")}

@@ -39,7 +39,9 @@ def synced(monkeypatch):
 def test_a_checkpoint_is_written_synced_and_read(synced, make_unet, tmp_path):
     pipeline = DDPMPipelineCustom(make_unet(), DDPMSchedulerCustom())
     for step in (1, 2):
-        progress = {"step": step, "images_seen": step, "config": {}}
+        counts = {"step": step, "images_seen": step, "seconds": 1.0, "max_steps": 2, "num_images": 9}
+        progress = counts | {"label_names": None, "num_processes": 1, "unlogged": [], "grad_scaler": None}
+        progress["config"] = {"train_batch_size": 1, "gradient_accumulation_steps": 1}
         state = TrainingState(progress, dict(pipeline.unet.state_dict()), {})
         folder = save_checkpoint(tmp_path, pipeline, state, total_limit=1)
     assert checkpoint_steps(tmp_path) == [2]
