@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 import shutil
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,8 +13,8 @@ CONTROLS = {"button", "checkbox", "combobox", "image", "img", "link", "radio", "
 
 
 def missing(what):
-    """Skip, with the reason; in CI, where everything is to be tested, fail."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(what)
+    """Skip, with the reason, which `.ci/run` prints."""
+    pytest.skip(what)
 
 
 @contextlib.contextmanager
