@@ -31,6 +31,7 @@ FOLDERS = {
     "sharing": {"diffusion", "evaluation", "progress", "storage"},
     "sharing.conversion": {"config", "diffusion", "sharing", "storage"},
     "export": {"diffusion", "sampling", "storage"},
+    "doctor": {"config", "data", "diffusion", "evaluation", "progress", "sampling", "storage"},
     "demo": {"data", "diffusion", "export", "restoration", "sharing", "storage"},
     "training": {
         "config", "console", "data", "diffusion", "distributed", "evaluation", "evaluation.metrics", "progress",
@@ -41,7 +42,7 @@ FOLDERS = {
         "storage", "training",
     },
     "commands": {
-        "config", "data", "demo", "diffusion", "evaluation", "export", "paper", "restoration", "sampling", "sharing",
+        "config", "data", "demo", "diffusion", "doctor", "evaluation", "export", "paper", "restoration", "sampling", "sharing",
         "sharing.conversion", "storage", "training",
     },
     "cli": {"commands", "config", "console"},
@@ -50,6 +51,7 @@ FOLDERS = {
 # Within a folder. A file that is not named here imports none of its neighbours.
 FILES = {
     "commands.calibrate": {"model"},
+    "commands.doctor": {"model"},
     "commands.evaluate": {"model"},
     "commands.restore": {"model"},
     "commands.paper": {"model"},
@@ -81,6 +83,14 @@ FILES = {
         "scheduling_ddpm_custom",
     },
     "diffusion.scheduling_ddpm_custom": {"ddpm_few_steps", "ddpm_process"},
+    "doctor.behaviour": {"finding", "readings", "scheduler", "training"},
+    "doctor.examine": {"behaviour", "files", "finding", "readings", "scheduler", "training", "weights"},
+    "doctor.files": {"finding"},
+    "doctor.repair": {"finding"},
+    "doctor.report": {"examine", "finding"},
+    "doctor.scheduler": {"finding"},
+    "doctor.training": {"finding", "readings", "scheduler"},
+    "doctor.weights": {"finding"},
     "evaluation.calibration": {"predictions"},
     "evaluation.evaluate": {"phases", "real_images", "results"},
     "evaluation.likelihood": {"predictions"},

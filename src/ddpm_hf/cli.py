@@ -13,6 +13,7 @@ from .commands.cache import cache
 from .commands.calibrate import calibrate
 from .commands.convert import convert
 from .commands.demo import demo
+from .commands.doctor import doctor
 from .commands.env import env
 from .commands.evaluate import evaluate
 from .commands.export import export
@@ -26,6 +27,7 @@ from .config.commands import (
     CalibrateConfig,
     ConvertConfig,
     DemoConfig,
+    DoctorConfig,
     EnvConfig,
     EvaluateConfig,
     ExportConfig,
@@ -71,6 +73,10 @@ See the paper's figures of it, on one page:
 Calibrate it for the best likelihood in few steps, then sample with --spacing optimal --variance_type optimal:
 
   ddpm-hf calibrate ddpm-digits --dataset digits
+
+Find out why its samples are bad, whoever made it:
+
+  ddpm-hf doctor google/ddpm-cifar10-32 --dataset my-images
 
 Share it, or convert another model:
 
@@ -196,6 +202,13 @@ def _parser() -> argparse.ArgumentParser:
         commands, "cache", CacheConfig, cache, "list decoded images on the disk, and remove old ones",
         "List the caches of decoded images on the disk, and remove those that are incomplete or were not used for "
         "long. What a run is using stays.",
+    )  # fmt: skip
+    _add_command(
+        commands, "doctor", DoctorConfig, doctor, "find what is wrong with a model, and repair it",
+        "Examine a model: its files, weights and scheduler, and, with images of its training, whether they belong "
+        "together: prediction type, noise schedule, T, pixel range, channel order, settings of the network. Each "
+        "finding comes with its evidence and its remedy; --fix writes a repaired copy. Faults end with status 1.",
+        model=MODEL,
     )  # fmt: skip
     _add_command(
         commands, "env", EnvConfig, env, "show this machine, and what of it will be used",

@@ -32,6 +32,7 @@ SMALL = {  # added to what the page says; later options win
     "edit": ("--steps", "4"),
     "interpolate": ("--num_inference_steps", "2"),
     "paper": ("--num_images", "4", "--num_likelihood_images", "2", "--batch_size", "4"),
+    "doctor": ("--num_images", "8", "--num_samples", "4"),
     "feature_extractor": ("--updates", "2", "--num_images", "100"),
 }
 

@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import PartialState
 
     from ..diffusion.pipeline import DDPMPipelineCustom
@@ -31,8 +32,16 @@ def load_on_device(model: str, revision: str | None, device: str | None, dtype: 
 
     from ..storage.loading import load_pipeline
 
-    place = _device(device) if device else processes().device
-    return load_pipeline(model, revision, getattr(torch, dtype)).to(place)
+    return load_pipeline(model, revision, getattr(torch, dtype)).to(choose_device(device))
+
+
+def choose_device(name: str | None) -> torch.device | str:
+    """The device of this name, by default the best of this machine, or this process's of several.
+
+    Raises:
+        ValueError: where the device can't be used.
+    """
+    return _device(name) if name else processes().device
 
 
 def _device(name: str) -> str:

@@ -343,6 +343,37 @@ class CacheConfig:
             raise ValueError(f"`older_than` is {self.older_than:g}, but nothing is removed without --prune: add it.")
 
 
+class DoctorConfig(ImageOptions):
+    """Options of `ddpm-hf doctor`."""
+
+    fix: str | None = option(None, "Write a repaired copy into this new folder.")
+    checkpoint: str | None = option(
+        None,
+        "A checkpoint of the run that made the model, to tell its last weights from their average (EMA). Default: "
+        "those in the model's folder.",
+    )
+    num_images: int = option(64, "How many images to measure errors on.")
+    num_samples: int = option(32, "How many samples to look at; 0: none.")
+    seed: int = option(0, "Fixes the choice of images, their noise, and the samples.")
+    batch_size: int = option(64, "Images per forward pass.")
+    device: str | None = option(None, "cpu, cuda, mps, …; default: the best one available.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least(2, self, "num_images")
+        at_least(1, self, "batch_size")
+        at_least(0, self, "num_samples")
+        check_seed(self.seed, self.num_samples)
+        if self.has_images:
+            self.check_images()
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are images to measure errors on."""
+        return self.dataset_name is not None or self.train_data_dir is not None
+
+
 @dataclass
 class EnvConfig:
     """Options of `ddpm-hf env`, which has none."""

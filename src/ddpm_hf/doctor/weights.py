@@ -1,0 +1,127 @@
+"""The weights: finite, of full precision, alive, and the average rather than the last ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..storage.checkpoint import PIPELINE_WEIGHTS, STATE, checkpoint_steps
+from .finding import Finding, Repair, Weights
+
+ROUNDED_SHARE = 0.999  # of a float32 tensor's values by chance: 1/65,536
+MIN_VALUES = 100
+
+
+def examine_weights(weights: Weights, stored: torch.dtype, folder: Path, checkpoint: Path | None) -> Iterator[Finding]:
+    """Faults of the weights themselves.
+
+    Args:
+        weights: of the network, as float32.
+        stored: their precision on the disk.
+        folder: of the model; checkpoints are looked for in it, and around it.
+        checkpoint: one of the run that made the model, if the user names it.
+    """
+    bad = {name: int((~w.isfinite()).sum()) for name, w in weights.items() if w.is_floating_point()}
+    if any(bad.values()):
+        first = next(name for name, count in bad.items() if count)
+        total = sum(w.numel() for w in weights.values())
+        yield Finding(
+            "not finite", "Some weights are NaN or infinite.",
+            f"{sum(bad.values()):,} of {total:,}, the first in {first}", "Every sample is NaN.",
+            "Go back to an earlier checkpoint; the training diverged, or the file was damaged.",
+        )  # fmt: skip
+        return
+    yield from _examine_precision(weights, stored)
+    last = weights.get("conv_out.weight")
+    if last is not None and not last.any():
+        yield Finding(
+            "zero output", "The last layer is zero: the network was never trained.",
+            f"{last.numel():,} of {last.numel():,} weights of conv_out are 0", "The prediction is constant.",
+            "Export the trained weights again.",
+        )  # fmt: skip
+    yield from _examine_average(weights, folder, checkpoint)
+
+
+def _examine_precision(weights: Weights, stored: torch.dtype) -> Iterator[Finding]:
+    if stored in (torch.float16, torch.bfloat16):
+        name = str(stored).removeprefix("torch.")
+        yield Finding(
+            "half precision on disk", f"The weights are stored in {name}.",
+            f"{8 if stored == torch.bfloat16 else 11} significant bits of 24",
+            "Good enough to sample from; training that goes on from it, or an average over it, loses small updates.",
+            "Keep a float32 copy for training.", severity="note",
+        )  # fmt: skip
+        return
+    values = torch.cat([w.flatten() for w in weights.values() if w.is_floating_point()])
+    values = values[(values != 0) & (values.abs() != 1)]  # which are exact in any precision
+    for dtype, digits in ((torch.bfloat16, 2), (torch.float16, 3)):
+        share = float((values.to(dtype).float() == values).double().mean()) if len(values) >= MIN_VALUES else 0.0
+        if share >= ROUNDED_SHARE:
+            name = str(dtype).removeprefix("torch.")
+            yield Finding(
+                "rounded weights", f"The weights are stored in float32, but were rounded to {name}.",
+                f"{share:.1%} of {len(values):,} weights have no digit beyond those of {name}; by chance 0.002 % would",
+                f"Only {digits} to {digits + 1} of 7 digits are left, which no conversion brings back: samples are "
+                "noisier, and training can't go on well from here.",
+                "Export again from the float32 weights of the training, a checkpoint for example.",
+            )  # fmt: skip
+            return
+
+
+def _examine_average(weights: Weights, folder: Path, checkpoint: Path | None) -> Iterator[Finding]:
+    """The last weights of a training, where a checkpoint holds their average (EMA), too."""
+    for place in _checkpoints(folder) if checkpoint is None else [checkpoint]:
+        raw, average = _raw_and_average(place)
+        if raw is None or average is None or _equal(raw, average):
+            continue
+        if _equal(weights, raw):
+            distance = _distance(raw, average)
+            yield Finding(
+                "raw weights", "The model has the last weights of its training, not their average (EMA).",
+                f"all {len(raw)} tensors equal the raw weights of {place.name}, and differ from the average by "
+                f"{distance:.2%}",
+                "Samples and FID are those of one noisy moment of the training: figures in papers are of the average.",
+                repair=Repair(weights=partial(_instead, average)),
+            )  # fmt: skip
+            return
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The folder itself and the checkpoints in it and beside it, the newest first."""
+    inside = [folder / f"checkpoint-{step}" for step in reversed(checkpoint_steps(folder))]
+    beside = [folder.parent / f"checkpoint-{step}" for step in reversed(checkpoint_steps(folder.parent))]
+    return [folder, *inside, *(beside if folder.name.startswith("checkpoint-") else [])]
+
+
+def _raw_and_average(place: Path) -> tuple[Weights | None, Weights | None]:
+    """Both kinds of weights of a checkpoint: ours, or one of `train_unconditional.py`."""
+    ours, average = place / STATE / "weights.safetensors", place / PIPELINE_WEIGHTS
+    stock = place / "unet_ema" / "diffusion_pytorch_model.safetensors"
+    files = (ours, average) if ours.is_file() else (average, stock)
+    if not all(file.is_file() for file in files):
+        return None, None
+    return load_file(files[0]), load_file(files[1])
+
+
+def _instead(average: Weights, weights: Weights) -> Weights:
+    return average
+
+
+def _equal(a: Weights, b: Weights) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name].shape == b[name].shape and bool((a[name] == b[name]).all()) for name in a
+    )
+
+
+def _distance(a: Weights, b: Weights) -> float:
+    """The norm of the difference, relative to that of `b`."""
+
+    def norm(tensors: list[Tensor]) -> float:
+        return float(torch.cat([t.double().flatten() for t in tensors]).norm())
+
+    return norm([a[name] - b[name] for name in b]) / norm(list(b.values()))
