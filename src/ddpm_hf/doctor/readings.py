@@ -193,6 +193,7 @@ def best_reading(
     is_good = scores[ranking[0]] < float(errors.trivial(FEW_LEVELS).log().mean()) + math.log(GOOD)
     likely = ranking[:finalists] if is_good else ranking[: 4 * finalists]
     others = [p for p in PIXELS if p != AS_IS and not (p.reverse_channels and errors.x_0.shape[1] < 3)]
+    likely += [replace(declared, prediction_type=kind) for kind in PREDICTION_TYPES]
     ranking = rank([replace(c, pixels=p) for p in others for c in likely], "Pixels")
     final = [declared, *(c for c in ranking[: finalists + 1] if c != declared)][: finalists + 1]
     # the declared schedule with everything else of the best: is only the schedule to blame?

@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from ..diffusion.ddpm_process import PREDICTION_TYPES
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from .finding import Finding, Repair, Weights
-from .readings import AS_IS, FEW_LEVELS, LEVELS, Errors, Pixels, Reading, Schedule, best_reading, excess
+from .readings import AS_IS, LEVELS, Errors, Pixels, Reading, Schedule, best_reading, excess
 from .scheduler import without_calibration
 
 EXCESS = 1.05  # of the declared reading's error over the best one's, geometric mean over noise levels
@@ -75,7 +75,7 @@ def examine_training(
     best = best_reading(errors, declared, schedules, show_progress=show_progress)
     share = _share_of_trivial(errors, best)
 
-    variant, of_variant = _best_variant(unet, errors, best if share < UNTRAINED else None, declared.schedule)
+    variant, of_variant = _best_variant(unet, errors, best, declared)
     if variant:
         yield Finding(
             "network configuration",
@@ -213,15 +213,15 @@ def _invert(weights: Weights) -> Weights:
 # --- settings of the network ------------------------------------------------------------------------------------------
 
 
-def _best_variant(
-    unet: UNet2DModel, errors: Errors, reading: Reading | None, schedule: Schedule
-) -> tuple[dict[str, Any], float]:
+def _best_variant(unet: UNet2DModel, errors: Errors, best: Reading, declared: Reading) -> tuple[dict[str, Any], float]:
     """Settings of the network under which its error is clearly less, and by what factor; none if there are none.
 
     Args:
-        reading: of the network as it is; None if none is any good, and then the declared schedule is believed.
+        best: the reading of least error of the network as it is.
+        declared: the other one that is tried, since wrong settings may have misled the search for the best.
     """
-    best: tuple[dict[str, Any], float] = ({}, 1 / EXCESS)
+    of_best = errors.of(best)
+    found: tuple[dict[str, Any], float] = ({}, 1 / EXCESS)
     tried = set()
     for variant in VARIANTS:
         change = {k: v for k, v in variant.items() if unet.config[k] != v}
@@ -230,21 +230,12 @@ def _best_variant(
             continue
         tried.add(key)
         other = _with_variant(unet, errors, change)
-        if reading is not None:
-            factor, error = excess(other.of(reading), errors.of(reading))
-            clear = abs(1 / factor - 1) > SIGMAS * error
-        else:
-            factor = min(_share_of_trivial_few(other, Reading(schedule, kind)) for kind in PREDICTION_TYPES)
-            clear = factor < UNTRAINED / 2
-        if clear and factor < best[1] and factor == factor:
-            best = (change, factor)
-    return best
-
-
-def _share_of_trivial_few(errors: Errors, reading: Reading) -> float:
-    found = errors.of(reading, FEW_LEVELS, 8).mean(1)
-    share = float((found / errors.trivial(FEW_LEVELS)).log().mean().exp())
-    return share if share == share else float("inf")
+        readings = {best, *(replace(declared, prediction_type=kind) for kind in PREDICTION_TYPES)}
+        for reading in readings:
+            factor, error = excess(other.of(reading), of_best)
+            if factor < found[1] and abs(1 / factor - 1) > SIGMAS * error:
+                found = (change, factor)
+    return found
 
 
 def _with_variant(unet: UNet2DModel, errors: Errors, change: dict[str, Any]) -> Errors:
