@@ -42,8 +42,8 @@ FOLDERS = {
         "storage", "training",
     },
     "commands": {
-        "config", "data", "demo", "diffusion", "doctor", "evaluation", "export", "paper", "restoration", "sampling", "sharing",
-        "sharing.conversion", "storage", "training",
+        "config", "data", "demo", "diffusion", "doctor", "evaluation", "export", "paper", "restoration", "sampling",
+        "sharing", "sharing.conversion", "storage", "training",
     },
     "cli": {"commands", "config", "console"},
 }  # fmt: skip
