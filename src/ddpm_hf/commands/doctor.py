@@ -12,13 +12,10 @@ from .model import choose_device
 
 def doctor(model: str, config: DoctorConfig) -> None:
     """Print what is wrong with a model, and write a repaired copy with --fix. Faults end with status 1."""
-    from diffusers.utils import logging
-
     from ..doctor.examine import examine
     from ..doctor.repair import check_output, write_repaired
     from ..doctor.report import describe
 
-    logging.disable_progress_bar()  # of two components
     if config.fix is not None:
         check_output(Path(config.fix))
     diagnosis = examine(model, config, choose_device(config.device))

@@ -65,14 +65,11 @@ def evaluate(pipeline: DDPMPipelineCustom, config: EvaluateConfig, *, ema: bool 
 
     # 3. Measure what is missing
     with Agreement(state.num_processes).together():
-        lock = lock_output_dir(job.cache) if state.is_main_process else None
-    try:
+        lock = lock_output_dir(job.cache, state.is_main_process)
+    with lock:
         measure_likelihood(job)
         measure_quality(job)
         measure_memorization(job)
-    finally:
-        if lock is not None:
-            lock.release()
 
     # 4. Report
     results = broadcast_object_list([job.results])[0]

@@ -78,8 +78,7 @@ def write_report(pipeline: DDPMPipelineCustom, config: PaperConfig, name: str) -
     job = prepare(pipeline, config, chosen)
     missing = {f.title: "needs real images, as in --dataset digits" for f in chosen if f.needs_images and not job.train}
     drawn = [f for f in chosen if f.title not in missing]
-    lock = lock_output_dir(output_dir)
-    try:
+    with lock_output_dir(output_dir):
         record = _read_record(output_dir / RECORD)
         todo = [f for f in drawn if not _is_there(f, job, record, output_dir)]
         write(estimate(job, todo, len(drawn) - len(todo)))
@@ -89,8 +88,6 @@ def write_report(pipeline: DDPMPipelineCustom, config: PaperConfig, name: str) -
             write_text_atomically(output_dir / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
             _write_page(output_dir, drawn, record, job, name, missing)
         _write_page(output_dir, drawn, record, job, name, missing)
-    finally:
-        lock.release()
     return output_dir / PAGE
 
 

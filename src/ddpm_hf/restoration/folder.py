@@ -181,8 +181,7 @@ def _fill_folder(
         raise ValueError("; ".join(f"{str(file)!r} was left out: {reason}" for file, reason in failures.items()) + ".")
 
     # 2. Make what is missing, photographs of one size together
-    lock = lock_output_dir(output_dir)
-    try:
+    with lock_output_dir(output_dir):
         number, total = 0, sum(map(len, pending.values()))
         in_a_call = config.batch_size or fitting_batch_size(pipeline.unet)
         for (size, _), items in pending.items():
@@ -203,8 +202,6 @@ def _fill_folder(
                 picture = _std_file(output_dir, file)
                 if file not in failures and (file in changed or not picture.exists()):
                     _save_std(picture, [outputs[file, k] for k in range(config.num_samples)], settings)
-    finally:
-        lock.release()
     return Summary(total, existing, failures)
 
 

@@ -58,8 +58,7 @@ def interpolate_photos(
         return strip
     weights = [i / (config.num_images - 1) for i in range(config.num_images)]
     pipeline.set_progress_bar_config(desc="Interpolating", disable=not show_progress)
-    lock = lock_output_dir(output_dir)
-    try:
+    with lock_output_dir(output_dir):
         made: Any = interpolate(
             pipeline, images[0], images[1], weights, config.timestep,
             generator=torch.Generator().manual_seed(config.seed), class_labels=labels and labels[0], **call,
@@ -72,8 +71,6 @@ def interpolate_photos(
         write_atomically(strip.with_suffix(".gif"), save_gif)
         row = torch.cat(list(pixels), 2)
         save_photo(strip, row, Photo(row), record)
-    finally:
-        lock.release()
     return strip
 
 

@@ -149,19 +149,16 @@ def _check_number(output_dir: Path, existing: set[int], num_images: int) -> None
 @contextmanager
 def _writing(output_dir: Path, record: dict[str, Any], state: PartialState) -> Iterator[None]:
     """Lock the folder and record there how its images are made; unlock it when all processes are done."""
-    lock = lock_output_dir(output_dir) if state.is_main_process else None
     try:
-        if state.is_main_process:
-            lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
-            write_text_atomically(output_dir / RECORD, f"{{\n{lines}\n}}\n")
-        state.wait_for_everyone()
-        yield
-        state.wait_for_everyone()
+        with lock_output_dir(output_dir, state.is_main_process):
+            if state.is_main_process:
+                lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+                write_text_atomically(output_dir / RECORD, f"{{\n{lines}\n}}\n")
+            state.wait_for_everyone()
+            yield
+            state.wait_for_everyone()
     except OSError as error:
         raise OSError(
             f"images can't be written into {str(output_dir)!r} ({error}), whose disk has {free_bytes(output_dir):,} "
             "bytes free: free some space. The same command then resumes."
         ) from error
-    finally:
-        if lock is not None:
-            lock.release()

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -160,18 +160,21 @@ def is_shared(file: Path) -> bool:
     return False
 
 
-def lock_output_dir(output_dir: Path) -> FileLock:
-    """Make the folder, and lock other runs out of it until the lock is released or this process ends.
+def lock_output_dir(output_dir: Path, is_main: bool = True) -> AbstractContextManager[object]:
+    """Make the folder, and lock other runs out of it until the end of the returned context, or of this process.
+
+    Args:
+        is_main: False does nothing, in the processes of a run that are not its main one.
 
     Raises:
         ValueError: if another run holds the lock.
     """
+    if not is_main:
+        return nullcontext()
     output_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output_dir / ".lock")
     try:
-        lock.acquire(timeout=0)
+        return FileLock(output_dir / ".lock").acquire(timeout=0)
     except Timeout:
         raise ValueError(
             f"another run is writing into `output_dir` {str(output_dir)!r}: wait for it, or choose another one."
         ) from None
-    return lock

@@ -60,16 +60,13 @@ def train(config: TrainConfig) -> Path:
         setup.accelerator.print(dry_run_report(config, setup))
         return Path(config.output_dir)
     with setup.agreement.together():
-        lock = lock_output_dir(Path(config.output_dir)) if setup.accelerator.is_main_process else None
-    try:
-        with (
-            out_of_memory_explained(what_to_lower(config)),
-            full_disk_explained(Path(config.output_dir), remedy=FULL_DISK_REMEDY),
-        ):
-            train_prepared(config, setup)
-    finally:
-        if lock is not None:
-            lock.release()
+        lock = lock_output_dir(Path(config.output_dir), setup.accelerator.is_main_process)
+    with (
+        lock,
+        out_of_memory_explained(what_to_lower(config)),
+        full_disk_explained(Path(config.output_dir), remedy=FULL_DISK_REMEDY),
+    ):
+        train_prepared(config, setup)
     return Path(config.output_dir)
 
 
