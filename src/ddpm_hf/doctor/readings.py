@@ -119,7 +119,9 @@ class Errors:
         """‖x_0 - x̂_0‖²/d of a reading by level and image, float64 (L, N)."""
         kind = PREDICTION_TYPES.index(reading.prediction_type)
         count = len(self.x_0) if images is None else min(images, len(self.x_0))
-        return torch.stack([self.at(q, reading.schedule.label(q), reading.pixels, count)[kind] for q in levels])
+        # Noise that is as strong, relative to the images: half of their range needs half of it.
+        shifted = [q - 2 * math.log(abs(reading.pixels.scale)) for q in levels]
+        return torch.stack([self.at(q, reading.schedule.label(q), reading.pixels, count)[kind] for q in shifted])
 
     def trivial(self, levels: Sequence[float] = LEVELS) -> Tensor:
         """The error of the best linear guess, pixel by pixel, (L,).
