@@ -81,6 +81,19 @@ def join_lines(text: str) -> str:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _default_dtype_kept() -> Iterator[None]:
+    """A page may choose another; what runs after it in this process must not meet it."""
+    import torch
+
+    before = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@_default_dtype_kept()
 def run_page(page: str, namespace: dict[str, Any] | None = None) -> list[Output]:
     """Run the code of a page, in the current folder.
 
@@ -88,13 +101,11 @@ def run_page(page: str, namespace: dict[str, Any] | None = None) -> list[Output]
         Exception: what the code raises, with a note of the page and the cell.
     """
     import matplotlib
-    import torch
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     namespace = {"__name__": "__main__"} if namespace is None else namespace
-    torch.set_default_dtype(torch.float32)  # a page before may have chosen another
     outputs = []
     for number, cell in enumerate(c for c in read(page) if c.cell_type == "code"):
         text = io.StringIO()

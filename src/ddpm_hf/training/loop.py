@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from ..config.training import TrainConfig
 from ..data.dataset import Images, load_images
@@ -115,7 +116,7 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
             log.close()
             save(run, log)
             accelerator.print(f"Stopped after {run.step:,} updates. Resume with --resume_from_checkpoint latest.")
-            accelerator.end_training()
+            end_training(run)
             raise
 
     # 4. The end: calibration, samples beside real images, the loss curve and the card
@@ -123,7 +124,7 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
     if accelerator.is_main_process:
         save_pictures(Path(config.output_dir), grids["test_samples"], real_grid(images, config), *log.loss_curve())
         publish(run, setup.target)
-    accelerator.end_training()
+    end_training(run)
     if accelerator.is_main_process:
         print(summary(run, validation, time.monotonic() - setup.started))
 
@@ -231,6 +232,17 @@ def export_best(run: Run, log: TrainingLog) -> None:
     if best is not None:
         restore(run, output_dir / f"checkpoint-{best}")
         export(run, log)
+
+
+def end_training(run: Run) -> None:
+    """End trackers and the process group, once the network is no longer trained.
+
+    The reducer of DDP goes first. As the last owner of the group it would wait for the group's threads while it holds
+    Python's lock, which they may need: then a run with everything saved would never end.
+    """
+    if isinstance(run.unet, DistributedDataParallel):
+        del run.unet.reducer, run.unet.logger
+    run.accelerator.end_training()
 
 
 def summary(run: Run, validation: Validation | None, seconds: float) -> str:
