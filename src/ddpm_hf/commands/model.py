@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,9 @@ def processes() -> PartialState:
     from accelerate.utils import parse_flag_from_env
 
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=cpu, timeout=timedelta(days=7))  # the first to finish waits for the others
+    state = PartialState(cpu=cpu, timeout=timedelta(days=7))  # the first to finish waits for the others
+    atexit.register(state.destroy_process_group)  # else its threads may abort a process that has done its work
+    return state
 
 
 def load_on_device(model: str, revision: str | None, device: str | None, dtype: str = "float32") -> DDPMPipelineCustom:

@@ -343,6 +343,7 @@ class CacheConfig:
             raise ValueError(f"`older_than` is {self.older_than:g}, but nothing is removed without --prune: add it.")
 
 
+@dataclass
 class DoctorConfig(ImageOptions):
     """Options of `ddpm-hf doctor`."""
 
