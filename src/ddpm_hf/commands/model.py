@@ -21,7 +21,8 @@ def processes() -> PartialState:
 
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=timedelta(days=7))  # the first to finish waits for the others
-    atexit.register(state.destroy_process_group)  # else its threads may abort a process that has done its work
+    if state.num_processes > 1:
+        atexit.register(state.destroy_process_group)  # else its threads may abort a process that has done its work
     return state
 
 
