@@ -27,7 +27,7 @@ FOLDERS = {
     "evaluation": {
         "config", "data", "diffusion", "distributed", "evaluation.metrics", "progress", "sampling", "storage",
     },
-    "restoration": {"config", "data", "diffusion", "sampling", "storage"},
+    "restoration": {"config", "data", "diffusion", "progress", "sampling", "storage"},
     "sharing": {"diffusion", "evaluation", "progress", "storage"},
     "sharing.conversion": {"config", "diffusion", "sharing", "storage"},
     "export": {"diffusion", "sampling", "storage"},

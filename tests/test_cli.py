@@ -20,30 +20,17 @@ from ddpm_hf.storage.checkpoint import checkpoint_steps, load_checkpoint
 from support.models import tiny_unet
 from support.runs import ROOT, TINY, run
 
+COMMANDS = (
+    "train", "sample", "restore", "edit", "interpolate", "calibrate", "evaluate", "paper", "push", "convert", "doctor",
+    "export", "demo", "cache", "env",
+)  # fmt: skip
 DDPM_HF = (sys.executable, "-m", "ddpm_hf")
 # The environment of somebody who has never heard of ours: no launcher, no choice of a device, no `accelerate config`.
 PLAIN = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "OMP_"))}
 
 
 def test_help_and_mistakes_answer_without_the_imports_that_take_seconds():
-    commands = [
-        "train",
-        "sample",
-        "restore",
-        "edit",
-        "interpolate",
-        "calibrate",
-        "evaluate",
-        "paper",
-        "push",
-        "convert",
-        "doctor",
-        "export",
-        "demo",
-        "cache",
-        "env",
-    ]
-    lines = [["--help"], ["--version"], *([c, "--help"] for c in commands), *([c, "--nonsense"] for c in commands)]
+    lines = [["--help"], ["--version"], *([c, "--help"] for c in COMMANDS), *([c, "--nonsense"] for c in COMMANDS)]
     lines += [["train", "--learning_rate", "0"], ["sample", "model", "--eta", "2"], ["train", "--num_machines", "2"]]
     lines += [["restore", "model", "photo.png"], ["edit", "model", "photo.png", "--strength", "2"]]
     script = (
@@ -68,23 +55,7 @@ def test_help_lists_the_commands_and_the_presets_with_a_phrase_each(capsys):
         with pytest.raises(SystemExit, match="0"):
             main(line)
     text = capsys.readouterr().out
-    for command in (
-        "train",
-        "sample",
-        "restore",
-        "edit",
-        "interpolate",
-        "calibrate",
-        "evaluate",
-        "paper",
-        "push",
-        "convert",
-        "doctor",
-        "export",
-        "demo",
-        "cache",
-        "env",
-    ):
+    for command in COMMANDS:
         assert f"\n    {command}" in text
     for preset in PRESETS.glob("*.yaml"):
         phrase = preset.read_text("utf-8").splitlines()[0].removeprefix("# ")

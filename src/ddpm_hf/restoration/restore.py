@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..diffusion.ddpm_process import (
 )
 from ..diffusion.pipeline import OUTPUT_TYPES, DDPMPipelineCustom, DDPMPipelineCustomOutput, image_size
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom, check_eta, draw_noise
+from ..progress import progress
 from .methods import METHODS, PROJECTING, Problem, State, Step, resampling_order
 from .operators import Inpaint, LinearMap, as_operator
 from .tiles import predict_in_tiles
@@ -127,7 +129,9 @@ def own_pipeline(pipe: DiffusionPipeline) -> DDPMPipelineCustom:
     if not hasattr(pipe, "unet") or not hasattr(pipe, "scheduler"):
         raise TypeError(f"`pipe` is a {type(pipe).__name__}, but must be a pipeline with a `unet` and a `scheduler`.")
     ours = DDPMPipelineCustom(pipe.unet, DDPMSchedulerCustom.from_config(pipe.scheduler.config))
-    ours.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    options = {"desc": "Steps", "unit": "step", **getattr(pipe, "_progress_bar_config", {})}
+    is_shown = not options.pop("disable", False)
+    ours.progress_bar = partial(progress, is_shown=is_shown, **options)  # in a log, lines
     return ours
 
 
