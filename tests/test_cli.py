@@ -150,7 +150,7 @@ def test_the_module_samples_under_a_launcher(tmp_path):
         env={**PLAIN, "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("3 images are in") == 1
+    assert done.stdout.count(": 3 new, 0 from before.") == 1
     main([*options, "--output_dir", str(tmp_path / "one")])
     for i in range(3):
         one, two = (np.asarray(Image.open(tmp_path / name / f"{i:05d}.png")) for name in ("one", "two"))

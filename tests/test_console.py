@@ -38,7 +38,7 @@ def oldest(tmp_path_factory):
 def test_sampling_prints_its_result_and_a_line_of_progress(oldest, tmp_path, dtype):
     done = run([*DDPM_HF, "sample", str(oldest), *SAMPLE, str(tmp_path / "out"), "--dtype", dtype, "--device", "cpu"])
     assert done.returncode == 0
-    assert done.stdout.splitlines() == [f"2 images are in {tmp_path / 'out'}/: 2 new, 0 from before."]
+    assert done.stdout.splitlines() == [f"Images in {tmp_path / 'out'}/: 2 new, 0 from before."]
     (line,) = done.stderr.splitlines()
     assert line.startswith("Sampling: 100% 4/4 [")
     assert "\r" not in done.stderr

@@ -51,8 +51,9 @@ def test_apples_gpu_trains_what_a_cpu_trains_and_never_meets_float64(tmp_path, o
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_what_a_run_measures_and_shows_is_that_of_a_cpu(tmp_path, kind):
     """Validation, previews and the calibration of the exported model."""
-    options = {"label_column": "label", "eval_steps": 6, "eval_images": 32, "save_images_steps": 6}
-    options |= {"calibration_images": 32, "load_best_model_at_end": True}
+    options = {"label_column": "label", "eval_steps": 4, "eval_images": 16, "save_images_steps": 4}
+    options |= {"max_train_steps": 4, "ddpm_num_steps": 50, "ddpm_beta_schedule": "squaredcos_cap_v2"}
+    options |= {"calibration_images": 16, "load_best_model_at_end": True}
     measured = []
     for device in ("cpu", kind):
         with PretendGpu(kind) if device == kind else nullcontext() as gpu:

@@ -6,13 +6,13 @@ python lockstep.py NUM_IMAGES FOLDER
 import sys
 
 import torch
-from accelerate import PartialState
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
+from ddpm_hf.commands.model import processes
 from ddpm_hf.sampling.generate import sample_in_lockstep
 from support.models import tiny_unet
 
-state = PartialState(cpu=True)
+state = processes()
 pipe = DDPMPipelineCustom(tiny_unet(num_class_embeds=4).train(), DDPMSchedulerCustom(timestep_spacing="linspace"))
 calls = []
 pipe.unet.register_forward_hook(lambda *_: calls.append(1))

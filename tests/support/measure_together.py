@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from ddpm_hf.cli import main
+from ddpm_hf.commands.model import processes
 from ddpm_hf.evaluation.calibration import calibrate
 from ddpm_hf.evaluation.likelihood import bits_per_dim
 from ddpm_hf.evaluation.metrics.features import open_extractor
@@ -37,6 +37,6 @@ def measure(extractor):
 if __name__ == "__main__":
     folder, extractor, *options = sys.argv[1:]
     main(["evaluate", *options, "--output_dir", f"{folder}/shared"])
-    state = PartialState()
+    state = processes()
     main(["evaluate", *options, "--output_dir", f"{folder}/{state.process_index}"])
     torch.save([state.num_processes, measure(extractor)], Path(folder) / f"measured-{state.process_index}")

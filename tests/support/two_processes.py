@@ -69,3 +69,5 @@ print(f"shared {shared} times", flush=True)
 Accelerator.prepare = prepare
 AcceleratorState._reset_state()
 import support.sharded_run  # noqa: E402, F401
+
+dist.destroy_process_group()  # else its threads may abort a process that has done its work

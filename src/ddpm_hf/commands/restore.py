@@ -56,8 +56,7 @@ def _work_on(
     remedy = "Pass a smaller --batch_size, smaller photos, or --method ddnm. What was made before is kept."
     with out_of_memory_explained(remedy):
         summary = work(pipeline, files, config)
-    total = summary.made + summary.existing
-    print(f"{total} images are in {config.output_dir}/: {summary.made} new, {summary.existing} from before.")
+    print(f"Images in {config.output_dir}/: {summary.made} new, {summary.existing} from before.")
     if summary.failures:
         reasons = "; ".join(f"{str(file)!r}: {reason}" for file, reason in summary.failures.items())
         raise ValueError(f"{len(summary.failures)} of {len(files)} photos were left out. {reasons}.")

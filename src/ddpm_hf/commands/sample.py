@@ -46,5 +46,5 @@ def sample(model: str, config: SampleConfig) -> Path:
         )
     if state.is_main_process:
         earlier = config.num_images - made
-        print(f"{config.num_images} images are in {output_dir}/: {made} new, {earlier} from before.")
+        print(f"Images in {output_dir}/: {made} new, {earlier} from before.")
     return output_dir
