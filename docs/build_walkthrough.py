@@ -44,7 +44,13 @@ ALIASES = {
     "M.": "ddpm_hf.diffusion.ddpm_process.",
 }
 KANA = "ぁ-んァ-ヶー一-龥、。「」（）"
-INSTALL = '%pip install -q "ddpm-hf[train]"'
+INSTALL = '''import importlib.util
+
+if importlib.util.find_spec("ddpm_hf") is None:
+    %pip install -q "ddpm-hf[train]"'''
+# In reading order; a notebook of a later page trains the model itself where it finds none.
+MODEL = "walkthrough-digits"
+TRAIN = "from pathlib import Path\n\nfrom ddpm_hf import TrainConfig, train\n\n"
 
 
 @dataclass
@@ -192,7 +198,7 @@ def to_markdown(page: str, outputs: list[Output], language: str) -> str:
         if "solution" in tags:
             blocks.append("    <!-- solution -->")
     head, *rest = blocks
-    links = f"[{words['other']}]({other}) · [{words['notebook']}]({page}.ipynb)"
+    links = f"[{words['other']}]({other}) · [{words['notebook']}]({page}.ipynb){{ download }}"
     after = PAGES[PAGES.index(page) + 1 :]
     if after:
         title = in_language(read(after[0])[0].source, language).splitlines()[0].lstrip("# ")
@@ -210,6 +216,9 @@ def to_notebook(page: str, language: str) -> str:
     """The page as a notebook in one language, without outputs; solutions are folded."""
     notebook = nbformat.v4.new_notebook(metadata={"language_info": {"name": "python"}})
     notebook.cells.append(nbformat.v4.new_code_cell(INSTALL, id="install"))
+    if page != "training" and any(MODEL in cell.source for cell in read(page)):
+        training = next(code_of(cell) for cell in read("training") if cell.source.startswith("MODEL ="))
+        notebook.cells.append(nbformat.v4.new_code_cell(TRAIN + training, id="train"))
     for number, cell in enumerate(read(page)):
         tags = cell.metadata.get("tags", [])
         if cell.cell_type == "code":
@@ -229,6 +238,17 @@ def to_notebook(page: str, language: str) -> str:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Join the lines of the Japanese pages that are written by hand."""
     return join_lines(markdown) if "/ja/" in page.file.src_uri else markdown
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Set equations as TeX does: room around log and ~, limits under sums, a sign close to its number."""
+    html = html.replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>").replace("<mo>&#x0221E;</mo>", "<mi>&#x0221E;</mi>")
+    thin, name = '<mspace width="0.167em"/>', "<mi>(?:log|cos|sin)</mi>"
+    html = re.sub(rf"({name})(?!<mo)", rf"\1{thin}", html)
+    html = re.sub(rf"(</m(?!o>)\w+>)(?={name})", rf"\1{thin}", html)
+    html = re.sub(r"<msub>(<mo>&#x02211;</mo>(?:(?!<msub>).)*?)</msub>", r"<munder>\1</munder>", html)
+    opening = r"<mo[^>]*>(?:\[|&#x00028;|&#x0003D;)</mo>"
+    return re.sub(rf"({opening})<mo>(?=&#x02212;)", r'\1<mo form="prefix">', html)
 
 
 def on_files(files: Any, config: Any) -> Any:

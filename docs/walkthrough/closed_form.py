@@ -79,7 +79,7 @@ assert abs(product - 4.0358e-05) < 1e-9  # Eq. 4
 # %% [markdown]
 # <!-- en -->
 # [`q_sample`][P.q_sample] draws (4), [`q_mean_variance`][P.q_mean_variance] gives its mean and variance. Is the chain of the last
-# page the same in law? We send 20,000 copies of one pixel along it and compare mean and variance, in standard errors:
+# page distributed like that? We send 20,000 copies of one pixel along it and compare mean and variance, in standard errors:
 # <!-- ja -->
 # 式 (4) のサンプリングは [`q_sample`][P.q_sample]、平均と分散は [`q_mean_variance`][P.q_mean_variance] で得られます。前のページの連鎖と
 # 本当に同じ分布でしょうか。同じ画素を 20,000 個用意して連鎖を進め、平均と分散を標準誤差の単位で比べます。
@@ -104,16 +104,16 @@ z_mean = (torch.tensor(means, dtype=torch.float64) - mean) / (variance / draws).
 z_variance = (torch.tensor(variances, dtype=torch.float64) - variance) / (
     variance * (2 / draws) ** 0.5
 )
-print(
-    f"the largest of 20 deviations: {float(torch.cat([z_mean, z_variance]).abs().max()):.1f} standard errors"
-)
-assert torch.cat([z_mean, z_variance]).abs().max() < 4  # Eq. 4
+largest = float(torch.cat([z_mean, z_variance]).abs().max())
+print(f"the largest of 20 deviations: {largest:.1f} standard errors")
+assert largest < 4  # Eq. 4
 
 t = torch.arange(1000)
 plt.figure(figsize=(7, 3))
 plt.plot(t, process.alpha_bar(t).sqrt() * pixel, label="mean, Eq. 4")
 plt.plot(t, process.one_minus_alpha_bar(t), label="variance, Eq. 4")
-plt.plot(times, means, "o", times, variances, "x")
+plt.plot(times, means, "o", label="mean of the chain")
+plt.plot(times, variances, "x", label="variance of the chain")
 plt.xlabel("t")
 plt.legend()
 
@@ -133,9 +133,10 @@ plt.legend()
 
 # %%
 assert abs(float(process.one_minus_alpha_bar(0)) / 1e-4 - 1) < 1e-12
-print(
-    f"SNR: {float(process.snr(0)):.0f} after one step, {float(process.snr(999)):.1e} after all of them"
-)
+first, last = process.snr(torch.tensor([0, 999])).tolist()
+assert abs(first - (1 - 1e-4) / 1e-4) < 1e-6
+assert abs(process.log_snr(999).exp().item() / last - 1) < 1e-12
+print(f"SNR: {first:.0f} after one step, {last:.1e} after all of them")
 
 # %% [markdown] tags=["exercise"]
 # <!-- en -->

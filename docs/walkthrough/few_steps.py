@@ -53,18 +53,19 @@ for eta in (0.0, 0.5, 1.0):
     c_0, c_t, variance = process.posterior_coefficients(t, s, eta)
     mean = c_0 + c_t * alpha_bar(t).sqrt()  # E[x_s | x_0 = 1]
     spread = c_t**2 * (1 - alpha_bar(t)) + variance
-    print(
-        f"η = {eta}: mean off by {float((mean - alpha_bar(s).sqrt()).abs().max()):.0e}, variance by {float((spread - 1 + alpha_bar(s)).abs().max()):.0e}"
-    )
-    assert (mean - alpha_bar(s).sqrt()).abs().max() < 1e-12  # DDIM, Eq. 7
-    assert (spread - (1 - alpha_bar(s))).abs().max() < 1e-12  # DDIM, Eq. 7
+    off = float((mean - alpha_bar(s).sqrt()).abs().max())
+    spread_off = float((spread - (1 - alpha_bar(s))).abs().max())
+    print(f"η = {eta}: mean off by {off:.0e}, variance by {spread_off:.0e}")
+    assert off < 1e-12  # DDIM, Eq. 7
+    assert spread_off < 1e-12  # DDIM, Eq. 7
 
 # %% [markdown]
 # <!-- en -->
 # ## The best variance
 #
 # In long steps neither $\beta$ nor $\tilde\beta$ is right. If $\hat x_0$ misses $x_0$ by $e_t = \mathbb{E} \Vert x_0 - \hat x_0 \Vert^2 / d$, then $x_s$ is uncertain by
-# the posterior's variance *and* by what $\hat x_0$ leaves open. These are independent, and $x_0$ enters the mean with the factor $c_0$, so the best Gaussian has
+# the posterior's variance *and* by what $\hat x_0$ leaves open. These are independent, and $x_0$ enters the mean with the factor $c_0$. A Gaussian fits best if its variance is
+# the mean square of the deviations, so the best one has
 #
 # $$\sigma^{*2} = \tilde\beta_{t|s} + c_0^2\, e_t$$
 #
@@ -74,7 +75,7 @@ for eta in (0.0, 0.5, 1.0):
 # ## 最良の分散
 #
 # ステップが長いと、$\beta$ も $\tilde\beta$ も最適ではありません。$\hat x_0$ の誤差を $e_t = \mathbb{E} \Vert x_0 - \hat x_0 \Vert^2 / d$ とすると、$x_s$ の不確かさは、事後分布の分散**と**、
-# $\hat x_0$ が決めきれなかった分の和になります。両者は独立で、$x_0$ は係数 $c_0$ で平均に入るので、最良のガウス分布の分散は
+# $\hat x_0$ が決めきれなかった分の和になります。両者は独立で、$x_0$ は係数 $c_0$ で平均に入ります。ガウス分布の当てはまりが最もよくなるのは、分散が偏差の二乗平均に等しいときですから、最良の分散は
 #
 # $$\sigma^{*2} = \tilde\beta_{t|s} + c_0^2\, e_t$$
 #
@@ -96,11 +97,9 @@ for choice in ("fixed_small", "fixed_large", "optimal"):
             added = process.p_log_variance(t, s, choice).exp()
         variance = float((c_0 * slope + c_t) ** 2 * variance + added)
     results[choice] = variance
-print(
-    {choice: f"{variance:.4f}" for choice, variance in results.items()},
-    "and the data have",
-    c,
-)
+print(f"the data have the variance {c}; the samples:")
+for choice, variance in results.items():
+    print(f"  {choice:11} {variance:.4f}")
 assert abs(results["optimal"] - c) < 1e-4  # arXiv 2201.06503, Theorem 1
 assert abs(results["fixed_small"] - c) > 10 * abs(results["optimal"] - c)
 

@@ -17,8 +17,9 @@
 # Pixels are whole numbers 0, …, 255, mapped to 256 equally spaced values in $[-1, 1]$. A density can't be a probability of those, so the last
 # step gives each value the mass of the Gaussian in its bin, and to the outermost two the tails:
 #
-# $$p_\theta(x_0 \mid x_1) = \prod_{i=1}^D \int_{\delta_-(x_0^i)}^{\delta_+(x_0^i)} \mathcal{N}(x; \mu_\theta^i(x_1, 1), \sigma_1^2)\, dx, \qquad \delta_\pm(x) = x \pm \frac{1}{255}, \quad \delta_+(1) = \infty, \quad \delta_-(-1) = -\infty \qquad (13)$$
+# $$p_\theta(x_0 \mid x_1) = \prod_{i=1}^D \int_{\delta_-(x_0^i)}^{\delta_+(x_0^i)} \mathcal{N}(x; \mu_\theta^i(x_1, 1), \sigma_1^2)\, dx \qquad (13)$$
 #
+# with $\delta_\pm(x) = x \pm \frac{1}{255}$, but $\delta_+(1) = \infty$ and $\delta_-(-1) = -\infty$.
 # The bins cover the line without gap or overlap, so the 256 probabilities sum to 1: the bound is one for discrete images, of a lossless code.
 # [`discretized_gaussian_log_likelihood`][M.discretized_gaussian_log_likelihood] is (13), exact even far out in the tails.
 # <!-- ja -->
@@ -27,8 +28,9 @@
 # 画素は 0, …, 255 の整数で、$[-1, 1]$ の等間隔な 256 個の値に対応します。確率密度はそのままでは離散値の確率になりません。そこで最後のステップでは、
 # 各値の区間（ビン）に入るガウス分布の確率を割り当て、両端の値には裾をすべて割り当てます。
 #
-# $$p_\theta(x_0 \mid x_1) = \prod_{i=1}^D \int_{\delta_-(x_0^i)}^{\delta_+(x_0^i)} \mathcal{N}(x; \mu_\theta^i(x_1, 1), \sigma_1^2)\, dx, \qquad \delta_\pm(x) = x \pm \frac{1}{255}, \quad \delta_+(1) = \infty, \quad \delta_-(-1) = -\infty \qquad (13)$$
+# $$p_\theta(x_0 \mid x_1) = \prod_{i=1}^D \int_{\delta_-(x_0^i)}^{\delta_+(x_0^i)} \mathcal{N}(x; \mu_\theta^i(x_1, 1), \sigma_1^2)\, dx \qquad (13)$$
 #
+# ここで $\delta_\pm(x) = x \pm \frac{1}{255}$、ただし $\delta_+(1) = \infty$、$\delta_-(-1) = -\infty$ です。
 # 区間は実数直線を隙間も重なりもなく覆うので、256 個の確率の和は 1 になります。つまり、これは離散的な画像に対する下界であり、可逆圧縮の符号長に対応します。
 # 式 (13) を実装しているのが [`discretized_gaussian_log_likelihood`][M.discretized_gaussian_log_likelihood] で、分布の裾の先でも正確です。
 
@@ -47,24 +49,21 @@ for mean, std in ((0.0, 0.01), (0.3, 0.2), (0.999, 1e-4)):
     log_p = discretized_gaussian_log_likelihood(
         grid, torch.tensor(mean), 2 * torch.tensor(std).log()
     )
-    print(
-        f"mean {mean}, std {std}: the 256 probabilities sum to {float(log_p.exp().sum()):.12f}"
-    )
-    assert abs(float(log_p.exp().sum()) - 1) < 1e-9  # Eq. 13
+    total = float(log_p.exp().sum())
+    print(f"mean {mean}, std {std}: the 256 probabilities sum to {total:.12f}")
+    assert abs(total - 1) < 1e-9  # Eq. 13
 
 # %% [markdown]
 # <!-- en -->
 # ## The first term
 #
-# $L_T$ compares $q(x_T \mid x_0)$ with pure noise, and has no parameters. For two Gaussians
-# $D(\mathcal{N}(\mu_1, \sigma_1^2) \Vert \mathcal{N}(0, 1)) = \frac{1}{2} (\sigma_1^2 + \mu_1^2 - 1 - \log \sigma_1^2)$; with (4), for pixels of $\pm 1$,
-# it is $\frac{1}{2} (-\log(1 - \bar\alpha_T))$ per pixel, next to nothing. [`L_T`][P.L_T] gives bits/dim: nats over $\log 2$.
+# $L_T$ compares $q(x_T \mid x_0)$ with pure noise, and has no parameters. By (4) and the [KL divergence of two Gaussians](loss.md), of variances
+# $1 - \bar\alpha_T$ and 1, it is $-\frac{1}{2} \log(1 - \bar\alpha_T)$ for a pixel of $\pm 1$: next to nothing. [`L_T`][P.L_T] gives bits/dim: nats over $\log 2$.
 # <!-- ja -->
 # ## 最初の項
 #
-# $L_T$ は $q(x_T \mid x_0)$ と純粋なノイズを比べる項で、パラメータを含みません。ガウス分布どうしの KL ダイバージェンスは
-# $D(\mathcal{N}(\mu_1, \sigma_1^2) \Vert \mathcal{N}(0, 1)) = \frac{1}{2} (\sigma_1^2 + \mu_1^2 - 1 - \log \sigma_1^2)$ です。式 (4) より、画素が $\pm 1$ のときは 1 画素あたり
-# $\frac{1}{2} (-\log(1 - \bar\alpha_T))$ となり、ほぼゼロです。[`L_T`][P.L_T] はこれを bits/dim（ナットを $\log 2$ で割った値）で返します。
+# $L_T$ は $q(x_T \mid x_0)$ と純粋なノイズを比べる項で、パラメータを含みません。式 (4) と[ガウス分布どうしの KL ダイバージェンス](loss.md)の式（分散は
+# $1 - \bar\alpha_T$ と 1）より、値が $\pm 1$ の画素では $-\frac{1}{2} \log(1 - \bar\alpha_T)$ となり、ほぼゼロです。[`L_T`][P.L_T] はこれを bits/dim（ナットを $\log 2$ で割った値）で返します。
 
 # %%
 linear = DDPMProcess(make_betas("linear", 1000))
@@ -94,9 +93,9 @@ pipe = load_pipeline("walkthrough-digits")
 images = (load_digits().images[:, None] * (255 / 16)).round()
 images = torch.tensor(images, dtype=torch.uint8)
 bits = bits_per_dim(pipe, images, num_images=16, show_progress=False)
-print(
-    f"{bits.total:.2f} ± {bits.standard_error:.2f} bits/dim = L_T {bits.L_T:.1e} + rate {bits.total - bits.L_0 - bits.L_T:.2f} + L_0 {bits.L_0:.2f}"
-)
+rate = bits.total - bits.L_0 - bits.L_T
+print(f"{bits.total:.2f} ± {bits.standard_error:.2f} bits/dim")
+print(f"= L_T {bits.L_T:.1e} + rate {rate:.2f} + L_0 {bits.L_0:.2f}")
 assert abs(bits.L_T + float(bits.terms.sum()) - bits.total) < 1e-6  # Eq. 5
 assert bits.total < 8  # a code that knows nothing takes 8
 
@@ -130,8 +129,6 @@ assert (curve.rate.diff() > -1e-9).all()  # bits are only ever paid
 share = torch.bincount(images.flatten().long(), minlength=256) / images.numel()
 share = share[share > 0]
 entropy = -float((share * share.log2()).sum())
-print(
-    f"{len(share)} levels, entropy {entropy:.2f} bits per pixel; the model: {bits.total:.2f}"
-)
+print(f"{len(share)} levels: {entropy:.2f} bits per pixel; the model: {bits.total:.2f}")
 assert len(share) == 17
 assert entropy < torch.log2(torch.tensor(17.0))

@@ -20,6 +20,16 @@
 #
 # $$\mathbb{E}[-\log p_\theta(x_0)] \leq \mathbb{E}_q \left[ -\log \frac{p_\theta(x_{0:T})}{q(x_{1:T} \mid x_0)} \right] = \mathbb{E}_q \left[ -\log p(x_T) - \sum_{t \geq 1} \log \frac{p_\theta(x_{t-1} \mid x_t)}{q(x_t \mid x_{t-1})} \right] = L \qquad (3)$$
 #
+# ## KL divergence and entropy
+#
+# How far is a distribution $p$ from $q$? The *KL divergence* $D(q \Vert p) = \mathbb{E}_q [\log q(x) - \log p(x)]$ is 0 where they are equal, and
+# positive otherwise: Jensen's inequality again, for $-\log (p / q)$. Between two Gaussians it is
+#
+# $$D(\mathcal{N}(\mu_1, \sigma_1^2) \Vert \mathcal{N}(\mu_2, \sigma_2^2)) = \frac{1}{2} \left( \frac{\sigma_1^2}{\sigma_2^2} - 1 - \log \frac{\sigma_1^2}{\sigma_2^2} + \frac{(\mu_1 - \mu_2)^2}{\sigma_2^2} \right)$$
+#
+# since $\log q - \log p = -\frac{1}{2} \log \frac{\sigma_1^2}{\sigma_2^2} - \frac{(x - \mu_1)^2}{2 \sigma_1^2} + \frac{(x - \mu_2)^2}{2 \sigma_2^2}$, where the squares average $\sigma_1^2$ and $\sigma_1^2 + (\mu_1 - \mu_2)^2$
+# under $q$. The *entropy* $H(x_0) = \mathbb{E} [-\log q(x_0)]$ is what the best of all models reaches: any other costs $D(q \Vert p_\theta)$ more.
+#
 # ## Appendix A: the bound as a sum of KL divergences
 #
 # The first two lines are (3), and $t = 1$ is taken out of the sum:
@@ -61,6 +71,16 @@
 # $-\log$ は凸関数なので、イェンセンの不等式より
 #
 # $$\mathbb{E}[-\log p_\theta(x_0)] \leq \mathbb{E}_q \left[ -\log \frac{p_\theta(x_{0:T})}{q(x_{1:T} \mid x_0)} \right] = \mathbb{E}_q \left[ -\log p(x_T) - \sum_{t \geq 1} \log \frac{p_\theta(x_{t-1} \mid x_t)}{q(x_t \mid x_{t-1})} \right] = L \qquad (3)$$
+#
+# ## KL ダイバージェンスとエントロピー
+#
+# 分布 $p$ は $q$ からどれだけ離れているでしょうか。それを測るのが **KL ダイバージェンス** $D(q \Vert p) = \mathbb{E}_q [\log q(x) - \log p(x)]$ です。二つの分布が等しければ 0、
+# そうでなければ正の値を取ります（$-\log (p / q)$ に再びイェンセンの不等式を使えば分かります）。ガウス分布どうしなら、
+#
+# $$D(\mathcal{N}(\mu_1, \sigma_1^2) \Vert \mathcal{N}(\mu_2, \sigma_2^2)) = \frac{1}{2} \left( \frac{\sigma_1^2}{\sigma_2^2} - 1 - \log \frac{\sigma_1^2}{\sigma_2^2} + \frac{(\mu_1 - \mu_2)^2}{\sigma_2^2} \right)$$
+#
+# となります。$\log q - \log p = -\frac{1}{2} \log \frac{\sigma_1^2}{\sigma_2^2} - \frac{(x - \mu_1)^2}{2 \sigma_1^2} + \frac{(x - \mu_2)^2}{2 \sigma_2^2}$ であり、二つの 2 乗の $q$ による期待値は $\sigma_1^2$ と $\sigma_1^2 + (\mu_1 - \mu_2)^2$
+# だからです。**エントロピー** $H(x_0) = \mathbb{E} [-\log q(x_0)]$ は、考えうる最良のモデルが達する値です。ほかのモデルでは $D(q \Vert p_\theta)$ だけ大きくなります。
 #
 # ## 付録 A：KL ダイバージェンスの和への分解
 #
@@ -110,6 +130,8 @@
 # (23)–(25) の中身は、期待値を取る前から、**経路ごとに**等しくなります。
 
 # %%
+import math
+
 import matplotlib.pyplot as plt
 import torch
 from torch.distributions import Normal
@@ -225,9 +247,8 @@ line_26 = (
     + entropy
 )
 error = float((line_22 - line_17).std() / n**0.5 + (line_26 - line_17).std() / n**0.5)
-print(
-    f"(22): {float(line_22.mean()):.5f}, (26): {float(line_26.mean()):.5f} nats, ± {error:.5f}"
-)
+print(f"(22): {float(line_22.mean()):.5f} nats, ± {error:.5f}")
+print(f"(26): {float(line_26.mean()):.5f} nats, ± {error:.5f}")
 assert abs(float(line_22.mean() - line_17.mean())) < 4 * error  # Eq. 5, Eq. 22
 assert abs(float(line_26.mean() - line_17.mean())) < 4 * error  # Eq. 16, Eq. 26
 
@@ -264,7 +285,8 @@ assert float(entropy) < cross_entropy < float(line_17.mean())  # Eq. 3
 #
 # $$L_{t-1} - C = \mathbb{E}_{x_0, \epsilon} \left[ \frac{\beta_t^2}{2 \sigma_t^2 \alpha_t (1 - \bar\alpha_t)} \Vert \epsilon - \epsilon_\theta(\sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon, t) \Vert^2 \right] \qquad (12)$$
 #
-# Without the weight it is simpler, and the samples are better, since it cares less about details that no eye sees:
+# Without the weight it is simpler. It is no bound any more, but it cares less about the first steps, whose details no eye sees. The paper measures
+# better samples (Table 2); `ddpm-hf paper MODEL --figures ablation` repeats that in small.
 #
 # $$L_\mathrm{simple} = \mathbb{E}_{t, x_0, \epsilon} \left[ \Vert \epsilon - \epsilon_\theta(\sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon, t) \Vert^2 \right] \qquad (14)$$
 # <!-- ja -->
@@ -290,14 +312,16 @@ assert float(entropy) < cross_entropy < float(line_17.mean())  # Eq. 3
 #
 # $$L_{t-1} - C = \mathbb{E}_{x_0, \epsilon} \left[ \frac{\beta_t^2}{2 \sigma_t^2 \alpha_t (1 - \bar\alpha_t)} \Vert \epsilon - \epsilon_\theta(\sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon, t) \Vert^2 \right] \qquad (12)$$
 #
-# 重みを外すとさらに単純になり、目に見えない細部にこだわらなくなるぶん、生成される画像も良くなります。
+# 重みを外すとさらに単純になります。もはや上界ではありませんが、目に見えない細部を受け持つ最初の数ステップにこだわらなくなります。論文では、このほうが良い画像が
+# 得られました（表 2）。`ddpm-hf paper MODEL --figures ablation` で小規模に再現できます。
 #
 # $$L_\mathrm{simple} = \mathbb{E}_{t, x_0, \epsilon} \left[ \Vert \epsilon - \epsilon_\theta(\sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon, t) \Vert^2 \right] \qquad (14)$$
 
 # %%
 process = DDPMProcess(make_betas("linear", 1000))
 x_0 = torch.rand(4, 1, 8, 8) * 2 - 1
-noise, guess = torch.randn_like(x_0), torch.randn_like(x_0)  # guess stands for the network
+noise = torch.randn_like(x_0)
+guess = torch.randn_like(x_0)  # stands for what the network says
 t = torch.tensor([5, 100, 500, 900])
 x_t = process.q_sample(x_0, t, noise)
 posterior = process.q_posterior(x_0, x_t, t)
@@ -318,23 +342,16 @@ assert (posterior.mean - from_x_0).abs().max() < 1e-10  # Eq. 9
 assert (posterior.mean - from_noise).abs().max() < 1e-10  # Eq. 10
 assert (reverse.mean - mu_theta).abs().max() < 1e-10  # Eq. 11
 
-bound = process.L_t_minus_1(x_0, x_t, t, reverse) * torch.log(
-    torch.tensor(2.0)
-)  # nats per dimension
+bound = process.L_t_minus_1(x_0, x_t, t, reverse) * math.log(2)  # nats per dimension
 ratio = posterior.variance.flatten() / beta
 constant = 0.5 * (ratio - 1 - ratio.log())  # C: what the variances alone cost
 means = ((posterior.mean - reverse.mean) ** 2).flatten(1).mean(1) / (2 * beta)
-noises = (
-    beta**2
-    / (2 * beta * alpha * (1 - alpha_bar))
-    * ((noise - guess) ** 2).flatten(1).mean(1)
-)
+squares = ((noise - guess) ** 2).flatten(1).mean(1)
+noises = beta**2 / (2 * beta * alpha * (1 - alpha_bar)) * squares
 print("L_(t-1), nats/dim:", [f"{v:.5f}" for v in bound.tolist()])
 assert (bound - means - constant).abs().max() < 1e-10  # Eq. 8
 assert (bound - noises - constant).abs().max() < 1e-10  # Eq. 12
-assert (
-    l_simple(guess, noise) - ((noise - guess) ** 2).flatten(1).mean(1)
-).abs().max() < 1e-6  # Eq. 14
+assert (l_simple(guess, noise) - squares).abs().max() < 1e-6  # Eq. 14
 
 # %% [markdown] tags=["exercise"]
 # <!-- en -->
@@ -348,9 +365,8 @@ assert (
 t = torch.arange(1000)
 beta, alpha_bar = process.beta(t), process.alpha_bar(t)
 weight = beta / (2 * (1 - beta) * (1 - alpha_bar))
-print(
-    f"{float(weight[0] / weight[-1]):.0f} times, and {float(weight[0] / weight.min()):.0f} times the least of all"
-)
+print(f"{float(weight[0] / weight[-1]):.0f} times")
+print(f"and {float(weight[0] / weight.min()):.0f} times the least of all")
 assert weight.argmin() > 100
 plt.figure(figsize=(6, 2.6))
 plt.semilogy(t, weight)

@@ -57,21 +57,21 @@ assert (embedding - by_hand).abs().max() < 1e-4  # Appendix B
 
 products = embedding @ embedding.T
 distance = (t[:, None] - t[None]).double()
-assert (
-    products - torch.cos(distance[..., None] * omega).sum(-1)
-).abs().max() < 1e-3  # Appendix B
+by_distance = torch.cos(distance[..., None] * omega).sum(-1)
+assert (products - by_distance).abs().max() < 1e-3  # Appendix B
 assert abs(float(products[5, 5]) - d / 2) < 1e-4
-print(
-    f"{d} components; dot product {float(products[5, 5]):.1f} of equal times, {float(products[5, 15]):.1f} ten steps apart"
-)
+same, apart = float(products[5, 5]), float(products[5, 15])
+print(f"{d} components; dot product {same:.1f} of equal times, {apart:.1f} ten steps apart")
 
-fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
+fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3), width_ratios=(2, 1))
 left.imshow(embedding.T, aspect="auto", cmap="RdBu")
 left.set_xlabel("t")
 left.set_ylabel("component")
+left.set_title("the embedding")
 right.imshow(products, origin="lower")
 right.set_xlabel("t")
 right.set_ylabel("t'")
+right.set_title("dot products")
 
 # %% [markdown]
 # <!-- en -->
@@ -100,9 +100,8 @@ parameters = sum(p.numel() for p in cifar10.parameters())
 print(f"{parameters:,} parameters")
 assert parameters == 35_746_307  # Appendix B
 for block in read_blocks(cifar10, (3, 32, 32)):
-    print(
-        f"{block.name:14} {block.kind:18} {' × '.join(map(str, block.shape)):14} {block.parameters:>10,}"
-    )
+    shape = " × ".join(map(str, block.shape))
+    print(f"{block.name:14} {block.kind:18} {shape:14} {block.parameters:>10,}")
 
 # %% [markdown] tags=["exercise"]
 # <!-- en -->

@@ -89,7 +89,7 @@ from ddpm_hf.diffusion.ddpm_process import make_betas
 
 process = DDPMProcess(make_betas("linear", 1000))
 x_0 = torch.tensor([[0.5]], dtype=torch.float64)
-fig, axes = plt.subplots(1, 3, figsize=(11, 2.8))
+fig, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
 for axis, t in zip(axes, (3, 50, 900), strict=True):  # the paper's t is one more
     x_t = process.q_sample(x_0, t, torch.tensor([[1.3]], dtype=torch.float64))
     prior = process.q_mean_variance(x_0, t - 1)
@@ -108,16 +108,20 @@ for axis, t in zip(axes, (3, 50, 900), strict=True):  # the paper's t is one mor
     posterior = process.q_posterior(x_0, x_t, t)
     mean = torch.trapezoid(x * density, x)
     variance = torch.trapezoid((x - mean) ** 2 * density, x)
-    print(f"t = {t:3}: mean {mean:.6f} and {posterior.mean.item():.6f}, std {variance.sqrt():.6f} and "
-          f"{posterior.variance.sqrt().item():.6f}")  # fmt: skip
+    print(
+        f"t = {t:3}: mean {mean:.6f} and {posterior.mean.item():.6f}, "
+        f"std {variance.sqrt():.6f} and {posterior.variance.sqrt().item():.6f}"
+    )
     assert abs(mean.item() / posterior.mean.item() - 1) < 1e-9  # Eq. 7
     assert abs(variance.item() / posterior.variance.item() - 1) < 1e-6  # Eq. 7
     exact = Normal(posterior.mean, posterior.variance.sqrt()).log_prob(x).exp().flatten()
     assert (density / exact.max() - exact / exact.max()).abs().max() < 1e-6  # Eq. 6
-    axis.plot(x, density, label="Bayes' rule on a grid")
-    axis.plot(x, exact, "--", label="Eq. 6-7")
+    axis.plot(x, density)
+    axis.plot(x, exact, "--")
     axis.set_title(f"t = {t}")
-axes[0].legend(fontsize=6, loc="upper right")
+    axis.set_xlabel("x_(t-1)")
+axes[0].set_ylabel("density")
+fig.legend(["Bayes' rule on a grid", "Eq. 6-7"], ncols=2, loc="outside upper center")
 
 # %% [markdown] tags=["exercise"]
 # <!-- en -->
@@ -140,6 +144,5 @@ t = torch.arange(1, 1000)
 _, _, beta_tilde = process.posterior_coefficients(t)
 assert (beta_tilde < process.beta(t)).all()
 assert float(process.posterior_coefficients(0)[2]) == 0
-print(
-    f"β̃/β: {float(beta_tilde[0] / process.beta(1)):.3f} at the second step, {float(beta_tilde[-1] / process.beta(999)):.5f} at the last"
-)
+ratio = beta_tilde / process.beta(t)
+print(f"β̃/β: {float(ratio[0]):.3f} at the second step, {float(ratio[-1]):.5f} at the last")

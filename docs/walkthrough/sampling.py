@@ -108,7 +108,7 @@ for row, images in enumerate(rows):
 #
 # *Normal data.* $\epsilon^* = \sqrt{1 - \bar\alpha_t}\, x_t$ makes the mean $\frac{1}{\sqrt{\alpha_t}} (1 - \beta_t) x_t = \sqrt{\alpha_t}\, x_t$, and with
 # $\sigma_t^2 = \beta_t$ the variance stays $\alpha_t \cdot 1 + \beta_t = 1$. *A point $m$.* The best guess is $\hat x_0 = m$; with $\tilde\beta_t$ each step is
-# the true posterior, so $x_{t-1}$ has the law of $q(x_{t-1} \mid x_0 = m)$, and ends at $m$.
+# the true posterior, so $x_{t-1}$ is distributed as $q(x_{t-1} \mid x_0 = m)$, and ends at $m$.
 # <!-- ja -->
 # ## 分散はどう選ぶか
 #
@@ -136,7 +136,7 @@ for data in ("normal", "point"):
 right = {"normal": 1.0, "point": float(process.one_minus_alpha_bar(halfway))}
 for (data, choice), variance in variances.items():
     print(
-        f"{data:6} data, {choice}: variance {variance:.4f} halfway, and {right[data]:.4f} is right"
+        f"{data:6} data, {choice}: variance {variance:.4f}, and {right[data]:.4f} is right"
     )
 assert abs(variances["normal", "fixed_large"] - 1) < 1e-6  # Section 3.2
 assert abs(variances["point", "fixed_small"] - right["point"]) < 1e-6  # Section 3.2

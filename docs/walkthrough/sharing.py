@@ -32,13 +32,7 @@ MODEL = "walkthrough-digits"
 assert Path(MODEL).is_dir(), "run the page about training first: it makes this model"
 ours = DDPMPipelineCustom.from_pretrained(MODEL)
 stock = DDPMPipeline.from_pretrained(MODEL)
-print(
-    sorted(
-        file.name
-        for file in Path(MODEL).iterdir()
-        if file.suffix in (".py", ".md", ".json")
-    )
-)
+print(*sorted(file.name for file in Path(MODEL).iterdir()), sep="\n")
 print(type(stock.scheduler).__name__, "and", type(ours.scheduler).__name__)
 
 x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 120
@@ -51,10 +45,9 @@ steps = [
     scheduler.step(of_ours, t, x, generator=torch.Generator().manual_seed(1)).prev_sample
     for scheduler in (ours.scheduler, stock.scheduler)
 ]
-print(
-    f"one step of either scheduler: difference {float((steps[0] - steps[1]).abs().max()):.1e}"
-)
-assert (steps[0] - steps[1]).abs().max() < 1e-4  # Algorithm 2
+difference = float((steps[0] - steps[1]).abs().max())
+print(f"one step of either scheduler: difference {difference:.1e}")
+assert difference < 1e-4  # Algorithm 2
 
 # %% [markdown]
 # <!-- en -->

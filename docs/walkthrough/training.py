@@ -50,11 +50,13 @@ x_0, noise = torch.randn(2, 100_000, 1, dtype=torch.float64)
 t = 100
 x_t = process.q_sample(x_0, t, noise)
 best = float(l_simple(process.one_minus_alpha_bar(t).sqrt() * x_t, noise).mean())
+of_zero = float(l_simple(torch.zeros_like(noise), noise).mean())
+alpha_bar = float(process.alpha_bar(t))
 print(
-    f"loss of 0: {float(l_simple(torch.zeros_like(noise), noise).mean()):.3f}, of the best answer: {best:.3f}, ᾱ_t: {float(process.alpha_bar(t)):.3f}"
+    f"loss of 0: {of_zero:.3f}; of the best answer: {best:.3f}, where ᾱ_t is {alpha_bar:.3f}"
 )
-assert abs(float(l_simple(torch.zeros_like(noise), noise).mean()) - 1) < 0.02  # Eq. 14
-assert abs(best - float(process.alpha_bar(t))) < 0.02  # Eq. 14
+assert abs(of_zero - 1) < 0.02  # Eq. 14
+assert abs(best - alpha_bar) < 0.02  # Eq. 14
 
 # %% [markdown]
 # <!-- en -->
@@ -94,8 +96,8 @@ assert losses[-1] < losses[0]  # Algorithm 1
 # <!-- en -->
 # ## With the trainer
 #
-# [`train`][ddpm_hf.training.loop.train] is the same loop with what a real run needs: an average of the weights (EMA, the paper's 0.9999;
-# here a faster one, for a short run), a learning rate that rises and falls, checkpoints, and a resume that is exact. On the command line it is `ddpm-hf train`.
+# [`train`][ddpm_hf.training.loop.train] is the same loop with what a real run needs: a moving average of the weights to
+# sample with (EMA: 0.9999 of the old and 0.0001 of the new in the paper; faster here, for a short run), a learning rate that rises and falls, checkpoints, and a resume that is exact. On the command line it is `ddpm-hf train`.
 # The later pages use this model.
 # <!-- ja -->
 # ## トレーナーを使う
@@ -115,7 +117,8 @@ if not (MODEL / "model_index.json").is_file():
             "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
             "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
         },
-        ddpm_num_steps=200, ddpm_beta_schedule="squaredcos_cap_v2", ddpm_num_inference_steps=50,
+        ddpm_num_steps=200, ddpm_beta_schedule="squaredcos_cap_v2",
+        ddpm_num_inference_steps=50,
         train_batch_size=64, max_train_steps=500, learning_rate=2e-3, lr_warmup_steps=50,
         adam_beta1=0.9, adam_beta2=0.99, use_ema=True, ema_max_decay=0.99,
         checkpointing_steps=10_000, save_images_steps=0, calibration_images=64,

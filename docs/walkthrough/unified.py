@@ -14,13 +14,15 @@
 # <!-- en -->
 # ## A hierarchical VAE whose encoder has nothing to learn
 #
-# A VAE with latents $x_1, …, x_T$ has the ELBO $\log p(x_0) \geq \mathbb{E}_q [\log p(x_{0:T}) - \log q(x_{1:T} \mid x_0)]$, which is (3) with the sign turned. A DDPM is that VAE with three restrictions:
+# A variational autoencoder (VAE) is a generator $p$ of images from latent variables, trained together with an encoder $q$ from images to these, on a lower bound of the log likelihood, the ELBO
+# (evidence lower bound). With latents $x_1, …, x_T$ it is $\log p(x_0) \geq \mathbb{E}_q [\log p(x_{0:T}) - \log q(x_{1:T} \mid x_0)]$, which is (3) with the sign turned. A DDPM is that VAE with three restrictions:
 # latents have the size of the data; the encoder $q(x_t \mid x_{t-1})$ is a fixed Gaussian; its end $q(x_T)$ is standard normal. So (5) is the ELBO: a *reconstruction* term $L_0$, a *prior matching* term
 # $L_T$ without parameters, and *denoising matching* terms $L_{t-1}$, each of which asks one decoder to imitate the encoder's posterior. [The loss](loss.md) has the numbers.
 #
 # ## Three readings of the network
 #
-# By (4), $x_0$ and $\epsilon$ determine each other, given $x_t$. The third reading is the score. Differentiate $q(x_t) = \int q(x_t \mid x_0)\, q(x_0)\, dx_0$ under the integral:
+# By (4), $x_0$ and $\epsilon$ determine each other, given $x_t$, and so does their mixture $v = \sqrt{\bar\alpha_t}\, \epsilon - \sqrt{1 - \bar\alpha_t}\, x_0$, which some networks predict
+# ([arXiv 2202.00512](https://arxiv.org/abs/2202.00512)): $x_0 = \sqrt{\bar\alpha_t}\, x_t - \sqrt{1 - \bar\alpha_t}\, v$ and $\epsilon = \sqrt{1 - \bar\alpha_t}\, x_t + \sqrt{\bar\alpha_t}\, v$. The third reading is the score. Differentiate $q(x_t) = \int q(x_t \mid x_0)\, q(x_0)\, dx_0$ under the integral:
 #
 # $$\nabla \log q(x_t) = \frac{1}{q(x_t)} \int \nabla q(x_t \mid x_0)\, q(x_0)\, dx_0 = \mathbb{E} \left[ -\frac{x_t - \sqrt{\bar\alpha_t}\, x_0}{1 - \bar\alpha_t} \,\middle|\, x_t \right] = -\frac{\mathbb{E}[\epsilon \mid x_t]}{\sqrt{1 - \bar\alpha_t}}$$
 #
@@ -29,13 +31,14 @@
 # <!-- ja -->
 # ## 学習しないエンコーダを持つ階層的 VAE
 #
-# 潜在変数 $x_1, …, x_T$ を持つ VAE の ELBO は $\log p(x_0) \geq \mathbb{E}_q [\log p(x_{0:T}) - \log q(x_{1:T} \mid x_0)]$ で、これは式 (3) の符号を変えたものです。DDPM はこの VAE に三つの制約を
+# 変分オートエンコーダ（VAE）は、潜在変数から画像を作る生成器 $p$ と、画像から潜在変数へのエンコーダ $q$ を、対数尤度の下界 ELBO（evidence lower bound）によって一緒に学習するものです。潜在変数が $x_1, …, x_T$ のとき、ELBO は $\log p(x_0) \geq \mathbb{E}_q [\log p(x_{0:T}) - \log q(x_{1:T} \mid x_0)]$ で、これは式 (3) の符号を変えたものです。DDPM はこの VAE に三つの制約を
 # 課したものと見なせます。潜在変数の次元がデータと同じであること、エンコーダ $q(x_t \mid x_{t-1})$ が固定されたガウス分布であること、終端 $q(x_T)$ が標準正規分布であること。したがって式 (5) は ELBO そのもので、
 # **再構成**項 $L_0$、パラメータのない**事前分布との一致**項 $L_T$、そして各デコーダにエンコーダの事後分布を真似させる**ノイズ除去の一致**項 $L_{t-1}$ からなります。数値は[損失関数](loss.md)のページにあります。
 #
 # ## ネットワークの三つの読み方
 #
-# 式 (4) より、$x_t$ が与えられれば $x_0$ と $\epsilon$ は互いに相手を決めます。三つ目の読み方がスコアです。$q(x_t) = \int q(x_t \mid x_0)\, q(x_0)\, dx_0$ を積分記号の下で微分すると、
+# 式 (4) より、$x_t$ が与えられれば $x_0$ と $\epsilon$ は互いに相手を決めます。両者を混ぜた $v = \sqrt{\bar\alpha_t}\, \epsilon - \sqrt{1 - \bar\alpha_t}\, x_0$ を予測するネットワークもあり（[arXiv 2202.00512](https://arxiv.org/abs/2202.00512)）、
+# $x_0 = \sqrt{\bar\alpha_t}\, x_t - \sqrt{1 - \bar\alpha_t}\, v$、$\epsilon = \sqrt{1 - \bar\alpha_t}\, x_t + \sqrt{\bar\alpha_t}\, v$ で元に戻せます。三つ目の読み方がスコアです。$q(x_t) = \int q(x_t \mid x_0)\, q(x_0)\, dx_0$ を積分記号の下で微分すると、
 #
 # $$\nabla \log q(x_t) = \frac{1}{q(x_t)} \int \nabla q(x_t \mid x_0)\, q(x_0)\, dx_0 = \mathbb{E} \left[ -\frac{x_t - \sqrt{\bar\alpha_t}\, x_0}{1 - \bar\alpha_t} \,\middle|\, x_t \right] = -\frac{\mathbb{E}[\epsilon \mid x_t]}{\sqrt{1 - \bar\alpha_t}}$$
 #
@@ -70,7 +73,7 @@ def log_q(x, t):
 
 
 def eps(x, t):
-    """The best prediction of the noise, E[ε | x_t], by Bayes' rule over the three parts."""
+    """The best prediction, E[ε | x_t], by Bayes' rule over the three parts."""
     a = process.alpha_bar(t)
     variances = a * stds**2 + 1 - a
     difference = x[:, None] - a.sqrt() * centres
@@ -94,9 +97,13 @@ for t in (0, 50, 300, 900):
     difference = float((s - predicted).abs().max() / s.abs().max())
     print(f"t = {t:3}: score and -ε/√(1 - ᾱ) differ by {difference:.0e}")
     assert difference < 1e-10  # arXiv 2208.11970: score
-    assert (
-        process.predict_x0(eps(x, t), x, t) - x_0
-    ).abs().max() < 1e-8  # arXiv 2208.11970: Tweedie's formula
+    noise = eps(x, t)
+    x_0_off = (process.predict_x0(noise, x, t) - x_0).abs().max()
+    assert x_0_off < 1e-8  # arXiv 2208.11970: Tweedie's formula
+    v = process.velocity(x_0, noise, t)
+    assert (process.predict_x0(v, x, t, "v_prediction") - x_0).abs().max() < 1e-8
+    for output, kind in ((v, "v_prediction"), (x_0, "sample")):
+        assert (process.predict_eps(output, x, t, kind) - noise).abs().max() < 1e-8
 
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(11, 3.6))
@@ -125,9 +132,13 @@ for axis, t in zip(axes, (20, 200, 500), strict=True):
 # <!-- en -->
 # ## A differential equation in discrete time
 #
-# For small $\beta_t$, $\sqrt{1 - \beta_t} = 1 - \beta_t / 2 + O(\beta_t^2)$, so a step of (2) is a step of Euler's method for $dx = -\frac{1}{2} \beta\, x\, dt + \sqrt{\beta}\, dw$. To every such equation there is a
-# deterministic one with the same densities, the *probability flow* $dx/dt = -\frac{1}{2} \beta (x + \nabla \log q(x))$. DDIM with $\eta = 0$ solves it: let $\beta$ be the $\beta_{t|s}$ of a short step. Then
-# $\sqrt{\bar\alpha_s / \bar\alpha_t} = 1 + \beta/2 + O(\beta^2)$, and
+# For small $\beta_t$, $\sqrt{1 - \beta_t} = 1 - \beta_t / 2 + O(\beta_t^2)$, so a step of (2) is a step of Euler's method for $dx = -\frac{1}{2} \beta\, x\, dt + \sqrt{\beta}\, dw$,
+# a drift and noise of variance $\beta\, dt$. What do they do to the density $q$? A velocity $v$ carries it along, $\partial q / \partial t = -\nabla \cdot (q v)$; noise blurs it, $\partial q / \partial t = \frac{\beta}{2} \Delta q$. But
+# $\Delta q = \nabla \cdot \nabla q = \nabla \cdot (q \nabla \log q)$, so the blur is what a velocity $-\frac{\beta}{2} \nabla \log q$ would do: without any noise, the *probability flow*
+# $dx/dt = -\frac{1}{2} \beta (x + \nabla \log q(x))$ has the same densities at all times.
+#
+# DDIM with $\eta = 0$ solves it: let $\beta$ be the $\beta_{t|s}$ of a short step. Then $\sqrt{\bar\alpha_s / \bar\alpha_t} = 1 + \beta/2 + O(\beta^2)$ and
+# $\sqrt{1 - \bar\alpha_s} = \sqrt{1 - \bar\alpha_t} - \beta \bar\alpha_t / (2 \sqrt{1 - \bar\alpha_t}) + O(\beta^2)$, so
 #
 # $$x_s = \sqrt{\bar\alpha_s}\, \hat x_0 + \sqrt{1 - \bar\alpha_s}\, \epsilon = x_t + \frac{\beta}{2} \left( x_t - \frac{\epsilon}{\sqrt{1 - \bar\alpha_t}} \right) + O(\beta^2) = x_t + \frac{\beta}{2} (x_t + \nabla \log q(x_t)) + O(\beta^2)$$
 #
@@ -136,8 +147,12 @@ for axis, t in zip(axes, (20, 200, 500), strict=True):
 # ## 離散時間の微分方程式
 #
 # $\beta_t$ が小さければ $\sqrt{1 - \beta_t} = 1 - \beta_t / 2 + O(\beta_t^2)$ なので、式 (2) の 1 ステップは確率微分方程式 $dx = -\frac{1}{2} \beta\, x\, dt + \sqrt{\beta}\, dw$ に対するオイラー法の 1 ステップです。
-# このような方程式には、同じ密度を持つ決定論的な方程式、**確率フロー** ODE $dx/dt = -\frac{1}{2} \beta (x + \nabla \log q(x))$ が対応します。$\eta = 0$ の DDIM はこれを解いています。短いステップの $\beta_{t|s}$ を
-# $\beta$ と書くと $\sqrt{\bar\alpha_s / \bar\alpha_t} = 1 + \beta/2 + O(\beta^2)$ なので、
+# これはドリフトと、分散 $\beta\, dt$ のノイズからなります。密度 $q$ はどう変化するでしょうか。速度 $v$ の流れは密度を運び、$\partial q / \partial t = -\nabla \cdot (q v)$ です。ノイズは密度をぼかし、
+# $\partial q / \partial t = \frac{\beta}{2} \Delta q$ です。ところが $\Delta q = \nabla \cdot \nabla q = \nabla \cdot (q \nabla \log q)$ ですから、このぼかしは速度 $-\frac{\beta}{2} \nabla \log q$ の流れと同じ働きをします。したがって、ノイズのまったくない
+# **確率フロー** ODE $dx/dt = -\frac{1}{2} \beta (x + \nabla \log q(x))$ も、すべての時刻で同じ密度を持ちます。
+#
+# $\eta = 0$ の DDIM はこれを解いています。短いステップの $\beta_{t|s}$ を $\beta$ と書くと、$\sqrt{\bar\alpha_s / \bar\alpha_t} = 1 + \beta/2 + O(\beta^2)$、
+# $\sqrt{1 - \bar\alpha_s} = \sqrt{1 - \bar\alpha_t} - \beta \bar\alpha_t / (2 \sqrt{1 - \bar\alpha_t}) + O(\beta^2)$ なので、
 #
 # $$x_s = \sqrt{\bar\alpha_s}\, \hat x_0 + \sqrt{1 - \bar\alpha_s}\, \epsilon = x_t + \frac{\beta}{2} \left( x_t - \frac{\epsilon}{\sqrt{1 - \bar\alpha_t}} \right) + O(\beta^2) = x_t + \frac{\beta}{2} (x_t + \nabla \log q(x_t)) + O(\beta^2)$$
 #
@@ -161,11 +176,9 @@ print(
 )
 assert all(3.5 < ratio < 4.5 for ratio in ratios)  # arXiv 2011.13456, Eq. 13
 
+beta = float(process.beta(500))
 one_step = process.q_step_mean_variance(torch.ones(1, 1), 500)
-assert (
-    abs(float(one_step.mean) - (1 - float(process.beta(500)) / 2))
-    < float(process.beta(500)) ** 2
-)  # arXiv 2011.13456, Eq. 11
+assert abs(float(one_step.mean) - (1 - beta / 2)) < beta**2  # arXiv 2011.13456, Eq. 11
 
 # %% [markdown]
 # <!-- en -->
@@ -194,20 +207,19 @@ for name, path in paths.items():
     nearest = torch.cdist(x, centres).argmin(1)
     shares = torch.bincount(nearest, minlength=3) / n
     spread = torch.stack([x[nearest == i].std(0).mean() for i in range(3)])
-    print(
-        f"{name}: shares {[f'{v:.3f}' for v in shares.tolist()]}, spread {[f'{v:.3f}' for v in spread.tolist()]}"
-    )
-    assert (shares - weights).abs().max() < 4 * (
-        0.25 / n
-    ) ** 0.5  # arXiv 2011.13456, Eq. 13
+    print(name)
+    print("  shares", [f"{v:.3f}" for v in shares.tolist()], "of", weights.tolist())
+    print("  spread", [f"{v:.3f}" for v in spread.tolist()], "of", stds.tolist())
+    off = float((shares - weights).abs().max())
+    assert off < 4 * (0.25 / n) ** 0.5  # arXiv 2011.13456, Eq. 13
     assert (spread - stds).abs().max() < 0.03
 
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.8))
+fig, axes = plt.subplots(1, 2, figsize=(9, 4), sharex=True, sharey=True)
 for axis, (name, path) in zip(axes, paths.items(), strict=True):
-    lines = torch.stack(path)[:, :40]
-    axis.plot(lines[..., 0], lines[..., 1], color="tab:blue", linewidth=0.5, alpha=0.6)
+    lines = torch.stack(path)[:, :12]
     axis.plot(path[-1][:800, 0], path[-1][:800, 1], ".", color="tab:red", markersize=2)
-    axis.set_title(name)
+    axis.plot(lines[..., 0], lines[..., 1], color="tab:blue", linewidth=0.7, alpha=0.7)
+    axis.set_title(f"{name}: 12 paths from noise, and where 800 end", fontsize=9)
     axis.set_aspect("equal")
 
 # %% [markdown] tags=["exercise"]
@@ -223,7 +235,7 @@ for axis, (name, path) in zip(axes, paths.items(), strict=True):
 # 成分の間では密度がほぼ 0 で、局所的な移動では越えられません。各点は、出発点に近い成分に留まり続けます。さまざまな大きさのノイズを使うことで、早い段階で点が行き先を変えられるのです。
 
 # %% tags=["solution"]
-x, h = 2 * torch.rand(2000, 2) * torch.tensor([1.0, 1.0]) - 1, 0.002
+x, h = 2 * torch.rand(2000, 2) - 1, 0.002
 for _ in range(500):
     x = (
         x

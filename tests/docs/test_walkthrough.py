@@ -1,8 +1,10 @@
 """The walkthrough: both languages from one source, every page complete, every equation asserted, and all of it run."""
 
+import json
 import re
 import sys
 
+import markdown
 import pytest
 
 from ddpm_hf import DDPMProcess
@@ -57,18 +59,46 @@ def test_the_table_lists_every_equation_with_a_page_that_asserts_it():
         assert re.search(rf"\b{function}\(", code), (function, page)
 
 
-@pytest.mark.parametrize("changed", [0, 1, 2], ids=["x_0", "x_t", "variance"])
-def test_a_coefficient_that_is_wrong_by_two_percent_fails_the_page_of_the_posterior(changed, monkeypatch):
-    right = DDPMProcess.posterior_coefficients
+@pytest.mark.parametrize(
+    ("function", "part", "page"),
+    [
+        *(("posterior_coefficients", part, "posterior") for part in range(3)),
+        *(("q_mean_variance", part, "closed_form") for part in range(2)),
+        *(("q_step_mean_variance", part, "loss") for part in range(2)),
+        *(("x_0_coefficients", part, "loss") for part in range(2)),
+        ("p_log_variance", None, "loss"), ("L_t_minus_1", None, "loss"),
+    ],
+)  # fmt: skip
+def test_a_coefficient_that_is_wrong_by_two_percent_fails_its_page(function, part, page, monkeypatch):
+    right = getattr(DDPMProcess, function)
 
-    def wrong(self, *arguments, **options):
-        coefficients = list(right(self, *arguments, **options))
-        coefficients[changed] = coefficients[changed] * 1.02
-        return tuple(coefficients)
+    def wrong(*arguments, **options):
+        result = right(*arguments, **options)
+        if part is None:
+            return 1.02 * result
+        parts = [1.02 * value if i == part else value for i, value in enumerate(result)]
+        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
 
-    monkeypatch.setattr(DDPMProcess, "posterior_coefficients", wrong)
+    monkeypatch.setattr(DDPMProcess, function, wrong)
     with pytest.raises(AssertionError):
-        walkthrough.run_page("posterior")
+        walkthrough.run_page(page)
+
+
+@pytest.mark.parametrize("page", ["loss", "sampling"])
+def test_a_notebook_needs_no_other_page(page):
+    """It installs the package where there is none, and trains the model where it uses one."""
+    cells = [cell["source"] for cell in json.loads(walkthrough.to_notebook(page, "ja"))["cells"]]
+    cells = ["".join(source) for source in cells]
+    assert 'find_spec("ddpm_hf") is None' in cells[0]
+    assert ("train(TrainConfig(" in cells[1]) == (page == "sampling")
+
+
+def test_equations_are_spaced_as_in_tex():
+    text = markdown.markdown(r"$-\log p(x) \sim \sum_{t > 1} \cos t$", extensions=["l2m4m:LaTeX2MathMLExtension"])
+    html = walkthrough.on_page_content(text)
+    assert re.sub(r"<[^>]*space[^>]*>", " ", html).count("log</mi> <mi>") == 1
+    assert "<munder><mo>&#x02211;</mo>" in html
+    assert "<mo>&#x0223C;</mo>" in html
 
 
 @pytest.mark.slow
