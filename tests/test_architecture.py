@@ -18,6 +18,7 @@ FOLDERS = {
     "distributed": set(),
     "progress": set(),
     "console": set(),
+    "page": set(),
     "config": set(),
     "diffusion": set(),
     "storage": {"diffusion"},
@@ -34,12 +35,12 @@ FOLDERS = {
     "doctor": {"config", "data", "diffusion", "evaluation", "progress", "sampling", "storage"},
     "demo": {"data", "diffusion", "export", "restoration", "sharing", "storage"},
     "training": {
-        "config", "console", "data", "diffusion", "distributed", "evaluation", "evaluation.metrics", "progress",
+        "config", "console", "data", "diffusion", "distributed", "evaluation", "evaluation.metrics", "page", "progress",
         "sampling", "sharing", "storage",
     },
     "paper": {
-        "config", "data", "diffusion", "evaluation", "evaluation.metrics", "progress", "restoration", "sampling",
-        "storage", "training",
+        "config", "data", "diffusion", "evaluation", "evaluation.metrics", "page", "progress", "restoration",
+        "sampling", "storage", "training",
     },
     "commands": {
         "config", "data", "demo", "diffusion", "doctor", "evaluation", "export", "paper", "restoration", "sampling",
@@ -136,11 +137,13 @@ FILES = {
     "training.environment": {"performance"},
     "training.loop": {
         "batch_size", "interruption", "log", "network", "output_folder", "plan", "plots", "previews", "publishing",
-        "setup", "state", "step", "validation", "validation_set",
+        "report", "setup", "state", "step", "validation", "validation_set",
     },
     "training.performance": {"network"},
     "training.previews": {"network", "state"},
     "training.publishing": {"network", "state"},
+    "training.report": {"copies", "interruption", "log", "losses", "report_page", "state", "trouble"},
+    "training.report_page": {"charts", "trouble"},
     "training.setup": {
         "batch_size", "log", "network", "output_folder", "performance", "plan", "publishing", "state", "validation_set",
     },

@@ -121,7 +121,7 @@ def test_training_images_go_up_on_request_only(hub, make_model):
     assert not any(name in files["README.md"].decode() for name in REAL_IMAGES)
     push(folder, share_training_images=True)
     files = hub.repos["me/model"].files()
-    assert {"real.png", "samples_and_real.png", "nearest.png"} <= set(files)
+    assert {"real.png", "samples_and_real.png", "nearest.png", "report.html"} <= set(files)
     assert "(real.png)" in files["README.md"].decode()
 
 

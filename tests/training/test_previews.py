@@ -1,4 +1,4 @@
-"""Sample grids during training."""
+"""Sample samples during training."""
 
 import pytest
 from accelerate import Accelerator
@@ -8,7 +8,7 @@ from ddpm_hf.diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ddpm_hf.distributed import Agreement
 from ddpm_hf.training.network import build_ema, build_unet
 from ddpm_hf.training.plan import Plan
-from ddpm_hf.training.previews import sample_grids
+from ddpm_hf.training.previews import sample_previews
 from ddpm_hf.training.state import Run
 from support.runs import TINY_OPTIONS
 
@@ -27,14 +27,17 @@ def test_previews_show_the_ema_and_the_raw_weights(classes, tmp_path):
     for shadow in run.ema.shadow_params:
         shadow.zero_()
     checks = []
-    grids = sample_grids(run, lambda: checks.append(1))
-    assert grids.keys() == {"test_samples", "test_samples_raw"}
+    samples = sample_previews(run, lambda: checks.append(1))
+    assert samples.keys() == {"test_samples", "test_samples_raw"}
     assert len(checks) == 2 * config.ddpm_num_inference_steps
-    again = sample_grids(run, lambda: None)
-    assert grids["test_samples"].tobytes() == again["test_samples"].tobytes()
-    assert grids["test_samples"].tobytes() != grids["test_samples_raw"].tobytes()
+    again = sample_previews(run, lambda: None)
+    assert samples["test_samples"].numpy().tobytes() == again["test_samples"].numpy().tobytes()
+    assert samples["test_samples"].numpy().tobytes() != samples["test_samples_raw"].numpy().tobytes()
     for p in unet.parameters():
         p.data.zero_()
-    assert sample_grids(run, lambda: None)["test_samples_raw"].tobytes() == grids["test_samples"].tobytes()
+    assert (
+        sample_previews(run, lambda: None)["test_samples_raw"].numpy().tobytes()
+        == samples["test_samples"].numpy().tobytes()
+    )
     if classes:
         assert set(seen) == {0, 1, 2, 3}

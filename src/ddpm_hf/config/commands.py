@@ -137,7 +137,8 @@ class PushConfig:
     tag: str | None = option(None, "Tag the pushed commit.")
     create_pr: bool = option(False, "Open a pull request, which needs no write access to the repository.")
     share_training_images: bool = option(
-        False, "Also upload the pictures that show training images: real.png, samples_and_real.png, nearest*.png."
+        False,
+        "Also upload what shows training images: real.png, samples_and_real.png, nearest*.png and report.html.",
     )
     with_onnx: bool = option(False, "Also upload what `ddpm-hf export` has written into the model's folder.")
     with_demo: bool = option(

@@ -25,6 +25,11 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]
 
 
+def tile_side(side: int) -> int:
+    """The width of an image of this width in a grid, enlarged and with its frame."""
+    return side * max(1, math.ceil(MIN_SIDE / side)) + 2
+
+
 def image_grid(images: Sequence[Image.Image]) -> Image.Image:
     """The images in reading order, in a grid as square as possible.
 

@@ -31,7 +31,7 @@ EVALUATION_FILES = (
 )
 
 # Pictures that show training images. They are shared only on request.
-REAL_IMAGES = ("real.png", "samples_and_real.png", "nearest.png", "nearest_features.png")
+REAL_IMAGES = ("real.png", "samples_and_real.png", "nearest.png", "nearest_features.png", "report.html")
 # All that is otherwise uploaded of a folder: no training state, no logs, whatever else lies there.
 SHARED_FILES = (
     "model_index.json",

@@ -54,6 +54,7 @@ class CardFacts:
         images_seen: updates times images per update, over all processes.
         seconds: wall-clock time of training.
         hardware: e.g. "1 × NVIDIA H200".
+        copies: how many samples copy a training image, in words.
         demo: the name on the Hub of a Space that shows the model.
         results: what was measured, which becomes the `model-index` of the metadata.
     """
@@ -68,13 +69,14 @@ class CardFacts:
     images_seen: int | None = None
     seconds: float | None = None
     hardware: str | None = None
+    copies: str | None = None
     demo: str | None = None
     results: Sequence[EvalResult] = ()
 
 
 FACT_TYPES: dict[str, Any] = {
     "repo_id": str, "license": str, "dataset": str, "dataset_ids": list, "base_model": str, "options": dict,
-    "updates": int, "images_seen": int, "seconds": (int, float), "hardware": str, "demo": str, "results": list,
+    "updates": int, "images_seen": int, "seconds": (int, float), "hardware": str, "copies": str, "demo": str, "results": list,
 }  # fmt: skip
 
 
@@ -242,6 +244,7 @@ def _training_rows(facts: CardFacts) -> list[tuple[str, str]]:
         "Images seen": f"{facts.images_seen:,}" if facts.images_seen is not None else None,
         "Wall-clock time": str(timedelta(seconds=round(facts.seconds))) if facts.seconds is not None else None,
         "Hardware": facts.hardware,
+        "Copies": facts.copies,
     }
     return [(name, _cell(value)) for name, value in rows.items() if value is not None]
 

@@ -32,8 +32,9 @@ from .network import build_ema, build_optimizer, build_unet
 from .output_folder import clear_output_dir, replace_pipeline
 from .plan import Plan
 from .plots import save_pictures
-from .previews import real_grid, sample_grids
+from .previews import sample_previews
 from .publishing import calibrate_export, card_facts, publish, pushing
+from .report import Report, watching
 from .setup import Setup, check_same_data, dry_run_report, prepare
 from .state import Run, capture, exported_network, restore
 from .step import accumulate_gradients, update_ema, update_weights
@@ -94,10 +95,15 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
     # 3. Training: each rank takes every num_processes-th part of the stream of images
     size, rank = config.batch_size, accelerator.process_index
     batches = images.batches(run.images_seen + rank * size, size, accelerator.num_processes * size, config.seed)
-    with _naming_the_last_checkpoint(run), Interruption(run.agreement) as interruption, pushing(setup.target) as pusher:
+    with (
+        _naming_the_last_checkpoint(run),
+        Interruption(run.agreement) as interruption,
+        pushing(setup.target) as pusher,
+        watching(run, log, images) as report,
+    ):
         try:
             if run.step:  # an interrupted run may not have come to it
-                save_and_report(run, log, validation, pusher, interruption.check)
+                save_and_report(run, log, validation, pusher, interruption.check, report)
             for step in log.bar(run.step):
                 began = time.perf_counter()
                 interruption.check()
@@ -107,11 +113,11 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
                 run.advance(time.perf_counter() - began)
                 log.write(run.step, lr=plan.learning_rate(step), grad_norm=grad_norm, ema_decay=run.ema_decay)
                 with log.pause():
-                    save_and_report(run, log, validation, pusher, interruption.check)
+                    report.look()
+                    save_and_report(run, log, validation, pusher, interruption.check, report)
             if config.load_best_model_at_end:
                 export_best(run, log)
-            grids = sample_grids(run, interruption.check)
-            log.pictures(grids, run.step)
+            report.show(sample_previews(run, interruption.check))
         except Interrupted:
             log.close()
             save(run, log)
@@ -122,11 +128,12 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
     # 4. The end: calibration, samples beside real images, the loss curve and the card
     calibrate_export(run, images)
     if accelerator.is_main_process:
-        save_pictures(Path(config.output_dir), grids["test_samples"], real_grid(images, config), *log.loss_curve())
+        save_pictures(Path(config.output_dir), *report.grids(), *log.loss_curve())
+        report.write(f"Finished after {plan.max_steps:,} updates.")
         publish(run, setup.target)
     end_training(run)
     if accelerator.is_main_process:
-        print(summary(run, validation, time.monotonic() - setup.started))
+        print(summary(run, validation, report, time.monotonic() - setup.started))
 
 
 @contextmanager
@@ -170,8 +177,9 @@ def save_and_report(
     validation: Validation | None,
     pusher: BackgroundPusher | None,
     check: Callable[[], None],
+    report: Report,
 ) -> None:
-    """Whatever is due after `run.step` updates: a checkpoint and its push, the export, validation, sample grids.
+    """Whatever is due after `run.step` updates: a checkpoint and its push, the export, validation, samples, the page.
 
     Args:
         check: raises Interrupted in all processes once any of them has received a signal.
@@ -187,8 +195,9 @@ def save_and_report(
         if validation.measure(check):
             save(run, log)
         validation.record_best()
+        report.measured()
     if plan.preview_due(run.step):
-        log.pictures(sample_grids(run, check), run.step)
+        report.show(sample_previews(run, check))
 
 
 def save(run: Run, log: TrainingLog) -> bool:
@@ -245,7 +254,7 @@ def end_training(run: Run) -> None:
     run.accelerator.end_training()
 
 
-def summary(run: Run, validation: Validation | None, seconds: float) -> str:
+def summary(run: Run, validation: Validation | None, report: Report, seconds: float) -> str:
     """What a finished run has left, and the next command."""
     output_dir = Path(run.config.output_dir)
     minutes, seconds = divmod(round(seconds), 60)
@@ -256,6 +265,7 @@ def summary(run: Run, validation: Validation | None, seconds: float) -> str:
         f"  card      {output_dir / 'README.md'}\n"
         f"  samples   {output_dir / 'samples_and_real.png'}\n"
         f"  loss      {output_dir / 'loss.png'}\n"
-        f"{best}"
+        f"  report    {output_dir / 'report.html'}\n"
+        f"{best}{report.summary()}"
         f"Sample more with:\n  ddpm-hf sample {shlex.quote(str(output_dir))} --num_images 64 --seed 1 --output_dir out/"
     )

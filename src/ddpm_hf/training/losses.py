@@ -156,3 +156,30 @@ def detach_mean(model_output: Tensor) -> Tensor:
     """
     prediction, raw_variance = model_output.chunk(2, dim=1)
     return torch.cat([prediction.detach(), raw_variance], dim=1)
+
+
+def trivial_loss(process: DDPMProcess, config: TrainConfig, mean_square: float) -> float | None:
+    """The expected loss of a network that predicts 0, above which nothing has been learned.
+
+    It is E‖ε‖²/d = 1, E‖x_0‖²/d, or ᾱ E‖ε‖²/d + (1 - ᾱ) E‖x_0‖²/d for v, weighted and averaged over t.
+
+    Args:
+        mean_square: of the images in [-1, 1].
+
+    Returns:
+        None for the bound, whose value depends on more than the mean square.
+    """
+    if config.objective == "vlb":
+        return None
+    t = torch.arange(process.num_train_timesteps)
+    signal = process.snr(t) / (process.snr(t) + 1)
+    squares = {
+        "epsilon": torch.ones_like(signal),
+        "sample": torch.full_like(signal, mean_square),
+        "v_prediction": signal + (1 - signal) * mean_square,
+    }[config.prediction_type]
+    weight = loss_weight(
+        process, t, config.prediction_type, config.weighting,
+        snr_gamma=config.snr_gamma or 5.0, p2_gamma=config.p2_gamma, p2_k=config.p2_k,
+    )  # fmt: skip
+    return float((weight * squares).mean())

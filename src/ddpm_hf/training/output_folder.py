@@ -18,9 +18,9 @@ from ..storage.weights import size_of
 
 # What a run leaves in its folder beside checkpoints: with them, all that --overwrite_output_dir may remove.
 PICTURES = ("samples.png", "real.png", "samples_and_real.png", "loss.png", "validation.png")
-RUN_FILES = ("model_index.json", *CODE_FILES, *PICTURES, *EVALUATION_FILES, BEST)
+RUN_FILES = ("model_index.json", *CODE_FILES, *PICTURES, *EVALUATION_FILES, BEST, "report.html")
 RUN_FOLDERS = ("unet", "scheduler")
-LOG_FILES = ("train.jsonl", "tracker_run", "skipped_images.json")
+LOG_FILES = ("train.jsonl", "trouble.jsonl", "tracker_run", "skipped_images.json")
 
 
 def prepare_output_dir(output_dir: Path, config: TrainConfig) -> tuple[Path | None, list[str]]:

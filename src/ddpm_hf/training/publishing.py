@@ -60,6 +60,7 @@ def card_facts(run: Run) -> CardFacts:
         images_seen=run.images_seen,
         seconds=run.seconds,
         hardware=f"{run.plan.num_processes} × {_device_name(run.accelerator.device)}",
+        copies=run.copies or None,
     )
 
 

@@ -67,6 +67,7 @@ class Run:
     images_seen: int = 0
     seconds: float = 0.0  # of training, resumed parts included
     unlogged: list[list[float]] = field(default_factory=list)  # losses since the last line of the log
+    copies: str = ""  # how many samples copy a training image, in words, where that was measured
 
     @property
     def network(self) -> UNet2DModel:

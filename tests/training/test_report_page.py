@@ -1,0 +1,88 @@
+"""The page of a run: it reads well in a real browser, holds all it needs, and is continued by a resumed run."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ddpm_hf.diffusion.ddpm_repository import REAL_IMAGES, SHARED_FILES
+from support.browser import open_browser, watched_page
+from support.runs import train_here
+
+OPTIONS = ["--eval_steps", "6", "--eval_images", "16", "--num_epochs", "1"]
+HEADINGS = [
+    "Warnings", "Samples", "What is being trained", "The same samples over time", "Nearest training images",
+    "Held-out images", "Loss and learning rate",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "my-digits"
+    done = train_here(folder, *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    assert f"  report    {folder / 'report.html'}\n" in done.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with open_browser("--disable-gpu", "--disable-background-networking") as browser:
+        yield browser
+
+
+def updates_shown(page):
+    return [int(n) for n in re.findall(r'alt="Samples after update (\d+)"', page)]
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_reads_on_a_phone_and_a_desktop_in_light_and_dark(run_folder, browser, width, scheme):
+    with watched_page(browser, viewport={"width": width, "height": 800}, color_scheme=scheme) as page:
+        requests = []
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto((run_folder / "report.html").as_uri())
+        assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.locator("h1").all_inner_texts() == ["Training my-digits"]
+        assert page.locator("h2").all_inner_texts() == HEADINGS
+        assert page.locator("img").count() == len(updates_shown((run_folder / "report.html").read_text())) + 3
+        assert page.evaluate("[...document.images].every(i => i.alt.trim() && i.complete && i.naturalWidth)")
+        assert page.evaluate("[...document.querySelectorAll('svg')].every(s => s.getAttribute('aria-label'))")
+        assert page.locator("svg").count() >= 4
+        body = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (body == "rgb(255, 255, 255)") == (scheme == "light")
+        small = "[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height)"
+        assert min(page.evaluate(small)) > 10  # pixels
+
+
+def test_the_page_says_what_is_trained_how_far_it_is_and_what_copies(run_folder):
+    page = (run_folder / "report.html").read_text("utf-8")
+    assert "Finished after 12 updates." in page
+    assert "http-equiv" not in page  # nothing more is to come
+    assert "images like those of scikit-learn digits: 1,781 images, at 16×16 pixels, in shades of grey" in page
+    assert updates_shown(page) == [1, 6, 12]
+    assert re.search(r"\d of 4 samples copy a training image\.", page)
+    assert "<script" not in page
+
+
+def test_an_interrupted_page_is_continued_with_the_samples_and_losses_of_before(run_folder, tmp_path):
+    """What a run that was killed has left: its checkpoint, its log, and samples of a future that is not repeated."""
+    folder = shutil.copytree(run_folder, tmp_path / "my-digits")
+    (folder / "report.html").write_text("cut off")
+    for name in ("test_samples-12.png", "test_samples_raw-12.png"):
+        (folder / "logs" / name).unlink()
+    shutil.copyfile(folder / "logs" / "test_samples-6.png", folder / "logs" / "test_samples-99.png")
+    shutil.copyfile(folder / "logs" / "test_samples-6.png", folder / "logs" / "test_samples-of-mine.png")
+    done = train_here(folder, *OPTIONS, "--resume_from_checkpoint", "checkpoint-8")
+    assert done.returncode == 0, done.stderr
+    before, after = ((f / "report.html").read_text("utf-8") for f in (run_folder, folder))
+    assert updates_shown(after) == [1, 6, 12]
+    charts = [re.findall(r"<polyline[^>]*>", page) for page in (before, after)]
+    assert charts[0] == charts[1] != []
+
+
+def test_a_page_of_real_images_is_uploaded_only_with_those(run_folder):
+    assert "report.html" in REAL_IMAGES
+    assert not any(Path("report.html").match(pattern) for pattern in SHARED_FILES)
