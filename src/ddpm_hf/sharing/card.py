@@ -76,7 +76,8 @@ class CardFacts:
 
 FACT_TYPES: dict[str, Any] = {
     "repo_id": str, "license": str, "dataset": str, "dataset_ids": list, "base_model": str, "options": dict,
-    "updates": int, "images_seen": int, "seconds": (int, float), "hardware": str, "copies": str, "demo": str, "results": list,
+    "updates": int, "images_seen": int, "seconds": (int, float), "hardware": str, "copies": str, "demo": str,
+    "results": list,
 }  # fmt: skip
 
 
