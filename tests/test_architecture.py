@@ -136,8 +136,8 @@ FILES = {
     "training.batch_size": {"losses", "network"},
     "training.environment": {"performance"},
     "training.loop": {
-        "batch_size", "interruption", "log", "network", "output_folder", "plan", "plots", "previews", "publishing",
-        "report", "setup", "state", "step", "validation", "validation_set",
+        "batch_size", "copies", "interruption", "log", "network", "output_folder", "plan", "plots", "previews",
+        "publishing", "report", "setup", "state", "step", "validation", "validation_set",
     },
     "training.performance": {"network"},
     "training.previews": {"network", "state"},
@@ -149,7 +149,7 @@ FILES = {
     },
     "training.state": {"network", "plan"},
     "training.step": {"log", "losses", "network", "state"},
-    "training.validation": {"log", "network", "plan", "plots", "state", "validation_set"},
+    "training.validation": {"copies", "log", "network", "plan", "plots", "state", "validation_set"},
 }  # fmt: skip
 COPIED = {
     "ddpm_process": {"numpy", "torch"},

@@ -59,7 +59,7 @@ def test_the_page_reads_on_a_phone_and_a_desktop_in_light_and_dark(run_folder, b
 
 def test_the_page_says_what_is_trained_how_far_it_is_and_what_copies(run_folder):
     page = (run_folder / "report.html").read_text("utf-8")
-    assert "Finished after 12 updates." in page
+    assert "Done: 12 updates." in page
     assert "http-equiv" not in page  # nothing more is to come
     assert "images like those of scikit-learn digits: 1,781 images, at 16×16 pixels, in shades of grey" in page
     assert updates_shown(page) == [1, 6, 12]

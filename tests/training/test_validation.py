@@ -1,6 +1,7 @@
 """Validation during training: what is measured is what it is called."""
 
 import json
+import re
 import signal
 
 import pytest
@@ -20,6 +21,7 @@ from ddpm_hf.evaluation.likelihood import bits_per_dim
 from ddpm_hf.evaluation.metrics.distances import frechet_distance, moments
 from ddpm_hf.evaluation.metrics.patch_features import PatchFeatures
 from ddpm_hf.storage.checkpoint import best_step, checkpoint_steps
+from ddpm_hf.training.copies import open_training_images
 from ddpm_hf.training.interruption import Interrupted
 from ddpm_hf.training.log import TrainingLog
 from ddpm_hf.training.loop import train
@@ -28,7 +30,7 @@ from ddpm_hf.training.plan import EVAL_CALLS, EVAL_SAMPLING_STEPS, Plan
 from ddpm_hf.training.state import Run
 from ddpm_hf.training.validation import Validation
 from ddpm_hf.training.validation_set import make_validation_set
-from support.runs import TINY_OPTIONS
+from support.runs import TINY_OPTIONS, train_here
 
 
 def a_run(tmp_path, classes=None):
@@ -137,3 +139,45 @@ def test_the_best_checkpoint_outlives_the_limit_and_is_exported_on_request(tmp_p
     assert f"best      {tmp_path}/checkpoint-3 by bits_per_dim: " in capsys.readouterr().out
     log = [json.loads(line) for line in (tmp_path / "logs" / "train.jsonl").read_text().splitlines()]
     assert [e["step"] for e in log if "eval_frechet" in e] == [3, 6, 9]
+
+
+def test_a_run_that_stops_improving_ends_exports_the_best_and_says_why(tmp_path):
+    """A learning rate that ruins the network. Resumed, the run is over at once, with the same weights."""
+    folder = tmp_path / "run"
+    options = [
+        "--learning_rate", "0.3", "--lr_scheduler", "constant", "--ema_max_decay", "0.1", "--max_train_steps", "400",
+        "--checkpointing_steps", "400", "--save_images_steps", "0", "--eval_steps", "2", "--eval_images", "16",
+        "--early_stopping_patience", "2", "--calibration_images", "0",
+    ]  # fmt: skip
+    done = train_here(folder, *options)
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (folder / "logs" / "train.jsonl").read_text().splitlines()]
+    bits = {e["step"]: e["eval_bits_per_dim"] for e in log if "eval_frechet" in e}
+    best = min(bits, key=bits.get)
+    assert list(bits)[-3:] == [best, best + 2, best + 4]
+    reason = (
+        f"Done: stopped early after {best + 4} of 400 updates: bits_per_dim of held-out images has not improved for 2 "
+        f"validations. The best checkpoint, of update {best}, is exported."
+    )
+    assert reason in done.stdout
+    assert reason in (folder / "report.html").read_text()
+    copies = re.search(r"  copies    (\d+ of 16 samples copy a training image; of as many .*)\n", done.stdout)[1]
+    assert f"| Copies | {copies} |" in (folder / "README.md").read_text()
+    assert copies in (folder / "report.html").read_text()
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    exported, of_best = (load_file(folder / place / weights) for place in (".", f"checkpoint-{best}"))
+    assert all(torch.equal(weight, of_best[name]) for name, weight in exported.items())
+    again = train_here(folder, *options, "--resume_from_checkpoint", "latest")
+    assert again.returncode == 0, again.stderr
+    assert reason in again.stdout
+    assert [json.loads(line) for line in (folder / "logs" / "train.jsonl").read_text().splitlines()] == log
+
+
+def test_copies_are_measured_on_the_samples_of_a_validation_and_on_held_out_images(tmp_path):
+    run, log = a_run(tmp_path)
+    images, validation_set = make_validation_set(run.config, load_images(TrainConfig(**TINY_OPTIONS)), None)
+    held_out = validation_set._replace(pixels=torch.cat([validation_set.seen[:4], validation_set.pixels[4:]]))
+    Validation(run, log, held_out, open_training_images(images, run.config)).measure(lambda: None)
+    (entry,) = log.validations()
+    assert entry["eval_copies"] == 0  # of a network that is not trained
+    assert entry["eval_copies_of_held_out"] == 4 / 16

@@ -258,6 +258,11 @@ class ValidationOptions:
         "bits_per_dim", "The metric that selects the best checkpoint."
     )
     load_best_model_at_end: bool = option(False, "Export the best checkpoint at the end instead of the last weights.")
+    early_stopping_patience: int | None = option(
+        None,
+        "End the run after N validations in a row that were no better than the best before, and export that one. "
+        "Default: never.",
+    )
 
 
 @dataclass
@@ -301,6 +306,7 @@ class TrainConfig(
             1, self, "resolution", "shuffle_buffer_size", "gradient_accumulation_steps", "global_batch_size",
             "num_epochs", "max_train_steps", "ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size",
             "checkpointing_steps", "save_model_epochs", "save_images_epochs", "max_skipped_steps", "eval_steps",
+            "early_stopping_patience",
         )  # fmt: skip
         at_least(
             0, self, "calibration_images", "cache_limit_gb", "dataloader_num_workers", "save_images_steps",

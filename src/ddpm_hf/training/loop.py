@@ -26,6 +26,7 @@ from ..sharing.background_push import BackgroundPusher
 from ..storage.checkpoint import FULL_DISK_REMEDY, best_step, checkpoint_steps, save_checkpoint
 from ..storage.files import full_disk_explained, lock_output_dir
 from .batch_size import what_to_lower
+from .copies import open_training_images
 from .interruption import Interrupted, Interruption
 from .log import TrainingLog
 from .network import build_ema, build_optimizer, build_unet
@@ -90,7 +91,9 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
         if accelerator.is_main_process:
             clear_output_dir(config, run.step, log=accelerator.print)
         log.begin(run.step, run.unlogged, images.skipped)
-    validation = None if validation_set is None else Validation(run, log, validation_set)
+    with run.agreement.together(patiently=True):
+        training_images = open_training_images(images, config)
+    validation = None if validation_set is None else Validation(run, log, validation_set, training_images)
 
     # 3. Training: each rank takes every num_processes-th part of the stream of images
     size, rank = config.batch_size, accelerator.process_index
@@ -99,12 +102,18 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
         _naming_the_last_checkpoint(run),
         Interruption(run.agreement) as interruption,
         pushing(setup.target) as pusher,
-        watching(run, log, images) as report,
+        watching(run, log, images, training_images) as report,
     ):
         try:
             if run.step:  # an interrupted run may not have come to it
                 save_and_report(run, log, validation, pusher, interruption.check, report)
+            end = f"{plan.max_steps:,} updates."
             for step in log.bar(run.step):
+                if validation is not None and validation.has_stalled():
+                    end = validation.explain_stop()
+                    log.close()
+                    save(run, log)
+                    break
                 began = time.perf_counter()
                 interruption.check()
                 accumulate_gradients(run, network, batches, log)
@@ -115,7 +124,7 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
                 with log.pause():
                     report.look()
                     save_and_report(run, log, validation, pusher, interruption.check, report)
-            if config.load_best_model_at_end:
+            if config.load_best_model_at_end or run.step < plan.max_steps:
                 export_best(run, log)
             report.show(sample_previews(run, interruption.check))
         except Interrupted:
@@ -129,11 +138,11 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
     calibrate_export(run, images)
     if accelerator.is_main_process:
         save_pictures(Path(config.output_dir), *report.grids(), *log.loss_curve())
-        report.write(f"Finished after {plan.max_steps:,} updates.")
+        report.write(f"Done: {end}")
         publish(run, setup.target)
     end_training(run)
     if accelerator.is_main_process:
-        print(summary(run, validation, report, time.monotonic() - setup.started))
+        print(summary(run, validation, report, end, time.monotonic() - setup.started))
 
 
 @contextmanager
@@ -254,13 +263,13 @@ def end_training(run: Run) -> None:
     run.accelerator.end_training()
 
 
-def summary(run: Run, validation: Validation | None, report: Report, seconds: float) -> str:
+def summary(run: Run, validation: Validation | None, report: Report, end: str, seconds: float) -> str:
     """What a finished run has left, and the next command."""
     output_dir = Path(run.config.output_dir)
     minutes, seconds = divmod(round(seconds), 60)
     best = f"  best      {validation.describe_best()}\n" if validation is not None else ""
     return (
-        f"\nDone: {run.plan.max_steps:,} updates, {minutes} min {seconds:02d} s in all.\n"
+        f"\nDone: {end} {minutes} min {seconds:02d} s in all.\n"
         f"  pipeline  {output_dir}{os.sep}\n"
         f"  card      {output_dir / 'README.md'}\n"
         f"  samples   {output_dir / 'samples_and_real.png'}\n"

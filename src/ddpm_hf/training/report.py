@@ -25,7 +25,7 @@ from ..data.sources import public_name
 from ..progress import write
 from ..storage.checkpoint import best_step
 from ..storage.files import write_text_atomically
-from .copies import Copies, TrainingImages, open_training_images
+from .copies import Copies, TrainingImages
 from .interruption import Interrupted
 from .log import TrainingLog
 from .losses import trivial_loss
@@ -123,7 +123,7 @@ class Report:
         self.samples = samples["test_samples"]
         if self.training_images is not None:
             self.copies = self.training_images.nearest(self.samples)
-            run.copies = f"{self.copies.number} of {len(self.samples)} samples copy a training image"
+            run.copies = self._in_validation() or _copies(self.copies.number, len(self.samples))
         if run.accelerator.is_main_process:
             self.found(in_average(self.log.entries))
             if run.step >= max(FIRST_UPDATES, run.plan.max_steps / 2):
@@ -133,10 +133,28 @@ class Report:
         self.write()
 
     def measured(self) -> None:
-        """After a validation: look for overfitting, and write the page."""
-        if self.run.accelerator.is_main_process:
-            self.found(in_validations(self.log.validations(), self.run.config))
+        """After a validation: look for overfitting and copies, and write the page."""
+        run = self.run
+        if run.accelerator.is_main_process:
+            validations = self.log.validations()
+            if run.config.early_stopping_patience is None:
+                self.found(in_validations(validations, run.config))
+            if validations and "eval_copies" in validations[-1]:
+                share, expected = (validations[-1][f"eval_copies{of}"] for of in ("", "_of_held_out"))
+                self.found(in_copies(round(share * run.config.eval_images), run.config.eval_images, expected))
+                run.copies = self._in_validation()
         self.write()
+
+    def _in_validation(self) -> str:
+        """How many samples copied a training image when these weights were validated, in words, if they were."""
+        count = self.run.config.eval_images
+        for entry in self.log.validations():
+            if entry["step"] == self.run.step and "eval_copies" in entry:
+                held_out = round(entry["eval_copies_of_held_out"] * count)
+                return (
+                    f"{_copies(round(entry['eval_copies'] * count), count)}; of as many held-out images, {held_out} do"
+                )
+        return ""
 
     # --- the page ---------------------------------------------------------------------------------------------------
 
@@ -224,11 +242,11 @@ class Report:
 
 
 @contextmanager
-def watching(run: Run, log: TrainingLog, images: Images) -> Iterator[Report]:
+def watching(run: Run, log: TrainingLog, images: Images, training_images: TrainingImages | None) -> Iterator[Report]:
     """A report for the duration of a run; one that ends before its end says why. All processes must enter it."""
     with run.agreement.together():
         real = to_uint8(normalize(images.sample(max(LOOKED_AT, run.config.eval_batch_size), run.config.seed)))
-        report = Report(run, log, real, open_training_images(images, run.config))
+        report = Report(run, log, real, training_images)
     report.write()
     try:
         yield report
@@ -243,6 +261,10 @@ def watching(run: Run, log: TrainingLog, images: Images) -> Iterator[Report]:
             report.look()
         report.write(f"Failed after {run.step:,} of {run.plan.max_steps:,} updates: {error}")
         raise
+
+
+def _copies(count: int, samples: int) -> str:
+    return f"{count:,} of {samples:,} samples copy a training image"
 
 
 def _explanation(run: Run) -> list[str]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Module
 
 from ..evaluation.likelihood import bits_per_dim
@@ -19,6 +20,7 @@ from ..progress import progress, write
 from ..sampling.generate import sample_in_lockstep
 from ..storage.checkpoint import BEST, checkpoint_steps
 from ..storage.files import write_text_atomically
+from .copies import TrainingImages
 from .log import TrainingLog
 from .network import ema_weights
 from .plan import EVAL_CALLS, EVAL_SAMPLING_STEPS
@@ -34,12 +36,19 @@ class Validation:
     much less by chance than their standard errors suggest.
     """
 
-    def __init__(self, run: Run, log: TrainingLog, validation_set: ValidationSet) -> None:
-        self.run, self.log, self.validation_set = run, log, validation_set
+    def __init__(
+        self,
+        run: Run,
+        log: TrainingLog,
+        validation_set: ValidationSet,
+        training_images: TrainingImages | None = None,
+    ) -> None:
+        self.run, self.log, self.validation_set, self.training_images = run, log, validation_set, training_images
         self.features = PatchFeatures(validation_set.pixels)
         self.real = moments(self.features(validation_set.pixels))
         self.best: dict[str, Any] | None = None  # the entry of the log, in the main process
         self.of_seen = frechet_distance(moments(self.features(validation_set.seen)), self.real)
+        self.copies_of_held_out = self._copies("eval_copies_of_held_out", validation_set.pixels)
 
     def measure(self, check: Callable[[], None]) -> bool:
         """Measure the weights that would be exported and log it, unless it has been measured already.
@@ -104,7 +113,39 @@ class Validation:
             "eval_bits_per_dim_se": bits.standard_error,
             "eval_frechet": frechet_distance(moments(self.features(samples)), self.real),
             "eval_frechet_of_training_images": self.of_seen,
+            **self._copies("eval_copies", samples),
+            **self.copies_of_held_out,
         }
+
+    def _copies(self, name: str, pixels: Tensor) -> dict[str, float]:
+        """The share of these images that copy a training image, by this name; nothing for a large training set."""
+        known = self.training_images
+        return {} if known is None else {name: known.nearest(pixels.cpu()).number / len(pixels)}
+
+    def has_stalled(self) -> bool:
+        """Whether as many validations as `early_stopping_patience` were no better than the best before them.
+
+        All processes must call it, and all get the same answer; it is no, where no validation was due just now.
+        """
+        run, patience = self.run, self.run.config.early_stopping_patience
+        if patience is None or not run.plan.validation_due(run.step):
+            return False
+        return bool(run.agreement.largest(int(self._since_best() >= patience)))
+
+    def _since_best(self) -> int:
+        """The number of validations since the best one, in the main process; 0 elsewhere."""
+        metric = f"eval_{self.run.config.metric_for_best_model}"
+        values = [entry.get(metric, math.inf) for entry in self.log.validations()]
+        return len(values) - 1 - values.index(min(values)) if math.isfinite(min(values, default=math.inf)) else 0
+
+    def explain_stop(self) -> str:
+        """In the main process: why the run ends, in words."""
+        run, best = self.run, self.best or {}
+        return (
+            f"stopped early after {run.step:,} of {run.plan.max_steps:,} updates: {run.config.metric_for_best_model} "
+            f"of held-out images has not improved for {self._since_best()} validations. The best checkpoint, of update "
+            f"{best.get('step', 0):,}, is exported."
+        )
 
     def _find_best(self) -> dict[str, Any] | None:
         """In the main process: the best entry of the log whose checkpoint exists, or can be saved now."""
@@ -142,7 +183,8 @@ def _in_words(values: dict[str, Any]) -> str:
         values.get(f"eval_{name}", math.nan) for name in ("bits_per_dim", "bits_per_dim_se", "frechet")
     )
     seen = values["eval_frechet_of_training_images"]
-    return f"{bits:.3f} ± {error:.3f} bits/dim, Fréchet distance {distance:.3g} (training images: {seen:.3g})"
+    copies = f", {values['eval_copies']:.1%} copies" if "eval_copies" in values else ""
+    return f"{bits:.3f} ± {error:.3f} bits/dim, Fréchet distance {distance:.3g} (training images: {seen:.3g}){copies}"
 
 
 @contextmanager
