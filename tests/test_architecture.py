@@ -142,7 +142,9 @@ FILES = {
     "training.performance": {"network"},
     "training.previews": {"network", "state"},
     "training.publishing": {"network", "state"},
-    "training.report": {"copies", "interruption", "log", "losses", "report_page", "state", "trouble"},
+    "training.report": {
+        "copies", "interruption", "log", "losses", "output_folder", "report_page", "state", "trouble",
+    },
     "training.report_page": {"charts", "trouble"},
     "training.setup": {
         "batch_size", "log", "network", "output_folder", "performance", "plan", "publishing", "state", "validation_set",

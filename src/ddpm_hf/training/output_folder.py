@@ -18,7 +18,8 @@ from ..storage.weights import size_of
 
 # What a run leaves in its folder beside checkpoints: with them, all that --overwrite_output_dir may remove.
 PICTURES = ("samples.png", "real.png", "samples_and_real.png", "loss.png", "validation.png")
-RUN_FILES = ("model_index.json", *CODE_FILES, *PICTURES, *EVALUATION_FILES, BEST, "report.html")
+REPORT = "report.html"
+RUN_FILES = ("model_index.json", *CODE_FILES, *PICTURES, *EVALUATION_FILES, BEST, REPORT)
 RUN_FOLDERS = ("unet", "scheduler")
 LOG_FILES = ("train.jsonl", "trouble.jsonl", "tracker_run", "skipped_images.json")
 
@@ -88,7 +89,8 @@ def _refuse_foreign_files(output_dir: Path, config: TrainConfig) -> None:
         parse_card(card).is_edited()
     if config.overwrite_output_dir:
         return
-    foreign = [name for name in RUN_FILES if (output_dir / name).exists()]
+    is_run = (output_dir / config.logging_dir / "train.jsonl").is_file()  # that ended before its first checkpoint
+    foreign = [name for name in RUN_FILES if (output_dir / name).exists() and not (is_run and name == REPORT)]
     if foreign:
         raise ValueError(
             f"`output_dir` {str(output_dir)!r} has files that no run has written but this one would overwrite, "

@@ -29,11 +29,11 @@ from .copies import Copies, TrainingImages
 from .interruption import Interrupted
 from .log import TrainingLog
 from .losses import trivial_loss
+from .output_folder import REPORT
 from .report_page import Contents, render
 from .state import Run
 from .trouble import FIRST_UPDATES, Trouble, in_average, in_copies, in_data, in_log, in_samples, in_validations
 
-PAGE = "report.html"
 TROUBLES = "trouble.jsonl"
 LOOKED_AT = 64  # images
 SHOWN = 8  # samples in a row
@@ -167,7 +167,7 @@ class Report:
         if not self.run.accelerator.is_main_process:
             return
         try:
-            write_text_atomically(Path(self.run.config.output_dir) / PAGE, render(self._contents(end)))
+            write_text_atomically(Path(self.run.config.output_dir) / REPORT, render(self._contents(end)))
         except OSError as error:  # no reason to end a run
             write(f"No report after update {self.run.step:,}: {error}")
 
