@@ -63,7 +63,7 @@ def test_the_page_says_what_is_trained_how_far_it_is_and_what_copies(run_folder)
     assert "http-equiv" not in page  # nothing more is to come
     assert "images like those of scikit-learn digits: 1,781 images, at 16×16 pixels, in shades of grey" in page
     assert updates_shown(page) == [1, 6, 12]
-    assert re.search(r"\d of 4 samples copy a training image\.", page)
+    assert re.search(r"\d of 16 samples copy a training image; of as many held-out images, \d do\.", page)
     assert "<script" not in page
 
 
