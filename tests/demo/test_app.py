@@ -6,11 +6,13 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, load_pipeline
+from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, edit, load_pipeline, restore
 from ddpm_hf.cli import main
 from ddpm_hf.demo.live import sample_live
+from ddpm_hf.restoration.operators import Downsample
 from support.browser import missing, nameless_controls, open_browser, watched_page
 from support.models import tiny_unet
 
@@ -52,7 +54,7 @@ def page(address, browser):
 
 
 def set_number(page, name, value):
-    field = page.get_by_label(name, exact=True)
+    field = page.get_by_label(name, exact=True).locator("visible=true")
     field.fill(str(value))
     field.press("Tab")
 
@@ -120,12 +122,84 @@ def test_two_visitors_at_once_get_their_own_images(page, address, browser):
         assert (images(page) == seen[seed]).all()
 
 
+def upload(page, file):
+    with page.expect_response("**/run/predict"), page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Upload an image").click()
+        chooser.value.set_files(file)
+
+
+def results(page, gallery, press, count):
+    """The images of a gallery, each (C, H, W), after pressing a button; other files than before."""
+    addresses = f"[...document.querySelectorAll('#{gallery} .grid-wrap img')].map((image) => image.src)"
+    before = page.evaluate(addresses)
+    page.get_by_role("button", name=press, exact=True).click()
+    page.wait_for_function(
+        f"([b, n]) => {addresses}.filter((src) => !b.includes(src)).length === n", arg=[before, count]
+    )
+    return [pixels(page, address).transpose(2, 0, 1) for address in page.evaluate(addresses)]
+
+
 @pytest.mark.slow
-def test_a_missing_image_is_named(page):
-    for tab in ("Restore", "Edit"):
-        page.get_by_role("tab", name=tab).click()
-        page.get_by_role("button", name=tab, exact=True).click()
-        page.get_by_text("There is no image: upload one, or draw.").first.wait_for()
+def test_an_image_is_restored_and_edited_as_in_python(page, model, tmp_path):
+    photo = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    x = torch.from_numpy(photo).permute(2, 0, 1)[None] / 255
+    pipeline, labels = load_pipeline(str(model)), [0, 1]
+    options = {"num_inference_steps": 5, "class_labels": labels}
+
+    def generators(seed):
+        return [torch.Generator().manual_seed(seed + i) for i in range(2)]
+
+    page.get_by_role("tab", name="Restore").click()
+    page.get_by_role("button", name="Restore", exact=True).click()
+    page.get_by_text("There is no image: upload one, or draw.").wait_for()
+    upload(page, tmp_path / "photo.png")  # the canvas has hardly started
+    page.get_by_label("2 times too small").check()
+    set_number(page, "number input for Steps", 5)
+    small, *found = results(page, "restored", "Restore", 3)
+    y = Downsample(2)(x)
+    expected = restore(pipeline, y.repeat(2, 1, 1, 1), Downsample(2), generator=generators(0), **options).images
+    assert np.abs(small - y[0].numpy() * 255).max() <= 1
+    assert np.abs(found - expected.numpy() * 255).max() <= 1
+    assert (results(page, "restored", "Restore", 3)[1] == found[0]).all()
+
+    page.get_by_label("painted over").check()
+    page.get_by_role("button", name="Restore", exact=True).click()
+    page.get_by_text("Nothing is painted over").wait_for()
+    page.locator("#restore-image").get_by_label("Brush", exact=True).click()
+    box = page.locator("#restore-image canvas").first.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.up()
+    known, *restored = results(page, "restored", "Restore", 3)
+    kept = (known > 0).any(0)
+    assert 0 < kept.sum() < kept.size
+    for image in restored:
+        assert np.abs(image - photo.transpose(2, 0, 1))[:, kept].max() <= 1
+    assert np.abs(restored[0] - restored[1])[:, ~kept].max() > 10
+
+    page.get_by_role("tab", name="Edit").click()
+    upload(page, tmp_path / "photo.png")
+    set_number(page, "number input for Steps", 5)
+    found = results(page, "edited", "Edit", 2)
+    expected = edit(pipeline, x.repeat(2, 1, 1, 1), 0.5, generator=generators(0), **options).images
+    assert np.abs(found - expected.numpy() * 255).max() <= 1
+
+
+def test_an_image_that_is_shown_again_does_not_overwrite_the_file_that_somebody_loads(address, tmp_path):
+    """Gradio names files by their content."""
+    from gradio.processing_utils import save_pil_to_cache
+
+    from ddpm_hf.demo import app
+
+    image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    shown = [
+        lambda: app._grid(image),
+        lambda: app._captioned([Image.new("L", (8, 8))], 0)[0][0],
+    ]
+    for show in shown:
+        files = {save_pil_to_cache(show(), str(tmp_path), format="png") for _ in range(3)}
+        assert len(files) == 3
 
 
 def test_sampling_ends_when_nobody_watches_and_errors_reach_the_visitor(make_unet):

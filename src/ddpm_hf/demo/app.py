@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,7 @@ MAX_IMAGES = 16
 MAX_WAITING = 20  # visitors in the queue
 SECONDS_BETWEEN_VIEWS = 0.15  # of a sampling that is watched
 STATE_SECONDS = 1800  # that a visitor's trajectory is kept
+UPLOAD_PIXELS = 1024  # of the longer side of a photograph in an editor
 VIEW_PIXELS = 400  # of the grid that is watched, at least half of it
 VIEWS = {"x_t, the noisy image": "x_t", "x̂_0, what the network expects": "x_0"}
 CSS = """
@@ -135,9 +137,8 @@ def _sampling_tab(pipeline: DDPMPipelineCustom) -> None:
                     viewed = time.monotonic()
                     yield {view: _grid(new[-1].x_0), status: f"Step {new[-1].number} of {new[-1].total}"}
         seconds = time.monotonic() - started
-        captions = [(image, f"seed {int(seed) + i}") for i, image in enumerate(to_pil(kept[-1].x_t))]
         yield {
-            view: _grid(kept[-1].x_t), gallery: captions, frames: kept,
+            view: _grid(kept[-1].x_t), gallery: _captioned(to_pil(kept[-1].x_t), seed), frames: kept,
             place: gr.Slider(1, max(len(kept), 2), len(kept), interactive=len(kept) > 1),
             status: f"{int(count)} images of {int(steps)} steps in {seconds:.1f} s",
         }  # fmt: skip
@@ -192,9 +193,7 @@ def _restoration_tab(pipeline: DDPMPipelineCustom) -> None:
         damages.append(GRAY)
     with gr.Row():
         with gr.Column():
-            editor = gr.ImageEditor(
-                label="Image", type="pil", layers=False, brush=gr.Brush(colors=["#ff00ff"]), elem_id="restore-image"
-            )
+            editor = _editor("Image", brush=gr.Brush(colors=["#ff00ff"]), elem_id="restore-image")
             damage = gr.Radio(damages, value=damages[0], label="The image is")
             count, seed = gr.Slider(1, 4, 2, step=1, label="Images"), gr.Number(0, label="Seed", precision=0, minimum=0)
             steps = gr.Slider(1, 200, min(25, pipeline.scheduler.config.num_train_timesteps), step=1, label="Steps")
@@ -214,7 +213,7 @@ def _restoration_tab(pipeline: DDPMPipelineCustom) -> None:
         _check_seed(seed, count)
         x, painted = _given(pipeline, image)
         if damage == PAINTED and not painted.any():
-            raise gr.Error("Nothing is painted over: paint over what the model is to invent.", print_exception=False)
+            raise _error("Nothing is painted over: paint over what the model is to invent.")
         operators: dict[str, Callable[[], Operator]] = {
             PAINTED: lambda: Inpaint(~painted), ENLARGED_2: lambda: Downsample(2), ENLARGED_4: lambda: Downsample(4),
             GRAY: Grayscale,
@@ -226,7 +225,7 @@ def _restoration_tab(pipeline: DDPMPipelineCustom) -> None:
                 pipeline, y.repeat(int(count), *(1,) * (y.ndim - 1)), operator, num_inference_steps=int(steps),
                 generator=_generators(seed, count), class_labels=_labels(pipeline, label, count),
             )  # fmt: skip
-        return [(_picture(y[0]), "what is known"), *_pictures(output.images, seed)]
+        return [(_once(_picture(y[0])), "what is known"), *_captioned([_picture(x) for x in output.images], seed)]
 
     inputs = [editor, damage, count, seed, steps, label]
     start.click(run, inputs, gallery, concurrency_limit=1, concurrency_id="network", api_name="restore")
@@ -236,7 +235,7 @@ def _editing_tab(pipeline: DDPMPipelineCustom) -> None:
     gr.Markdown("Draw, or paint over an image: the model makes of it what it has learned (SDEdit).")
     with gr.Row():
         with gr.Column():
-            editor = gr.ImageEditor(label="Drawing", type="pil", layers=False)
+            editor = _editor("Drawing", elem_id="edit-image")
             strength = gr.Slider(0.01, 1, 0.5, label="Strength: 1 is a new image")
             count, seed = gr.Slider(1, 4, 2, step=1, label="Images"), gr.Number(0, label="Seed", precision=0, minimum=0)
             steps = gr.Slider(1, 200, min(50, pipeline.scheduler.config.num_train_timesteps), step=1, label="Steps")
@@ -244,7 +243,7 @@ def _editing_tab(pipeline: DDPMPipelineCustom) -> None:
             start = gr.Button("Edit", variant="primary")
         with gr.Column():
             gallery = gr.Gallery(
-                label="Edited", show_label=False, format="png", object_fit="contain", elem_classes="pixels", columns=2
+                label="Edited", elem_id="edited", format="png", object_fit="contain", elem_classes="pixels", columns=2
             )
 
     def run(image: dict[str, Any], strength: float, count: int, seed: int, steps: int, label: int, guidance: float
@@ -257,16 +256,42 @@ def _editing_tab(pipeline: DDPMPipelineCustom) -> None:
                 generator=_generators(seed, count), class_labels=_labels(pipeline, label, count),
                 guidance_scale=guidance,
             )  # fmt: skip
-        return _pictures(output.images, seed)
+        return _captioned([_picture(x) for x in output.images], seed)
 
     inputs = [editor, strength, count, seed, steps, label, guidance]
     start.click(run, inputs, gallery, concurrency_limit=1, concurrency_id="network", api_name="edit")
 
 
+def _editor(label: str, **options: Any) -> gr.ImageEditor:
+    """An editor, and a button that puts an image into it.
+
+    The editor's own upload loses, without a word, a file that is chosen before its canvas has started, which takes
+    seconds on a busy machine. The value of a component waits for it.
+    """
+    upload = gr.UploadButton("Upload an image", file_types=["image"], type="filepath", size="sm")
+    editor = gr.ImageEditor(label=label, type="pil", format="png", sources=[], layers=False, **options)
+    upload.upload(_opened, upload, editor, queue=False, api_visibility="private")
+    return editor
+
+
+def _opened(file: str) -> dict[str, Any]:
+    """An uploaded image as the value of an editor, upright, not larger than needed and large enough for a brush."""
+    try:
+        with Image.open(file) as stored:
+            if stored.mode == "F" or stored.mode.startswith("I"):
+                raise ValueError("it has more than 8 bits per channel")
+            image = ImageOps.exif_transpose(stored).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _error(f"This image can't be used: {error}.") from error
+    image.thumbnail((UPLOAD_PIXELS, UPLOAD_PIXELS))
+    image = ImageOps.scale(image, max(1, VIEW_PIXELS // max(image.size)), Image.Resampling.NEAREST)
+    return {"background": _once(image), "layers": [], "composite": image}
+
+
 def _given(pipeline: DDPMPipelineCustom, image: dict[str, Any] | None) -> tuple[Tensor, Tensor]:
     """The visitor's image as the model sees it, (1, C, H, W) in [0, 1], and what is painted over of it, bool (H, W)."""
     if not image or image.get("composite") is None:
-        raise gr.Error("There is no image: upload one, or draw.", print_exception=False)
+        raise _error("There is no image: upload one, or draw.")
     height, width = image_size(pipeline.unet)
     mode = "L" if pipeline.unet.config.in_channels == 1 else "RGB"
 
@@ -287,23 +312,32 @@ def _generators(seed: int, count: int) -> list[torch.Generator]:
 
 
 def _picture(x: Tensor) -> Image.Image:
-    x = x if x.ndim == 3 else x[None]
-    return to_pil((x[None] * 255).round().to(torch.uint8))[0]
+    x = x.float().cpu()
+    return to_pil(((x if x.ndim == 3 else x[None])[None] * 255).round().to(torch.uint8))[0]
 
 
-def _pictures(images: Any, seed: int) -> list[tuple[Image.Image, str]]:
-    return [(_picture(image.float().cpu()), f"seed {int(seed) + i}") for i, image in enumerate(images)]
+def _captioned(images: Sequence[Image.Image], seed: int) -> list[tuple[Image.Image, str]]:
+    return [(_once(image), f"seed {int(seed) + i}") for i, image in enumerate(images)]
+
+
+def _once(image: Image.Image) -> Image.Image:
+    """The image, marked so that its file differs from those of equal images.
+
+    Gradio names files by their content, and writes over one that another visitor may be loading.
+    """
+    image.info["shown as"] = uuid.uuid4().hex  # Gradio writes texts of `info` into the PNG
+    return image
 
 
 def _grid(pixels: Tensor) -> Image.Image:
     shown = pixels if pixels.shape[1] in (1, 3) else pixels[:, :1]
     grid = image_grid(to_pil(shown))
-    return ImageOps.scale(grid, max(1, VIEW_PIXELS // max(grid.size)), Image.Resampling.NEAREST)
+    return _once(ImageOps.scale(grid, max(1, VIEW_PIXELS // max(grid.size)), Image.Resampling.NEAREST))
 
 
 def _check_seed(seed: int | None, count: int) -> None:
     if seed is None or not 0 <= seed <= 2**63 - count:
-        raise gr.Error(f"The seed is {seed}, but must be an integer from 0 to 2^63 - {count}.", print_exception=False)
+        raise _error(f"The seed is {seed}, but must be an integer from 0 to 2^63 - {count}.")
 
 
 @contextmanager
@@ -312,7 +346,12 @@ def _readable() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+        raise _error(str(error)) from error
+
+
+def _error(text: str) -> gr.Error:
+    """A message for the visitor, which stays until it is closed."""
+    return gr.Error(text, duration=None, print_exception=False)
 
 
 def _plain(text: str, special: Sequence[str] = "\\`*_{}[]<>#") -> str:
