@@ -251,7 +251,7 @@ def _editing_tab(pipeline: DDPMPipelineCustom) -> None:
         _check_seed(seed, count)
         x, _ = _given(pipeline, image)
         with _readable():
-            output = edit(
+            output: Any = edit(
                 pipeline, x.repeat(int(count), 1, 1, 1), strength, num_inference_steps=int(steps),
                 generator=_generators(seed, count), class_labels=_labels(pipeline, label, count),
                 guidance_scale=guidance,
