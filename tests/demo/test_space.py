@@ -22,6 +22,41 @@ from support.hub_server import NO_DELAYS, TOKEN
 from support.models import tiny_unet
 
 PORT = "7893"
+# Runs a Space's app.py where nothing can be imported but what its requirements.txt and Gradio bring.
+ALONE = """
+import re, runpy, sys
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
+from packaging.requirements import Requirement
+
+def name_of(text):
+    return re.sub("[-_.]+", "-", text).lower()
+
+waiting, known = [*Path("requirements.txt").read_text().splitlines(), "gradio"], set()
+while waiting:
+    requirement = Requirement(waiting.pop())
+    name = name_of(requirement.name)
+    if name in known or requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+        continue
+    known.add(name)
+    try:
+        waiting += requires(name) or []
+    except PackageNotFoundError:
+        pass
+strangers = {p for p, names in packages_distributions().items() if not known & {name_of(n) for n in names}}
+
+assert {"matplotlib", "playwright", "onnxruntime"} <= strangers
+
+class Finder(PathFinder):
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return None if name.partition(".")[0] in strangers else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Finder]
+sys.path.insert(0, ".")
+runpy.run_path("app.py", run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +77,10 @@ def front_matter(repo):
 
 
 def start_app(folder, address):
-    """Run a Space's app as the Hub does, and return its configuration."""
+    """Run a Space's app with the packages that the Hub installs for it, and return its configuration."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"GRADIO_SERVER_PORT": PORT, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
-    process = subprocess.Popen([sys.executable, "app.py"], cwd=folder, env=environment, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", ALONE], cwd=folder, env=environment, stderr=subprocess.PIPE)
     try:
         for _ in range(300):
             time.sleep(0.2)
