@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ddpm_hf.restoration.linear_maps import SpectralMap
 from ddpm_hf.restoration.operators import (
     Blur,
     Compose,
@@ -12,7 +13,6 @@ from ddpm_hf.restoration.operators import (
     Downsample,
     Grayscale,
     Inpaint,
-    SpectralMap,
     as_operator,
     resampling_matrix,
 )

@@ -55,6 +55,11 @@ class RestorationOptions:
     method: Literal["mmps", "posterior", "ddnm", "diffpir", "repaint", "dps", "pigdm"] = option(
         "mmps", "How the model heeds the photo: best in few steps (`mmps`), fastest (`ddnm`), best in 1000 (`dps`), …"
     )
+    eta: float | None = option(
+        None,
+        "Noise of each step, from none (0) to DDPM's (1). Default: 1; for `mmps` and `ddnm`, all of it is drawn anew, "
+        "which is more accurate, but smoother and less varied.",
+    )
     output_dir: str = option("restored", "Folder for the results, PHOTO.png; existing ones of the same settings stay.")
 
     @property
@@ -79,6 +84,8 @@ class RestoreConfig(PhotoOptions, RestorationOptions):
         at_least(2, self, "upscale")
         if self.noise_std is not None and not 0 <= self.noise_std < math.inf:
             raise ValueError(f"`noise_std` is {self.noise_std}, but must be at least 0, where white is 1.")
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ValueError(f"`eta` is {self.eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM.")
         if self.tiles and wanted in ("upscale", "deblur"):
             raise ValueError(f"--tiles is not needed: --{wanted} works at the photo's own scale always.")
         if self.method == "repaint" and wanted != "mask":

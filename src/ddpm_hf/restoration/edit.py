@@ -62,7 +62,7 @@ def edit(
         nothing = Inpaint(torch.zeros(size))
         return restore(
             pipe, torch.zeros_like(x_0), nothing, method="ddnm", size=size, latents=x_t, timesteps=grid,
-            generator=generator, **options,
+            generator=generator, **{"eta": 1.0, **options},
         )  # fmt: skip
     return _call(ours, len(x_0), generator, latents=x_t, timesteps=grid, **options)
 

@@ -103,7 +103,7 @@ def restore_photos(
             )
         return _Work(photo, task, hashes)
 
-    call = {**_call_options(pipeline, config), "method": config.method}
+    call = {**_call_options(pipeline, config), "method": config.method, "eta": config.eta}
 
     def make(tasks: Sequence[Task], generators: list[torch.Generator]) -> Tensor:
         y = torch.cat([task.measurement for task in tasks])
@@ -117,6 +117,7 @@ def restore_photos(
         "kernel": None if kernel is None else hashlib.sha256(kernel.numpy().tobytes()).hexdigest(),
         "noise_std": noise_std,
         "method": config.method,
+        "noise_per_step": config.eta,
     }
     return _fill_folder(pipeline, photos, config, Path(config.output_dir), read, make, settings, show_progress)
 

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion.ddpm_process import DDPMProcess
-from .operators import LinearMap, SpectralMap
+from .linear_maps import LinearMap, SpectralMap
 
 
 @dataclass(frozen=True)
@@ -47,17 +46,19 @@ class Step:
     Args:
         x_0_error: e_t = E‖x_0 - x̂_0‖²/d, measured; None where the model is not calibrated.
         extrapolation: of second-order steps: see `DDPMSchedulerCustom.step`; 0 for those of first order.
+        is_renewed: whether c_t is 0, and x_s all new noise around √ᾱ_s x_0.
     """
 
     t: int
     s: int
     c_0: float
     c_t: float
-    variance: float  # eta² β̃
+    variance: float  # eta² β̃, or 1 - ᾱ_s where the noise is renewed
     alpha_bar_t: float
     alpha_bar_s: float
     x_0_error: float | None
     extrapolation: float
+    is_renewed: bool = False
 
     @property
     def is_last(self) -> bool:
@@ -281,12 +282,13 @@ def mmps(state: State, step: Step, problem: Problem) -> tuple[Tensor, Tensor]:
         curvature = _dot(direction, change)
         is_sound = (curvature > 1e-12) & (energy > 1e-12)
         length = torch.where(is_sound, energy / curvature.where(is_sound, 1), 0)
-        mean = mean + length * image
-        residual = residual - length * change
+        mean = mean + _for_each(length, image) * image
+        residual = residual - _for_each(length, change) * change
         renewed = _dot(residual, residual)
-        direction = residual + torch.where(is_sound, renewed / energy.where(is_sound, 1), 0) * direction
+        share = torch.where(is_sound, renewed / energy.where(is_sound, 1), 0)
+        direction = residual + _for_each(share, direction) * direction
         energy = renewed
-        best, least = torch.where(energy < least, mean, best), torch.minimum(energy, least)
+        best, least = torch.where(_for_each(energy < least, mean), mean, best), torch.minimum(energy, least)
     mean = best
     if step.is_last:
         if sigma == 0:
@@ -298,14 +300,20 @@ def mmps(state: State, step: Step, problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The scalar product of each image, (B, 1, …)."""
-    return (a * b).flatten(1).sum(1).reshape(-1, *(1,) * (a.ndim - 1))
+    """The scalar product of each image, (B,)."""
+    return (a * b).flatten(1).sum(1)
+
+
+def _for_each(numbers: Tensor, like: Tensor) -> Tensor:
+    """One number for each image, (B,), as a factor of a tensor (B, …)."""
+    return numbers.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 METHODS: dict[str, Method] = {
     "mmps": mmps, "posterior": posterior, "ddnm": ddnm, "diffpir": diffpir, "repaint": repaint, "dps": dps,
     "pigdm": pigdm,
 }  # fmt: skip
+RENEWING = ("mmps", "ddnm")  # those that by default draw all noise anew at every step
 PROJECTING = ("mmps", "posterior", "ddnm", "diffpir")  # those whose x̂_0 explains y, so that second order makes sense
 
 
@@ -330,8 +338,3 @@ def resampling_order(timesteps: list[int], jump_length: int, num_resamples: int)
             if repeat < num_resamples - 1:
                 order.append((part[-1], part[0]))
     return order
-
-
-def step_back(process: DDPMProcess, x_s: Tensor, s: int, t: int, noise: Tensor) -> Tensor:
-    """x_t ~ q(x_t | x_s) for t > s (Eq. 2)."""
-    return process.q_step(x_s, t, noise, s)
