@@ -1,14 +1,19 @@
 """`python -m ddpm_hf` is `ddpm-hf`, for launchers: `accelerate launch -m ddpm_hf sample …`."""
 
+import os
 import signal
+
+import psutil
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # while `cli` is imported: no traceback
 
 from .cli import main as run  # noqa: E402
+from .recipe.command import STARTED  # noqa: E402
 
 
 def main() -> None:
-    """The command `ddpm-hf`."""
+    """The command `ddpm-hf`. A time budget counts from the start of its process."""
+    os.environ[STARTED] = str(psutil.Process().create_time())
     signal.signal(signal.SIGINT, signal.default_int_handler)
     run()
 

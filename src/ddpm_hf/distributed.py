@@ -44,6 +44,15 @@ class Agreement:
             dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
         return int(shared)
 
+    def largest_of_each(self, *values: float) -> list[float]:
+        """The largest first value of all processes, the largest second one, and so on: in one message."""
+        if self._group is None:
+            return list(values)
+        shared = torch.tensor(values, dtype=torch.float64)
+        with lost_processes_raise():
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
+        return shared.tolist()
+
     def gather(self, value: T, patiently: bool = False) -> list[T]:
         """The values of all processes, by rank. `patiently` waits for a day instead of half an hour."""
         group = self._patient_group if patiently else self._group

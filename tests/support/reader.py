@@ -15,7 +15,7 @@ from PIL import Image
 
 from ddpm_hf.cli import main
 from ddpm_hf.config.parsing import parse_train_command
-from ddpm_hf.training.__main__ import main as train_here
+from ddpm_hf.recipe.command import main as train_here
 from support.models import tiny_unet
 from support.runs import ROOT, TINY_UNET
 
@@ -23,6 +23,7 @@ SMALL_RUN = (
     "--unet", json.dumps(TINY_UNET), "--max_train_steps", "2", "--train_batch_size", "4", "--eval_batch_size", "4",
     "--ddpm_num_inference_steps", "2", "--save_images_steps", "0", "--calibration_images", "0", "--report_to", "none",
 )  # fmt: skip
+PLAN = ("--unet", json.dumps(TINY_UNET), "--report_to", "none", "--dry_run")  # of a run with a time budget
 SMALL = {  # added to what the page says; later options win
     "train": SMALL_RUN,
     "sample": ("--num_images", "4", "--batch_size", "4"),
@@ -120,6 +121,11 @@ def run_script(script: str, arguments: list[str]) -> None:
 
 
 def run_ddpm_hf(given: list[str]) -> None:
+    if "--time_budget" in given:
+        train_here([*given[1:], *PLAN])
+        if "--dry_run" not in given:
+            shutil.copytree("ddpm-digits", f"ddpm-{given[1]}")  # what it would leave
+        return
     arguments = [*given, *SMALL.get(given[0], ())]
     if given[0] in ("sample", "evaluate", "paper") and "--steps" not in given:
         arguments += ["--steps", "4"]

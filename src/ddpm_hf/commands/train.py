@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..config.parsing import parse_train_command
-from ..training.__main__ import main as train_here
+from ..recipe.command import main as train_here
 
 
 def train(argv: Sequence[str]) -> None:
@@ -18,6 +18,6 @@ def train(argv: Sequence[str]) -> None:
             f"{options.given()[0]} configures a launcher, but a launcher has started this process: leave it out."
         )
     if needs_launcher(options) and not is_launched():
-        launch(options, others)
+        launch(options, others, "ddpm_hf.recipe")
     else:
         train_here(others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import field, fields
 from types import NoneType, UnionType
@@ -66,3 +67,19 @@ def check_seed(seed: int, images: int = 1) -> None:
     """Raise a ValueError unless torch accepts `seed`, …, `seed + images - 1`."""
     if not 0 <= seed <= 2**63 - images:
         raise ValueError(f"`seed` is {seed}, but must lie between 0 and 2^63 - {images}.")
+
+
+UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}  # seconds
+
+
+def duration(text: str, name: str) -> float:
+    """The seconds of a duration such as 30m, 8h, 1d12h, 90s or 1.5h, with or without a + before it.
+
+    Raises:
+        ValueError: naming the option, for what is no duration.
+    """
+    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
+    seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
+    if "".join(map("".join, parts)) != text.removeprefix("+") or not seconds:
+        raise ValueError(f"`{name}` is {text!r}, but must be a duration such as 30m, 8h, 1d12h or 90s.")
+    return seconds

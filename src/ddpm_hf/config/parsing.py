@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "digits"
+NOT_GIVEN = object()
+SOURCES = ("dataset_name", "train_data_dir")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TRAIN_DESCRIPTION = """\
 Train a DDPM. Without options: scikit-learn's digits, in about five minutes on two CPU cores.
 
-  ddpm-hf train --train_data_dir my-images --resolution 64 --use_ema --output_dir my-ddpm
+  ddpm-hf train my-images --time_budget 30m             choose everything for that time
   ddpm-hf train --config cifar10 --num_processes 8 --train_batch_size 16
   ddpm-hf train --config cifar10 --dry_run              show what a command would do
 """
@@ -46,7 +49,7 @@ def parse_train_config(argv: Sequence[str], epilog: str | None = None, **default
     """Flags over YAML over defaults. Without a source of images, the preset `digits` is the YAML file.
 
     Args:
-        argv: what follows `ddpm-hf train`.
+        argv: the options of a run.
         epilog: shown at the end of --help.
         defaults: of options, instead of those of `TrainConfig`.
 
@@ -54,11 +57,28 @@ def parse_train_config(argv: Sequence[str], epilog: str | None = None, **default
         SystemExit: with argparse's message, for unknown flags or values of the wrong type.
         ValueError: naming the option, for values that make no sense.
     """
+    return TrainConfig(**{**defaults, **_given(argv, epilog, takes_images=False)})
+
+
+def parse_given(argv: Sequence[str], epilog: str | None = None) -> dict[str, Any]:
+    """The options that `ddpm-hf train` was given: by flags, by a YAML file, and the images by their place or name.
+
+    With a time budget, nothing stands for what is not given: the plan of the run chooses it.
+
+    Raises:
+        SystemExit, ValueError: as `parse_train_config`.
+    """
+    given = _given(argv, epilog, takes_images=True)
+    TrainConfig(**given)  # mistakes are found before anything heavy is imported
+    return given
+
+
+def _given(argv: Sequence[str], epilog: str | None, takes_images: bool) -> dict[str, Any]:
     phrases = "".join(f"\n  {name:26}{_first_comment(PRESETS / f'{name}.yaml')}" for name in presets())
     parser = HfArgumentParser(
         cast(Any, GROUPS),  # its stubs know no tuples of dataclasses
         prog="ddpm-hf train",
-        usage="%(prog)s [--config PRESET] [--OPTION VALUE …]",
+        usage=f"%(prog)s {'[IMAGES] ' if takes_images else ''}[--config PRESET] [--OPTION VALUE …]",
         description=f"{TRAIN_DESCRIPTION}\npresets:{phrases}",
         epilog=epilog,
         formatter_class=HelpFormatter,
@@ -67,17 +87,50 @@ def parse_train_config(argv: Sequence[str], epilog: str | None = None, **default
     parser.add_argument(
         "--config", metavar="PRESET", help="Options from a preset or a YAML file; flags override them.", default=None
     )
-    parser.set_defaults(**defaults)
-    given = parser.parse_args(list(argv))
-    has_source = given.dataset_name is not None or given.train_data_dir is not None
-    chosen = given.config or (None if has_source else DEFAULT_PRESET)
-    if chosen is not None:
-        parser.set_defaults(**_read_yaml(preset_file(chosen), {f.name for f in fields(TrainConfig)}))
+    if takes_images:
+        parser.add_argument(
+            "images", nargs="?", metavar="IMAGES",
+            help="What to train on: a folder of images, or whatever --dataset_name takes.",
+        )  # fmt: skip
+    known = {f.name for f in fields(TrainConfig)}
+    shown = vars(parser.parse_args(list(argv)))  # --help shows the defaults
+    parser.set_defaults(**dict.fromkeys(known, NOT_GIVEN))
+    flags = _known(parser.parse_args(list(argv)))
+    if shown.get("images") is not None:
+        flags[_kind_of_source(shown["images"], flags)] = shown["images"]
+    has_source, file = any(flags.get(name) is not None for name in SOURCES), shown["config"]
+    if file is None and not has_source:
+        if flags.get("time_budget") is not None:
+            return {"dataset_name": DEFAULT_PRESET, **flags}
+        file = DEFAULT_PRESET
+    if file is not None:
+        parser.set_defaults(**_read_yaml(preset_file(file), known))
         if has_source:  # a source on the command line replaces the file's
-            parser.set_defaults(dataset_name=None, train_data_dir=None)
-    options = vars(parser.parse_args(list(argv)))
-    options.pop("config")
-    return TrainConfig(**options)
+            parser.set_defaults(**dict.fromkeys(SOURCES, NOT_GIVEN))
+    return _known(parser.parse_args(list(argv))) | flags
+
+
+def _known(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of a run that were given."""
+    return {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("config", "images") and value is not NOT_GIVEN
+    }
+
+
+def _kind_of_source(images: str, given: Mapping[str, Any]) -> str:
+    """The option that takes these images: a folder of files, or a dataset of whatever kind."""
+    twice = [name for name in SOURCES if given.get(name) is not None]
+    if twice:
+        raise ValueError(f"the images are {images!r}, but --{twice[0]} is {given[twice[0]]!r}: leave one of them out.")
+    folder = Path(images)
+    is_dataset = any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    if folder.is_dir() and not is_dataset and not any(folder.glob("**/*.parquet")):
+        return "train_data_dir"
+    if folder.is_file() and folder.suffix.lower() in PICTURES:
+        raise ValueError(f"{images!r} is a single image: pass the folder that it is in.")
+    return "dataset_name"
 
 
 def parse_train_command(argv: Sequence[str]) -> tuple[LaunchOptions, list[str]]:
@@ -96,7 +149,7 @@ def parse_train_command(argv: Sequence[str]) -> tuple[LaunchOptions, list[str]]:
     )
     given, others = parser.parse_known_args(list(argv))
     launch_options = LaunchOptions(**vars(given))
-    parse_train_config(others, epilog=parser.format_help())
+    parse_given(others, epilog=parser.format_help())
     return launch_options, others
 
 

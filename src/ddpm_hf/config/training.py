@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from .options import at_least, check_seed, check_types, fraction, option, positive
+from .options import at_least, check_seed, check_types, duration, fraction, option, positive
 
 IMAGE_MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}  # Pillow's name → channels
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -160,6 +160,12 @@ class OptimizationOptions:
     )
     gradient_checkpointing: bool = option(
         False, "Compute the network's activations twice instead of storing them: slower, and in much less memory."
+    )
+    time_budget: str | None = option(
+        None,
+        "The time that the whole command may take: 30m, 8h, 1d12h. The learning rate follows the time, and the run "
+        "ends with it. `ddpm-hf train` chooses all options that are not given for this time. A resumed run has the "
+        "time that is left; +1h trains a finished run for an hour more.",
     )
     num_epochs: int = option(100, "Passes over the data.")
     max_train_steps: int | None = option(None, "Optimizer updates; overrides --num_epochs.")
@@ -319,6 +325,7 @@ class TrainConfig(
         fraction(self, "adam_beta1", "adam_beta2", "ema_max_decay", "label_dropout")
         at_least(MIN_EVAL_IMAGES, self, "eval_images")
         check_seed(self.seed)
+        self._check_time()
         self._check_data()
         self._check_model()
         self._check_output()
@@ -336,6 +343,15 @@ class TrainConfig(
                 "sets it: leave it out, and choose the images per update with --global_batch_size."
             )
 
+    def _check_time(self) -> None:
+        if self.time_budget is not None:
+            duration(self.time_budget, "time_budget")
+            if self.max_train_steps is not None:
+                raise ValueError(
+                    f"`max_train_steps` is {self.max_train_steps}, but `time_budget` {self.time_budget} decides when "
+                    "the run ends: leave one of them out."
+                )
+
     def _check_data(self) -> None:
         if self.dataset_name is None and self.train_data_dir is None:
             raise ValueError(
@@ -346,8 +362,8 @@ class TrainConfig(
         self._resolve_image_mode()
         if self.streaming and self.dataset_name == "digits":
             raise ValueError("the digits can't be streamed: leave out --streaming.")
-        if self.streaming and self.max_train_steps is None:
-            raise ValueError("--streaming needs --max_train_steps: the length of a stream is unknown.")
+        if self.streaming and self.max_train_steps is None and self.time_budget is None:
+            raise ValueError("--streaming needs --max_train_steps or --time_budget: the length of a stream is unknown.")
 
     def _check_model(self) -> None:
         if self.unet is not None and self.model_config_name_or_path is not None:
@@ -436,6 +452,16 @@ class TrainConfig(
         if not isinstance(self.train_batch_size, int):
             raise ValueError("`train_batch_size` is 'auto', which only a run finds out: pass a number.")
         return self.train_batch_size
+
+    @property
+    def budget_seconds(self) -> float | None:
+        """`time_budget` in seconds."""
+        return None if self.time_budget is None else duration(self.time_budget, "time_budget")
+
+    @property
+    def adds_time(self) -> bool:
+        """Whether `time_budget` is counted from now, as in +1h."""
+        return self.time_budget is not None and self.time_budget.startswith("+")
 
     @property
     def weighting(self) -> Literal["uniform", "snr", "min_snr", "p2"]:

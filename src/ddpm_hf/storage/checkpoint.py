@@ -139,6 +139,8 @@ def read_progress(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     for name, is_sound in SOUND_PROGRESS.items():
+        if name == "clock" and isinstance(progress, dict) and name not in progress:
+            continue  # of a run without a time budget
         if not isinstance(progress, dict) or name not in progress or not is_sound(progress[name]):
             found = repr(progress.get(name))[:80] if isinstance(progress, dict) else "no mapping"
             raise ValueError(f"{str(file)!r} is damaged: its `{name}` ({found}) is not what a run writes.")
@@ -162,6 +164,12 @@ def _is_config(value: object) -> bool:
     return isinstance(value, dict) and all(_is_count(value.get(name), 1) for name in batch)
 
 
+def _is_clock(value: object) -> bool:
+    names = ("budget", "elapsed", "fraction", "first_update")
+    sound = isinstance(value, dict) and all(_is_number(value.get(n)) and 0 <= value[n] < MAX_SECONDS for n in names)
+    return sound and value["fraction"] <= 1  # type: ignore[index]
+
+
 # What `read_progress` takes for the work of a run.
 SOUND_PROGRESS: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,
@@ -174,6 +182,7 @@ SOUND_PROGRESS: dict[str, Callable[[Any], bool]] = {
     "unlogged": _is_list_of(_is_list_of(_is_number)),
     "grad_scaler": lambda value: value is None or isinstance(value, dict),
     "config": _is_config,
+    "clock": _is_clock,
 }
 
 

@@ -55,6 +55,11 @@ class Interruption:
 
     def check(self) -> None:
         """Raise Interrupted in all processes if any has received a signal. All of them must call it."""
-        signum = self.agreement.largest(self.signum)
+        self.check_and_agree()
+
+    def check_and_agree(self, *values: float) -> list[float]:
+        """The same, with numbers of which all processes get the largest: one message serves for both."""
+        signum, *agreed = self.agreement.largest_of_each(self.signum, *values)
         if signum:
-            raise Interrupted(signum)
+            raise Interrupted(int(signum))
+        return agreed

@@ -33,8 +33,8 @@ def needs_launcher(options: LaunchOptions) -> bool:
     return several or replace(options, num_processes=None).given() != [] or _config_file(options) is not None
 
 
-def launch(options: LaunchOptions, argv: Sequence[str]) -> None:
-    """Run `python -m ddpm_hf.training ARGV` in every process.
+def launch(options: LaunchOptions, argv: Sequence[str], module: str) -> None:
+    """Run `python -m MODULE ARGV` in every process.
 
     Raises:
         SystemExit: where a process fails, with its exit status; 128 + n if signal n ended it.
@@ -42,7 +42,7 @@ def launch(options: LaunchOptions, argv: Sequence[str]) -> None:
         ValueError: for what Accelerate refuses.
     """
     flags = launcher_flags(options)
-    arguments = launch_command_parser().parse_args([*flags, "--module", "ddpm_hf.training", *argv])
+    arguments = launch_command_parser().parse_args([*flags, "--module", module, *argv])
     # A launcher of one process only waits for it. The terminal sends Ctrl-C to both; SIGTERM has to be passed on.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, _pass_on)

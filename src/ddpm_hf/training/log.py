@@ -113,12 +113,17 @@ class TrainingLog:
             yield entry
 
     def bar(self, start: int) -> Bar[int]:
-        """The updates that are left, as a progress bar."""
+        """The updates that are left, as a progress bar. With a time budget, `max_steps` may still change."""
         self._bar = progress(
-            range(start, self.max_steps), desc="Training", unit="step", total=self.max_steps, initial=start,
+            self._steps(start), desc="Training", unit="step", total=self.max_steps, initial=start,
             is_shown=self.accelerator.is_main_process,
         )  # fmt: skip
         return self._bar
+
+    def _steps(self, start: int) -> Iterator[int]:
+        while start < self.max_steps:
+            yield start
+            start += 1
 
     def close(self) -> None:
         """End the progress bar: what is printed from now on comes below it."""
@@ -180,6 +185,7 @@ class TrainingLog:
         """
         if step % LOG_EVERY and step != self.max_steps:
             return
+        self._bar.total = self.max_steps
         sums = [math.fsum(column) for column in zip(*self.unlogged(), strict=True)]  # exact, in any order
         self._rows, self._carried = [], []
         seconds = time.perf_counter() - self._since

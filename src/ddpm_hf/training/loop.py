@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -27,10 +28,11 @@ from ..storage.checkpoint import FULL_DISK_REMEDY, best_step, checkpoint_steps, 
 from ..storage.files import full_disk_explained, lock_output_dir
 from .batch_size import what_to_lower
 from .copies import open_training_images
+from .deadline import TimedPlan
 from .interruption import Interrupted, Interruption
 from .log import TrainingLog
 from .network import build_ema, build_optimizer, build_unet
-from .output_folder import clear_output_dir, replace_pipeline
+from .output_folder import clear_output_dir, replace_pipeline, write_recipe
 from .plan import Plan
 from .plots import save_pictures
 from .previews import sample_previews
@@ -43,8 +45,11 @@ from .validation import Validation
 from .validation_set import make_validation_set
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, started: float | None = None) -> Path:
     """Train a DDPM; leave in `output_dir` the pipeline, samples beside real images, the loss curve and logs.
+
+    Args:
+        started: from when on a time budget counts, on the clock of `time.monotonic`. Default: now.
 
     Returns:
         The output folder.
@@ -56,7 +61,7 @@ def train(config: TrainConfig) -> Path:
         MemoryError: where a batch does not fit the device, with what to lower.
         Interrupted: after SIGTERM or Ctrl-C, when a checkpoint is saved.
     """
-    setup = prepare(config)  # what can be wrong is found here, before anything is decoded or written
+    setup = prepare(config, started)  # what can be wrong is found here, before anything is decoded or written
     config = setup.config
     setup.accelerator.print("\n".join(setup.notes))
     if config.dry_run:
@@ -90,6 +95,8 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
     with run.agreement.together():
         if accelerator.is_main_process:
             clear_output_dir(config, run.step, log=accelerator.print)
+            if run.clock is not None:
+                write_recipe(config)
         log.begin(run.step, run.unlogged, images.skipped)
     with run.agreement.together(patiently=True):
         training_images = open_training_images(images, config)
@@ -107,26 +114,28 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
         try:
             if run.step:  # an interrupted run may not have come to it
                 save_and_report(run, log, validation, pusher, interruption.check, report)
-            end = f"{plan.max_steps:,} updates."
+            end = ""
             for step in log.bar(run.step):
                 if validation is not None and validation.has_stalled():
                     end = validation.explain_stop()
                     log.close()
                     save(run, log)
                     break
-                began = time.perf_counter()
-                interruption.check()
+                began, cpu_began = time.perf_counter(), time.process_time()
+                begin_update(run, interruption)
+                log.max_steps = run.plan.max_steps
                 accumulate_gradients(run, network, batches, log)
                 grad_norm = update_weights(run, log)
                 update_ema(run)
-                run.advance(time.perf_counter() - began)
-                log.write(run.step, lr=plan.learning_rate(step), grad_norm=grad_norm, ema_decay=run.ema_decay)
+                run.advance(time.perf_counter() - began, time.process_time() - cpu_began)
+                log.write(run.step, lr=run.plan.learning_rate(step), grad_norm=grad_norm, ema_decay=run.ema_decay)
                 with log.pause():
                     report.look()
                     save_and_report(run, log, validation, pusher, interruption.check, report)
-            if config.load_best_model_at_end or run.step < plan.max_steps:
+            if config.load_best_model_at_end or end:
                 export_best(run, log)
-            report.show(sample_previews(run, interruption.check))
+            with run.measuring("previews"):
+                report.show(sample_previews(run, interruption.check))
         except Interrupted:
             log.close()
             save(run, log)
@@ -138,11 +147,23 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
     calibrate_export(run, images)
     if accelerator.is_main_process:
         save_pictures(Path(config.output_dir), *report.grids(), *log.loss_curve())
+        end = end or f"{run.step:,} updates."
         report.write(f"Done: {end}")
         publish(run, setup.target)
+        if run.clock is not None:
+            write_recipe(config, f"It trained {run.step:,} updates in {run.seconds:,.0f} s.")
     end_training(run)
     if accelerator.is_main_process:
         print(summary(run, validation, report, end, time.monotonic() - setup.started))
+
+
+def begin_update(run: Run, interruption: Interruption) -> None:
+    """Raise Interrupted in all processes after a signal; with a time budget, agree on the time that is left."""
+    if run.clock is None:
+        interruption.check()
+    else:
+        run.clock.advance(*interruption.check_and_agree(*run.clock.reading()))
+        run.plan = cast(TimedPlan, run.plan).at(run.clock, run.step)
 
 
 @contextmanager
@@ -171,8 +192,8 @@ def build_run(config: TrainConfig, setup: Setup, plan: Plan, images: Images) -> 
         unet.to(memory_format=torch.channels_last)
     unet, optimizer = setup.accelerator.prepare(unet, build_optimizer(config, unet))
     run = Run(
-        config, plan, setup.scheduler, setup.accelerator, setup.agreement, unet, optimizer, build_ema(config, unet),
-        images.label_names, images.name,
+        config, plan, setup.clock, setup.scheduler, setup.accelerator, setup.agreement, unet, optimizer,
+        build_ema(config, unet), images.label_names, images.name,
     )  # fmt: skip
     if setup.checkpoint is not None:
         restore(run, setup.checkpoint)
@@ -195,18 +216,22 @@ def save_and_report(
     """
     plan, output_dir = run.plan, Path(run.config.output_dir)
     if plan.checkpoint_due(run.step) or plan.export_due(run.step):
-        is_new = save(run, log)
+        with run.measuring("checkpoint"):
+            is_new = save(run, log)
+            if plan.export_due(run.step):
+                export(run, log)
         if is_new and pusher is not None:
             pusher.submit(output_dir / f"checkpoint-{run.step}", card_facts(run))
-    if plan.export_due(run.step):
-        export(run, log)
     if validation is not None and plan.validation_due(run.step) and not log.has_diverged():
-        if validation.measure(check):
+        with run.measuring("validation"):
+            is_best = validation.measure(check)
+        if is_best:
             save(run, log)
         validation.record_best()
         report.measured()
     if plan.preview_due(run.step):
-        report.show(sample_previews(run, check))
+        with run.measuring("previews"):
+            report.show(sample_previews(run, check))
 
 
 def save(run: Run, log: TrainingLog) -> bool:

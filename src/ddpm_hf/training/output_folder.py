@@ -7,20 +7,24 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
+
 from ..config.training import TrainConfig
 from ..diffusion.ddpm_repository import CODE_FILES, EVALUATION_FILES
 from ..diffusion.pipeline import DDPMPipelineCustom
 from ..sharing.card import read_card
 from ..sharing.card_merge import parse_card
 from ..storage.checkpoint import BEST, check_intact, checkpoint_steps, latest_checkpoint, remove_checkpoint
-from ..storage.files import check_writable, full_disk_explained
+from ..storage.files import check_writable, full_disk_explained, write_text_atomically
 from ..storage.weights import size_of
 
 # What a run leaves in its folder beside checkpoints: with them, all that --overwrite_output_dir may remove.
 PICTURES = ("samples.png", "real.png", "samples_and_real.png", "loss.png", "validation.png")
 REPORT = "report.html"
-RUN_FILES = ("model_index.json", *CODE_FILES, *PICTURES, *EVALUATION_FILES, BEST, REPORT)
+RECIPE = "recipe.yaml"
+RUN_FILES = ("model_index.json", *CODE_FILES, *PICTURES, *EVALUATION_FILES, BEST, REPORT, RECIPE)
 RUN_FOLDERS = ("unet", "scheduler")
+OF_ONE_COMMAND = ("resume_from_checkpoint", "overwrite_output_dir", "dry_run", "local_rank")  # not of the run
 LOG_FILES = ("train.jsonl", "trouble.jsonl", "tracker_run", "skipped_images.json")
 
 
@@ -121,6 +125,20 @@ def clear_output_dir(config: TrainConfig, start: int, log: Callable[[str], objec
             file.unlink(missing_ok=True)
         for name in RUN_FOLDERS:
             shutil.rmtree(output_dir / name, ignore_errors=True)
+
+
+def write_recipe(config: TrainConfig, outcome: str = "") -> None:
+    """Write the options of a run with a time budget as YAML, from which `--config` repeats it.
+
+    Args:
+        outcome: what a person should know of the run, in a line.
+    """
+    options = {k: v for k, v in config.public().items() if k not in OF_ONE_COMMAND}
+    head = "# ddpm-hf train --config recipe.yaml --output_dir NEW repeats this run" + (
+        f"\n# {outcome}" if outcome else ""
+    )
+    text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
+    write_text_atomically(Path(config.output_dir) / RECIPE, f"{head}\n{text}")
 
 
 def replace_pipeline(pipeline: DDPMPipelineCustom, output_dir: Path) -> None:

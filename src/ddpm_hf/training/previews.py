@@ -14,6 +14,8 @@ from .state import Run
 def sample_previews(run: Run, check: Callable[[], None]) -> dict[str, Tensor]:
     """Samples by name: `test_samples` of the weights that are exported, and with an EMA `test_samples_raw` too.
 
+    With a time budget, the latter's time is better spent on training.
+
     All processes must call it; all of them get the samples, uint8 of shape (N, C, H, W) on the CPU.
 
     Args:
@@ -21,7 +23,7 @@ def sample_previews(run: Run, check: Callable[[], None]) -> dict[str, Tensor]:
     """
     with ema_weights(run.ema, run.unet):
         samples = {"test_samples": _sample(run, check)}
-    if run.ema is not None:
+    if run.ema is not None and run.clock is None:
         samples["test_samples_raw"] = _sample(run, check)
     return samples
 

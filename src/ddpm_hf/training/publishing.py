@@ -67,6 +67,11 @@ def card_facts(run: Run) -> CardFacts:
 def calibrate_export(run: Run, images: Images) -> None:
     """Calibrate the exported pipeline for few steps, if the plan says so. All processes must call it."""
     count = run.plan.calibration_images
+    if run.clock is not None:  # as many as there is time for
+        affordable = run.clock.calibration_images(run.config.ddpm_num_steps, run.plan.num_processes)
+        wanted = run.config.calibration_images
+        count = run.agreement.from_main(min(affordable, run.plan.num_images or affordable, wanted or affordable))
+        count = 0 if wanted == 0 else count
     if not count:
         return
     batch = next(images.batches(0, count, count, run.config.seed))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
 
 from ..config.training import TrainConfig
@@ -25,6 +25,7 @@ from ..sharing.hub import HubTarget
 from ..storage.checkpoint import checkpoint_steps, read_progress
 from ..storage.files import check_free_space, describe_bytes, free_bytes
 from .batch_size import settle_batch_size
+from .deadline import Clock, TimedPlan, make_clock
 from .log import check_trackers
 from .network import build_unet
 from .output_folder import prepare_output_dir
@@ -49,6 +50,7 @@ class Setup:
     source: Source | Stream
     eval_split: Source | Stream | None  # None: the source is divided
     plan: Plan
+    clock: Clock | None  # with a time budget
     num_parameters: int
     performance: Performance
     checkpoint: Path | None  # to resume from
@@ -56,14 +58,18 @@ class Setup:
     notes: list[str]  # for the user
 
 
-def prepare(config: TrainConfig) -> Setup:
+def prepare(config: TrainConfig, started: float | None = None) -> Setup:
     """Check a configuration against the machine, the data, the output folder and the Hub.
+
+    Args:
+        started: when the command began, on the clock of `time.monotonic`. Default: now.
 
     Raises:
         ValueError: for whatever can't work, with the remedy.
         OSError: if the Hub is needed and can't be reached.
     """
-    started, output_dir = time.monotonic(), Path(config.output_dir)
+    started = time.monotonic() if started is None else started
+    output_dir = Path(config.output_dir)
     check_plotting()
     precision = settle_precision(config)
     accelerator = make_accelerator(config, precision.value, check_trackers(config))
@@ -98,17 +104,17 @@ def prepare(config: TrainConfig) -> Setup:
     config, batch_notes = settle_batch_size(config, accelerator, agreement, scheduler.process, num_classes, progress)
     notes += batch_notes
     config = settle_checkpoint_limit(config, progress)
-    plan = Plan(
-        config,
-        None if isinstance(source, Stream) else len(source) - num_held_out(config),
-        accelerator.num_processes,
-        progress.get("step", 0),
-        progress.get("images_seen", 0),
-    )
+    clock = make_clock(config, started, accelerator.num_processes, progress)
+    num_images = None if isinstance(source, Stream) else len(source) - num_held_out(config)
+    done, seen = progress.get("step", 0), progress.get("images_seen", 0)
+    if clock is None:
+        plan = Plan(config, num_images, accelerator.num_processes, done, seen)
+    else:
+        plan = TimedPlan(config, num_images, accelerator.num_processes, done, seen).starting(clock)
     if checkpoint is not None:
         check_still_held_out(progress["config"], config)
         notes += compare(checkpoint, progress, config, plan, label_names)
-    if config.lr_warmup_steps >= plan.max_steps and config.lr_scheduler != "constant":
+    if clock is None and config.lr_warmup_steps >= plan.max_steps and config.lr_scheduler != "constant":
         notes.append(f"Note: the warm-up of {config.lr_warmup_steps} updates is as long as the run, or longer.")
     performance = choose_performance(
         config, precision, accelerator, unet.num_parameters(), plan.max_steps - plan.steps_before
@@ -125,7 +131,7 @@ def prepare(config: TrainConfig) -> Setup:
             check_free_space(output_dir, plan.disk_needed(existing, unet.num_parameters()), contents)
         target = check_target(config) if is_main and not config.dry_run else None
     return Setup(
-        started, config, accelerator, agreement, scheduler, source, eval_split, plan, unet.num_parameters(),
+        started, config, accelerator, agreement, scheduler, source, eval_split, plan, clock, unet.num_parameters(),
         performance, checkpoint, target, notes,
     )  # fmt: skip
 
@@ -185,7 +191,7 @@ def make_accelerator(config: TrainConfig, precision: str | None, trackers: list[
     return accelerator
 
 
-def use_all_cores(accelerator: Accelerator) -> None:
+def use_all_cores(accelerator: Accelerator | PartialState) -> None:
     """On a CPU, divide the cores among the processes: `accelerate launch` would leave one thread to each.
 
     Without the launcher, OMP_NUM_THREADS comes from the user and is respected.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ..diffusion.pipeline import DDPMPipelineCustom
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import Agreement
 from ..storage.checkpoint import TrainingState, load_checkpoint
+from .deadline import Clock
 from .network import ema_weights, local_weights, unet_with_weights
 from .plan import Plan
 
@@ -54,6 +56,7 @@ class Run:
 
     config: TrainConfig
     plan: Plan
+    clock: Clock | None  # with a time budget
     scheduler: DDPMSchedulerCustom
     accelerator: Accelerator
     agreement: Agreement
@@ -88,11 +91,17 @@ class Run:
         """A pipeline around the network, with a scheduler of its own."""
         return DDPMPipelineCustom(self.network, DDPMSchedulerCustom.from_config(self.scheduler.config))
 
-    def advance(self, seconds: float) -> None:
-        """Count an update."""
+    def advance(self, seconds: float, cpu_seconds: float = 0.0) -> None:
+        """Count an update, and the time of the process's threads that it took."""
         self.step += 1
         self.images_seen += self.plan.global_batch
         self.seconds += seconds
+        if self.clock is not None:
+            self.clock.add_update(seconds, cpu_seconds / torch.get_num_threads())
+
+    def measuring(self, name: str) -> AbstractContextManager[None]:
+        """Within this context happens what follows the last update, too: a time budget sets its time aside."""
+        return nullcontext() if self.clock is None else self.clock.measuring(name)
 
 
 def full_weights(run: Run) -> dict[str, Tensor]:
@@ -128,6 +137,8 @@ def capture(run: Run) -> tuple[TrainingState, UNet2DModel | None]:
         "grad_scaler": scaler.state_dict() if scaler is not None else None,
         "config": run.config.public(),
     }
+    if run.clock is not None:
+        progress["clock"] = run.clock.state()
     optimizer = {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()}
     return TrainingState(progress, full_weights(run), optimizer), exported_network(run)
 
@@ -214,13 +225,13 @@ def compare(
             f"{folder} was trained on the labels {progress['label_names']}, but the data has {label_names}: "
             "resume with the same data."
         )
-    if progress["step"] > plan.max_steps:
+    if progress["step"] > plan.max_steps and config.time_budget is None:
         raise ValueError(
             f"{folder} has {progress['step']} updates done, but the run ends after {plan.max_steps}: raise "
             f"--{'max_train_steps' if config.max_train_steps is not None else 'num_epochs'}."
         )
     notes = [f"Changed: {k} is {now[k]!r}, was {before[k]!r}." for k in changed]
-    if progress["max_steps"] != plan.max_steps and "max_train_steps" not in changed:
+    if progress["max_steps"] != plan.max_steps and "max_train_steps" not in changed and config.time_budget is None:
         notes.append(f"Changed: {plan.max_steps} updates, {progress['max_steps']} before; the learning rate follows.")
     if progress["num_images"] != plan.num_images and config.on_bad_image == "raise":
         notes.append(f"Changed: {plan.num_images} images, {progress['num_images']} before.")

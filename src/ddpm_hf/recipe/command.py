@@ -1,0 +1,142 @@
+"""`ddpm-hf train` in one process of a run: plan it, or take the plan of the run that resumes, and train."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from ..config.parsing import DEFAULT_PRESET, parse_given
+from ..config.training import TrainConfig
+from ..console import one_line_errors
+
+STARTED = "DDPM_HF_STARTED"  # in the environment of a run's processes: when its command began, by `time.time`
+MEASURING_SHARE, MEASURING_SECONDS = 0.05, 60.0  # at most
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read the options, plan, train. Foreseen errors end with one line; a signal with the status that shells expect.
+
+    Args:
+        argv: what follows `ddpm-hf train`, without the launcher's flags.
+    """
+    now = time.time()
+    started = time.monotonic() - max(0.0, now - float(os.environ.get(STARTED, now)))
+    with one_line_errors("Resume with --resume_from_checkpoint latest."):
+        given = parse_given(argv)
+        from ..training.interruption import Interrupted  # after the options: --help and mistakes answer at once
+        from ..training.loop import train
+
+        config = TrainConfig(**given) if given.get("time_budget") is None else planned(given, started)
+        try:
+            train(config, started)
+        except Interrupted as interrupted:
+            sys.exit(128 + interrupted.signum)
+
+
+def planned(given: dict[str, Any], started: float) -> TrainConfig:
+    """The configuration of a run with a time budget: as given, as in its checkpoint, or planned.
+
+    Raises:
+        ValueError: for a time that is too short, more time for a run that does not exist, and what `train` refuses.
+    """
+    from ..training.output_folder import OF_ONE_COMMAND, prepare_output_dir
+    from .machine import Machine
+
+    machine = Machine()
+    with machine.agreement.together():
+        before = resumed_options(given) if machine.is_main else None
+    before = machine.agreement.from_main(before)
+    if before is not None:
+        return TrainConfig(**before)
+    given = {"output_dir": output_dir_of(given), **given}
+    if not any(given.get(name) for name in ("dataset_name", "train_data_dir")):
+        given["dataset_name"] = DEFAULT_PRESET
+    config = TrainConfig(**given)
+    if {f.name for f in fields(TrainConfig)} - {"hub_token", *OF_ONE_COMMAND} <= set(given):
+        return config  # a recipe.yaml
+    with machine.agreement.together():
+        if machine.is_main:
+            prepare_output_dir(Path(config.output_dir), config)
+    return TrainConfig(**_plan(machine, given, config, started))
+
+
+def resumed_options(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The options of the run that is to be continued, under those that are given; None for a new run.
+
+    Raises:
+        ValueError: for more time where there is no run to continue.
+    """
+    from ..storage.checkpoint import latest_checkpoint, read_progress
+    from ..training.output_folder import OF_ONE_COMMAND
+
+    adds_time = given["time_budget"].startswith("+")
+    resume = given.get("resume_from_checkpoint") or ("latest" if adds_time else None)
+    if resume is None:
+        return None
+    folder = Path(output_dir_of(given))
+    checkpoint = latest_checkpoint(folder)[0] if resume == "latest" else Path(resume)
+    if checkpoint is not None and not checkpoint.is_dir() and len(checkpoint.parts) == 1:
+        checkpoint = folder / checkpoint
+    if checkpoint is None or not checkpoint.is_dir():
+        if adds_time:
+            raise ValueError(
+                f"`time_budget` is {given['time_budget']}, but {str(folder)!r} has no checkpoint to continue: leave "
+                "out the +, or name the folder of the run with --output_dir."
+            )
+        return None
+    known = {f.name for f in fields(TrainConfig)} - {*OF_ONE_COMMAND, "time_budget"}
+    before = {name: value for name, value in read_progress(checkpoint)["config"].items() if name in known}
+    if any(given.get(name) for name in ("dataset_name", "train_data_dir")):
+        before |= {"dataset_name": None, "train_data_dir": None}
+    before["max_train_steps"] = None
+    return {**before, **given, "output_dir": str(folder), "resume_from_checkpoint": resume}
+
+
+def output_dir_of(given: Mapping[str, Any]) -> str:
+    """The output folder: the one that is given, or one named after the images."""
+    images = given.get("train_data_dir") or given.get("dataset_name") or DEFAULT_PRESET
+    return str(given.get("output_dir") or f"ddpm-{Path(images).absolute().stem.strip('*?') or 'model'}")
+
+
+def _plan(machine: Any, given: dict[str, Any], config: TrainConfig, started: float) -> dict[str, Any]:
+    from ..data.sources import open_source, open_stream
+    from .images import look_at
+    from .machine import size_of_options
+    from .plan import Trial, make_plan
+
+    look = classes = None
+    with machine.agreement.together(patiently=True):
+        source = open_stream(config) if config.streaming else open_source(config)
+        classes = len(source.label_names) if source.label_names else None
+        if machine.is_main:
+            look = look_at(source, config)
+    look = machine.agreement.from_main(look)
+    budget = config.budget_seconds or 0.0
+    allowance = min(MEASURING_SHARE * budget, MEASURING_SECONDS)
+
+    def weigh(options: dict[str, Any], resolution: int) -> tuple[int, float]:
+        return size_of_options(TrainConfig(**options), classes)
+
+    def measure(options: dict[str, Any]) -> Trial | None:
+        candidate = TrainConfig(**options)
+        parameters, operations = size_of_options(candidate, classes)
+        if not machine.has_memory_for(parameters):
+            return None
+        seconds = machine.update_seconds(candidate, classes, allowance / 4)
+        if seconds is None:
+            return None
+        images = candidate.batch_size * candidate.gradient_accumulation_steps * machine.state.num_processes
+        return Trial(options, parameters, operations, seconds, images / seconds)
+
+    left = machine.agreement.from_main(budget - (time.monotonic() - started)) - allowance / 2
+    end = datetime.now() + timedelta(seconds=budget - (time.monotonic() - started))
+    plan = make_plan(given, look, left, end, machine.state.num_processes, weigh, measure)
+    if machine.is_main:
+        print("\n".join(plan.lines), flush=True)
+    return plan.options

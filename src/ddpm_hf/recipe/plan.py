@@ -1,0 +1,253 @@
+"""The plan of a run: the options that a set of images, a machine and a time lead to, and why, in a few lines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from ..config.training import TrainConfig
+from . import rules
+from .images import Look
+
+FINISHING_SHARE, FINISHING_SECONDS = 0.07, 3.0  # of the time: previews, validation and checkpoints; card and pictures
+MAX_TRIALS = 6
+# What no experience of ours depends on the images or the time for: the recipe of the digits, measured there.
+ALWAYS: dict[str, Any] = {
+    "center_crop": True,
+    "prediction_type": "v_prediction",
+    "ddpm_beta_schedule": "squaredcos_cap_v2",
+    "lr_scheduler": "cosine",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.99,
+    "adam_weight_decay": 1e-4,
+    "use_ema": True,
+    "mixed_precision": "auto",
+    "channels_last": "auto",
+    "compile": "auto",
+    "on_bad_image": "skip",
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A network as it was measured: its options, size and speed."""
+
+    options: dict[str, Any]
+    parameters: int
+    operations: float  # per image and pass
+    update_seconds: float
+    images_per_second: float
+
+
+Measure = Callable[[dict[str, Any]], Trial | None]
+Weigh = Callable[[dict[str, Any], int], tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What to train, and what to say of it."""
+
+    options: dict[str, Any]
+    trial: Trial
+    updates: int
+    lines: list[str]
+
+
+def make_plan(
+    given: Mapping[str, Any],
+    look: Look,
+    seconds: float,
+    end: datetime,
+    processes: int,
+    weigh: Weigh,
+    measure: Measure,
+) -> RunPlan:
+    """Choose all options that are not given.
+
+    Args:
+        given: options of the user, which are kept.
+        look: at the images.
+        seconds: from the end of the measuring until the run has to end.
+        end: when that is, for the person who reads the plan.
+        weigh: parameters and operations of a network at a resolution.
+        measure: trains a few updates with these options; None where the memory is too small.
+
+    Raises:
+        ValueError: where the time is too short, or no network fits the memory.
+    """
+    usable = (1 - FINISHING_SHARE) * seconds - FINISHING_SECONDS - (look.count or 0) * look.decode_seconds
+    if usable <= 0:
+        raise too_short(given, look, seconds, None)
+    mode = {} if {"channels", "image_mode"} & set(given) else {"image_mode": look.mode}
+    base = {**ALWAYS, **mode, "random_flip": rules.flips(look), **given}
+    trial = choose_network(base, look, usable, processes, weigh, measure)
+    if trial is None:
+        raise ValueError(
+            "not even the smallest network fits the memory of this machine: pass a smaller --resolution, or "
+            "--train_batch_size 1."
+        )
+    seen = trial.images_per_second * usable
+    updates = int(usable / trial.update_seconds)
+    if updates < rules.MIN_UPDATES:
+        raise too_short(given, look, seconds, trial)
+    calls = 3 * trial.images_per_second * seconds  # an update costs three network calls per image
+    grid, steps, grids = rules.preview(calls)
+    T = int(given.get("ddpm_num_steps", 1000))
+    planned: dict[str, Any] = {
+        **base,
+        **trial.options,
+        "learning_rate": rules.learning_rate(trial.parameters),
+        "lr_warmup_steps": rules.warmup(updates),
+        "ema_max_decay": rules.ema_max_decay(updates),
+        "ddpm_num_inference_steps": min(T, steps),
+        "eval_batch_size": grid,
+        "save_images_steps": max(1, updates // grids),
+        "checkpoints_total_limit": 1,
+    }
+    validations = rules.validations(calls, look.count)
+    if validations:
+        planned |= {"eval_images": rules.held_out(look.count), "eval_steps": max(1, updates // validations)}
+    options = {**planned, **given}
+    return RunPlan(options, trial, updates, describe(TrainConfig(**options), look, trial, updates, seen, end))
+
+
+def choose_network(
+    base: Mapping[str, Any], look: Look, usable: float, processes: int, weigh: Weigh, measure: Measure
+) -> Trial | None:
+    """The largest network that sees the images that it wants, at the highest resolution at which one does.
+
+    Speeds are measured; those of networks that were not are predicted from the nearest one that was, by operations.
+    """
+    is_given = base.get("unet") is not None or base.get("model_config_name_or_path") is not None
+    resolutions = [r for r in rules.RESOLUTIONS if r <= rules.natural_resolution(look)]
+    for resolution in [base["resolution"]] if "resolution" in base else resolutions[::-1]:
+        if is_given:
+            candidates: list[dict[str, Any]] = [{"resolution": resolution}]
+        else:
+            candidates = [{"resolution": resolution, "unet": unet} for unet in rules.networks(resolution)]
+        best = _largest(base, candidates, look, usable, processes, weigh, measure)
+        is_last = resolution == resolutions[0] or "resolution" in base
+        if best is not None and (is_last or _is_enough(best, resolution, usable)):
+            return best
+    return None
+
+
+def _is_enough(trial: Trial, resolution: int, usable: float) -> bool:
+    return trial.images_per_second * usable >= rules.images_wanted(trial.parameters, resolution)
+
+
+def _largest(
+    base: Mapping[str, Any],
+    candidates: list[dict[str, Any]],
+    look: Look,
+    usable: float,
+    processes: int,
+    weigh: Weigh,
+    measure: Measure,
+) -> Trial | None:
+    resolution = candidates[0]["resolution"]
+    sizes = [weigh({**base, **candidate}, resolution) for candidate in candidates]
+    trials: dict[tuple[int, int], Trial | None] = {}
+    index, images = 0, rules.batch_size(0.0, look.count)
+    while (index, images) not in trials and len(trials) < MAX_TRIALS:
+        chosen = {**candidates[index], **_batches(base, images, processes)}
+        trials[index, images] = _try(measure, {**base, **chosen}, chosen)
+        known = {i: trial for (i, _), trial in trials.items() if trial is not None}  # the last batch of each
+        if not known:
+            return None
+        limit = min((i for (i, _), trial in trials.items() if trial is None), default=len(candidates))
+        index, seen = 0, known[min(known)].images_per_second * usable
+        for i, (parameters, operations) in enumerate(sizes[:limit]):
+            nearest = known[min(known, key=lambda k: abs(k - i))]
+            predicted = nearest.images_per_second * nearest.operations / operations * usable
+            if predicted >= rules.images_wanted(parameters, resolution):
+                index, seen = i, predicted
+        images = rules.batch_size(seen, look.count)
+    return known.get(index) or known[min(known)]
+
+
+def _batches(base: Mapping[str, Any], images: int, processes: int) -> dict[str, Any]:
+    """The options of the batch for so many images per update, as far as they are not given."""
+    if base.get("global_batch_size") is not None:
+        share = base["global_batch_size"] // processes
+        size = next(n for n in range(min(images, share), 0, -1) if share % n == 0)
+        return {"train_batch_size": base.get("train_batch_size", size)}
+    if base.get("train_batch_size") is not None:
+        return {"train_batch_size": base["train_batch_size"]}
+    return {"train_batch_size": max(1, images // processes // base.get("gradient_accumulation_steps", 1))}
+
+
+def _try(measure: Measure, options: dict[str, Any], chosen: dict[str, Any]) -> Trial | None:
+    """Measure; where the memory is too small, with smaller batches that are accumulated."""
+    while True:
+        trial = measure(options)
+        size = options["train_batch_size"]
+        if trial is not None:
+            return Trial(chosen, trial.parameters, trial.operations, trial.update_seconds, trial.images_per_second)
+        if size == 1 or size == "auto":
+            return None
+        accumulation = 2 * options.get("gradient_accumulation_steps", 1)
+        halves = {"train_batch_size": size // 2, "gradient_accumulation_steps": accumulation}
+        options, chosen = {**options, **halves}, {**chosen, **halves}
+
+
+def too_short(given: Mapping[str, Any], look: Look, seconds: float, trial: Trial | None) -> ValueError:
+    """What a time that is too short would have to be."""
+    rest = FINISHING_SECONDS + (look.count or 0) * look.decode_seconds
+    update = 0.0 if trial is None else trial.update_seconds
+    needed = math.ceil((rest + 1.5 * rules.MIN_UPDATES * update + 15) / (1 - FINISHING_SHARE))
+    what = "" if trial is None else (
+        f" One update of the smallest network takes {update:.2g} s here, and {rules.MIN_UPDATES} are the least that "
+        "is worth anything."
+    )  # fmt: skip
+    return ValueError(
+        f"`time_budget` is {given['time_budget']}, of which {max(0.0, seconds):.0f} s are left after the start.{what} "
+        f"Pass --time_budget {rounded(needed + 15)} or more"
+        + (", or a smaller --resolution." if "resolution" in given else ".")
+    )
+
+
+def rounded(seconds: float) -> str:
+    """A duration for a person, rounded up: 45s, 20m, 8h."""
+    for unit, size in (("h", 3600), ("m", 60)):
+        if seconds > 2 * size:
+            return f"{math.ceil(seconds / size)}{unit}"
+    return f"{5 * math.ceil(seconds / 5)}s"
+
+
+def describe(
+    config: TrainConfig, look: Look, trial: Trial, updates: int, seen: float, end: datetime
+) -> list[str]:  # fmt: skip
+    """The plan for a person: what, why, how good to expect, until when."""
+    epochs = "" if not look.count else f", each {seen / look.count:,.1f} times"
+    count = f"{look.count:,}" if look.count else "a stream of"
+    kind = {"L": "gray", "LA": "gray, with alpha", "RGB": "color", "RGBA": "color, with alpha"}[look.mode]
+    mirrored = (
+        "mirrored at random, since left and right look alike" if config.random_flip else
+        "never mirrored, since left and right differ" if not math.isnan(look.mirrored) else
+        "not mirrored: too few to see whether left and right differ"
+    )  # fmt: skip
+    wanted = rules.images_wanted(trial.parameters, config.resolution)
+    enough = "the largest that sees enough images in this time" if seen >= wanted else "more time would suit it"
+    held = (
+        f"{config.eval_images} images, which are not trained on, to measure on" if config.eval_steps else
+        "nothing: too few images, or too little time"
+    )  # fmt: skip
+    batch = round(trial.images_per_second * trial.update_seconds)
+    return [
+        f"Plan for {look.name} in {config.time_budget}, until {end:%B %d, %H:%M:%S}:",
+        f"  images      {count}, {kind}, {look.side} pixels (median); {mirrored}",
+        f"  resolution  {config.resolution}×{config.resolution}",
+        f"  network     {trial.parameters:,} parameters: {enough}",
+        f"  training    about {updates:,} updates of {batch} images at {trial.images_per_second:,.0f} images/s: "
+        f"{seen:,.0f} images{epochs}",
+        f"  recipe      {config.prediction_type.replace('_', '-')}, {config.ddpm_beta_schedule} schedule; learning "
+        f"rate {config.learning_rate:g}, which falls to 0 with the time",
+        f"  held out    {held}",
+        f"  expect      {rules.expectation(seen, trial.parameters, config.resolution)}",
+        f"  output      {config.output_dir}; recipe.yaml there has all options",
+        *(f"  note        {line}" for line in rules.warnings(look, config.resolution)),
+    ]

@@ -1,0 +1,198 @@
+"""The rules of a plan: each is a function of the images, the machine and the time, with its reason and its evidence.
+
+"Measured" refers to training/benchmarks/README.md. A rule that has not been measured says so.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .images import Look
+
+RESOLUTIONS = (16, 32, 64, 128, 256)
+IMAGES_PER_PARAMETER = 0.15
+IMAGES_PER_PIXEL_OF_A_SIDE = 1000
+WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128)
+SMALL_PARAMETERS = 687_000  # of the network that the learning rate was measured with
+FEW_IMAGES, FEWEST_IMAGES = 500, 100
+MIN_UPDATES = 100
+ORIENTED_SIGMAS = 2.5
+
+
+def natural_resolution(look: Look) -> int:
+    """The resolution that neither invents pixels nor throws many away: near the shorter side of most images.
+
+    8×8 scans are trained on at 16×16, where the network can halve them twice. Images of up to half as much again as a
+    resolution are made smaller, since a network of twice the resolution takes four times as long per image.
+    """
+    return next((r for r in RESOLUTIONS if look.side < 1.5 * r), RESOLUTIONS[-1])
+
+
+def multipliers(resolution: int) -> tuple[int, ...]:
+    """The widths of the network's levels, in multiples of the first: down to 4×4 or 8×8.
+
+    At 16×16, (1, 2, 4) was measured beside (1, 2) and (2, 4, 4). The rest extends it: high resolutions are narrow,
+    because there a channel costs the most (not measured).
+    """
+    return {
+        16: (1, 2, 4),
+        32: (1, 2, 4),
+        64: (1, 2, 2, 4),
+        128: (1, 1, 2, 2, 4),
+        256: (1, 1, 2, 2, 4, 4),
+    }[resolution]
+
+
+def networks(resolution: int) -> list[dict[str, Any]]:
+    """The networks for a resolution, from the smallest to the largest: arguments of `UNet2DModel`.
+
+    Measured at 16×16: one layer per block is better than two in the same time. Attention at the lowest level alone
+    costs little. From 64 channels on there are two layers, as in the paper (not measured here).
+    """
+    levels = multipliers(resolution)
+    down = ["DownBlock2D"] * (len(levels) - 1) + ["AttnDownBlock2D"]
+    return [
+        {
+            "block_out_channels": [width * m for m in levels],
+            "layers_per_block": 1 if width < 64 else 2,
+            "down_block_types": down,
+            "up_block_types": ["AttnUpBlock2D"] + ["UpBlock2D"] * (len(levels) - 1),
+            "norm_num_groups": 4 if width == 8 else 8,
+        }
+        for width in WIDTHS
+    ]
+
+
+def images_wanted(parameters: int, resolution: int) -> float:
+    """How many images a network should see in training, repetitions included: in proportion to its parameters.
+
+    Measured: in five minutes of two cores, 687,000 parameters that see 108,000 digits are better than 1.5 million that
+    see 64,000, and no worse than fewer that see more. The paper's 35.7 million on CIFAR-10 would want 5.4 million
+    images, 42,000 of its 800,000 updates. Below 1,000 images per pixel of a side no network has learned much.
+    """
+    return max(IMAGES_PER_PARAMETER * parameters, IMAGES_PER_PIXEL_OF_A_SIDE * resolution)
+
+
+def batch_size(images_seen: float, count: int | None) -> int:
+    """Images per update: √(images seen)/10 to the nearest power of two, from 16 to 256, and not more than there are.
+
+    Few images are better spent on many small updates: 32 at 108,000 images (measured beside 64 and 16); 128 at a few
+    million, as in the paper.
+    """
+    size = 2 ** round(math.log2(max(1.0, math.sqrt(images_seen) / 10)))
+    size = min(256, max(16, size))
+    while count is not None and size > max(1, count // 2):
+        size //= 2
+    return max(1, size)
+
+
+def learning_rate(parameters: int) -> float:
+    """2e-3 up to 687,000 parameters, then with one over the root of their number.
+
+    2e-3 was measured beside 3e-3 at that size; the rule gives 2.8e-4 for the paper's 35.7 million, which has 2e-4.
+    """
+    rate = 2e-3 * math.sqrt(SMALL_PARAMETERS / max(SMALL_PARAMETERS, parameters))
+    return float(f"{rate:.2g}")
+
+
+def warmup(updates: float) -> int:
+    """Updates of linear warm-up: a thirtieth of the run, 500 at most.
+
+    The digits' 100 of 3,400. Adam needs some updates before it knows the size of the gradients.
+    """
+    return max(1, min(500, round(updates / 30)))
+
+
+def held_out(count: int | None) -> int:
+    """Images to measure on, which are not trained on: a tenth, 256 at most; none of fewer than 160.
+
+    256 tell two checkpoints of one run apart, since noise and timesteps are the same for both. Of few images each one
+    that is trained on counts more.
+    """
+    tenth = (count or 0) // 10
+    return min(256, tenth) if tenth >= 16 else 0
+
+
+def validations(calls_in_budget: float, count: int | None) -> int:
+    """How often to measure on held-out images: four times, or only at the end where that costs a fiftieth, or never.
+
+    Args:
+        calls_in_budget: network calls for one image that the whole time is enough for; one image takes 18 of them.
+    """
+    cost = 18 * held_out(count)
+    return 0 if not cost or cost * 50 > calls_in_budget else 4 if cost * 200 < calls_in_budget else 1
+
+
+def flips(look: Look) -> bool:
+    """Whether images may be mirrored, which doubles a small set: only where left and right are alike.
+
+    Half of the looked-at images are compared with the other half: mirror images of photographs are as near as the
+    images themselves (48 to 50 % of CIFAR-10), those of digits are not (4 to 7 %).
+    """
+    if math.isnan(look.mirrored):
+        return False
+    return look.mirrored >= 0.5 - ORIENTED_SIGMAS * 0.5 / math.sqrt(look.looked_at / 2)
+
+
+def ema_max_decay(updates: float) -> float:
+    """An average over the last sixteenth of the run.
+
+    Measured: 0.995 for the digits' 3,400 updates. A longer one still holds weights of the beginning.
+    """
+    return round(1 - 1 / max(20.0, updates / 17), 6)
+
+
+def preview(calls_in_budget: float) -> tuple[int, int, int]:
+    """Images of a sample grid, sampling steps, and grids during training: at most a fiftieth of the time for each.
+
+    Args:
+        calls_in_budget: network calls for one image that the whole time is enough for.
+    """
+    affordable = calls_in_budget / 50
+    images, steps = next(
+        (pair for pair in ((64, 100), (36, 100), (36, 50), (16, 50), (16, 25)) if math.prod(pair) <= affordable),
+        (16, 25),
+    )
+    return images, steps, 4 if calls_in_budget / (images * steps) >= 150 else 1
+
+
+def expectation(images_seen: float, parameters: int, resolution: int) -> str:
+    """How good the samples will be, in words, by the images seen relative to `images_wanted`.
+
+    The digits at five minutes are 1: nine of ten are recognised with confidence (measured).
+    """
+    ratio = images_seen / images_wanted(parameters, resolution)
+    if ratio < 0.3:
+        return "rough shapes and colors, hardly more"
+    if ratio < 0.8:
+        return "recognisable for simple images, such as digits; photographs stay blurred or broken"
+    if parameters < 5_000_000 and resolution >= 32:
+        return "simple images look right; photographs have the right colors and textures, but seldom a clear object"
+    return "simple images look right; photographs are recognisable, with faults"
+
+
+def warnings(look: Look, resolution: int) -> list[str]:
+    """What a person should know of the images before hours are spent on them."""
+    lines = []
+    if look.unreadable:
+        share = f"{len(look.unreadable)} of {look.looked_at} images that were looked at"
+        lines.append(f"Can't be read: {share}, e.g. {look.unreadable[0].path or look.unreadable[0].index}.")
+    if look.count is not None and look.count < FEWEST_IMAGES:
+        lines.append(
+            f"Only {look.count} images: the model will repeat them rather than make new ones. {FEW_IMAGES} are few, "
+            "5,000 are comfortable."
+        )
+    elif look.count is not None and look.count < FEW_IMAGES:
+        lines.append(f"{look.count} images are few: look for copies among the samples (ddpm-hf evaluate counts them).")
+    if look.near_duplicates > 0.02:
+        lines.append(f"{look.near_duplicates:.0%} of the images have near-duplicates: they will be drawn more often.")
+    if look.side < resolution / 1.5:
+        lines.append(f"The images are small ({look.side} pixels): enlarged to {resolution}, they gain no detail.")
+    if look.folders and min(n for _, n in look.folders) >= 5:
+        names = ", ".join(name for name, _ in look.folders[:4])
+        lines.append(
+            f"{len(look.folders)} sub-folders ({names}, …): --label_column label trains a model that draws each of "
+            "them on demand."
+        )
+    return lines

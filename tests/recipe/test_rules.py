@@ -1,0 +1,172 @@
+"""The plan of a run, as a function of images, speeds and a time. Nothing is measured here."""
+
+import io
+import math
+import re
+from datetime import datetime
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from ddpm_hf.config.options import duration
+from ddpm_hf.config.training import TrainConfig
+from ddpm_hf.data.sources import Source, open_source
+from ddpm_hf.recipe import rules
+from ddpm_hf.recipe.images import Look, look_at
+from ddpm_hf.recipe.plan import Trial, make_plan, rounded
+
+PHOTOS = Look("photos", 5000, 250, 200, "RGB", 0.49, 0.0, (), (), 512, 1e-3)
+END = datetime(2030, 1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("30m", 1800), ("1d12h", 129600), ("1.5h", 5400), ("+1h", 3600), ("1h30m", 5400)]
+)
+def test_durations(text, seconds):
+    assert duration(text, "time_budget") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "m", "30 m", "-1h", "1h+", "0s", "1y", "++1h", "h1"])
+def test_what_is_no_duration_is_refused_by_name(text):
+    with pytest.raises(ValueError, match=r"`time_budget` is .*30m, 8h"):
+        duration(text, "time_budget")
+    with pytest.raises(ValueError, match="time_budget"):
+        TrainConfig(dataset_name="digits", time_budget=text)
+
+
+def test_two_ends_of_a_run_are_refused():
+    with pytest.raises(ValueError, match="max_train_steps.*5.*time_budget.*leave one"):
+        TrainConfig(dataset_name="digits", time_budget="1h", max_train_steps=5)
+
+
+def plan(given=None, look=PHOTOS, seconds=3600.0, speed=1e9, memory=math.inf):
+    """On a machine of `speed` operations per second, which holds updates of at most `memory` images."""
+    sizes = {}
+
+    def weigh(options, resolution):
+        width, layers = options["unet"]["block_out_channels"][0], options["unet"]["layers_per_block"]
+        parameters = 2700 * width**2 * layers
+        sizes[resolution, width] = parameters
+        return parameters, 180.0 * width**2 * layers * resolution**2
+
+    def measure(options):
+        parameters, operations = weigh(options, options["resolution"])
+        batch = options["train_batch_size"]
+        if batch > memory:
+            return None
+        images = batch * options.get("gradient_accumulation_steps", 1)
+        return Trial(options, parameters, operations, 3 * images * operations / speed, speed / (3 * operations))
+
+    return make_plan({"dataset_name": "x", "time_budget": "1h", **(given or {})}, look, seconds, END, 1, weigh, measure)
+
+
+def test_more_time_never_makes_a_network_or_a_resolution_smaller_and_each_sees_the_images_that_it_wants():
+    plans = [plan(seconds=60 * 4.0**n, speed=1e10) for n in range(9)]
+    resolutions = [p.options["resolution"] for p in plans]
+    assert resolutions == sorted(resolutions)
+    assert resolutions[0] < 128 <= resolutions[-1]
+    for p in plans[1:]:
+        seen = p.updates * p.options["train_batch_size"] * p.options.get("gradient_accumulation_steps", 1)
+        assert seen >= 0.95 * rules.images_wanted(p.trial.parameters, p.options["resolution"])
+    sizes = [p.trial.parameters for p in plans if p.options["resolution"] == resolutions[-1]]
+    assert sizes == sorted(sizes)
+
+
+def test_every_option_that_is_given_is_kept_and_the_rest_fits_it():
+    given = {
+        "resolution": 32, "train_batch_size": 10, "learning_rate": 5e-4, "prediction_type": "epsilon",
+        "random_flip": False, "use_ema": False, "channels": 1,
+    }  # fmt: skip
+    options = plan(given).options
+    assert {name: options[name] for name in given} == given
+    TrainConfig(**options)
+    assert "image_mode" not in options
+
+
+def test_a_batch_that_does_not_fit_is_accumulated():
+    big, small = plan(), plan(memory=8)
+    assert big.options["train_batch_size"] > 8 >= small.options["train_batch_size"]
+    accumulated = small.options["train_batch_size"] * small.options["gradient_accumulation_steps"]
+    assert accumulated == big.options["train_batch_size"]
+    with pytest.raises(ValueError, match=r"memory.*--resolution"):
+        plan(memory=0)
+
+
+def test_a_time_that_is_too_short_says_what_it_would_take():
+    with pytest.raises(ValueError, match=r"One update.*Pass --time_budget (\d+[smh]) or more") as error:
+        plan(seconds=30.0, speed=1e6)
+    enough = duration(re.search(r"--time_budget (\w+)", str(error.value))[1], "time_budget")
+    plan(seconds=enough, speed=1e6)
+    with pytest.raises(ValueError, match="Pass --time_budget"):
+        plan(seconds=1.0)
+    assert [rounded(s) for s in (7, 119, 121, 7201)] == ["10s", "120s", "3m", "3h"]
+
+
+def test_the_plan_says_what_why_and_until_when():
+    text = "\n".join(plan().lines)
+    for phrase in (
+        "photos in 1h, until January 02, 03:04:05",
+        "5,000, color, 250 pixels",
+        "mirrored at random",
+        "images/s",
+        "expect",
+    ):
+        assert phrase in text
+    few = "\n".join(plan(look=Look("few", 60, 20, 20, "L", math.nan, 0.3, (), (), 60, 1e-3)).lines)
+    assert "Only 60 images" in few
+    assert "30% of the images have near-duplicates" in few
+    assert "nothing: too few images" in few
+
+
+# --- looking at images ----------------------------------------------------------------------------------------------
+
+
+def source(pictures):
+    return Source("pictures", None, len(pictures), lambda indices: [pictures[i] for i in indices])
+
+
+def look(pictures):
+    return look_at(source(pictures), TrainConfig(dataset_name="x"))
+
+
+def blobs(n, mode="RGB", size=(40, 30)):
+    """Smooth random pictures, in which nothing says left or right."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (n, 5, 5, len(mode)), np.uint8)
+    return [Image.fromarray(p[..., 0] if mode == "L" else p).resize(size, Image.Resampling.BICUBIC) for p in pixels]
+
+
+def text(n):
+    rng = np.random.default_rng(0)
+    pictures = []
+    for i in range(n):
+        picture = Image.new("L", (24, 24))
+        x, y = rng.integers(2, 9, 2)
+        ImageDraw.Draw(picture).text((x, y), "RBKEFGPS"[i % 8], fill=255, font_size=14)
+        pictures.append(picture)
+    return pictures
+
+
+def test_digits_and_letters_are_never_mirrored_and_what_has_no_direction_is():
+    assert not rules.flips(look_at(open_source(TrainConfig(dataset_name="digits")), TrainConfig(dataset_name="x")))
+    assert not rules.flips(look(text(400)))
+    assert rules.flips(look(blobs(400)))
+    assert not rules.flips(look(blobs(40)))  # too few to see
+
+
+def test_what_a_look_finds():
+    seen = look(blobs(100))
+    assert (seen.count, seen.side, seen.smallest, seen.mode, seen.near_duplicates) == (100, 30, 30, "RGB", 0.0)
+    assert look([p.convert("RGB") for p in blobs(70, "L")]).mode == "L"  # color files of gray pictures
+    transparent = blobs(70)
+    transparent[3].putalpha(100)
+    assert look(transparent).mode == "RGBA"
+    repeated = look([*blobs(100), *(p.resize((80, 60)) for p in blobs(50))])
+    assert repeated.near_duplicates == pytest.approx(100 / 150)
+    broken = io.BytesIO(b"no image").getvalue()
+    rows = [{"bytes": broken, "path": "broken.png"}, *blobs(70)]
+    assert [bad.path for bad in look(rows).unreadable] == ["broken.png"]
+    assert "broken.png" in "\n".join(rules.warnings(look(rows), 32))
+    with pytest.raises(ValueError, match=r"broken\.png.*can't be read"):
+        look(rows[:1])
