@@ -82,6 +82,10 @@ class Clock:
         left = self.budget - self.reserve - (self.elapsed or 0.0)
         return round(left / self.update_seconds) if self.update_seconds else RECENT
 
+    def left(self) -> float:
+        """Seconds until the end of the budget."""
+        return self.budget - self.reading()[0]
+
     def add_update(self, seconds: float, cpu_seconds: float) -> None:
         """Note how long an update took, and for how much of it a core has worked on it."""
         self._recent.append(seconds)
@@ -110,11 +114,11 @@ class Clock:
 
     def calibration_images(self, T: int, processes: int) -> int:
         """How many images the time that is left is enough to calibrate on, at T network calls each."""
-        elapsed, update_seconds, _ = self.reading()
+        update_seconds = self.reading()[1]
         per_image = T * update_seconds / (3 * self.images_per_update * processes)
         if "previews" in self._measured and self.calls.get("previews"):
             per_image = T / processes * self._measured["previews"] * update_seconds / self.calls["previews"]
-        left = self.budget - self._finishing() - elapsed
+        left = self.left() - self._finishing()
         affordable = math.floor(left / (MARGIN * per_image)) if per_image else 0
         return min(MAX_CALIBRATION_IMAGES, affordable) if affordable >= MIN_CALIBRATION_IMAGES else 0
 

@@ -188,7 +188,7 @@ class Report:
             title=f"Training {folder.absolute().name}",
             state=f"{end or self._state()} This page was written on {now:%Y-%m-%d at %H:%M:%S} UTC.",
             is_running=not end,
-            progress=min(1.0, run.step / run.plan.max_steps),
+            progress=min(1.0, run.step / run.plan.max_steps) if run.clock is None else run.clock.fraction,
             explanation=_explanation(run),
             facts=_facts(run),
             troubles=self.troubles,
@@ -205,9 +205,12 @@ class Report:
     def _state(self) -> str:
         run = self.run
         left, done = run.plan.max_steps - run.step, run.step - self.first_step
-        text = f"Running: {run.step:,} of {run.plan.max_steps:,} updates are done."
+        of_all = f"{'about ' if run.clock is not None else ''}{run.plan.max_steps:,}"
+        text = f"Running: {run.step:,} of {of_all} updates are done."
         if done:
             seconds = (time.perf_counter() - self.started) / done * left
+            if run.clock is not None:
+                seconds = run.clock.left()
             text += f" About {_duration(seconds)} left, at {run.images_seen / run.seconds:,.0f} images per second."
         return text
 
@@ -271,17 +274,17 @@ def _explanation(run: Run) -> list[str]:
     config, plan = run.config, run.plan
     name, _ = public_name(config, run.dataset)
     count = f"{plan.num_images:,} images" if plan.num_images else "a stream of images"
+    length = f"in {plan.max_steps:,} updates" if run.clock is None else f"for {config.time_budget} in updates"
     color = {1: "in shades of grey", 3: "in colour"}.get(config.channels or 3, "with transparency")
     texts = [
         f"A network learns to draw images like those of {name}: {count}, at {config.resolution}×{config.resolution} "
         f"pixels, {color}. It is shown these images under more or less noise, and learns to tell the image from the "
         f"noise. To draw, it starts from nothing but noise and removes it in "
         f"{config.ddpm_num_inference_steps:,} steps: other noise becomes another image.",
-        f"It learns in {plan.max_steps:,} updates, each of which shows it {plan.global_batch:,} images and corrects it "
-        "a little"
+        f"It learns {length}, each of which shows it {plan.global_batch:,} images and corrects it a little"
         + (
             f": {plan.max_steps * plan.global_batch / plan.num_images:,.1f} passes over the images."
-            if plan.num_images
+            if plan.num_images and run.clock is None
             else "."
         ),
     ]
