@@ -1,4 +1,4 @@
-"""The configuration of a run. Defaults and help texts live here and nowhere else."""
+"""The configuration of a run, in one file. Defaults and help texts live here and nowhere else."""
 
 from __future__ import annotations
 
