@@ -114,10 +114,10 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
         try:
             if run.step:  # an interrupted run may not have come to it
                 save_and_report(run, log, validation, pusher, interruption.check, report)
-            end = ""
+            why_stopped = ""
             for step in log.bar(run.step):
                 if validation is not None and validation.has_stalled():
-                    end = validation.explain_stop()
+                    why_stopped = validation.explain_stop()
                     log.close()
                     save(run, log)
                     break
@@ -132,7 +132,7 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
                 with log.pause():
                     report.look()
                     save_and_report(run, log, validation, pusher, interruption.check, report)
-            if config.load_best_model_at_end or end:
+            if config.load_best_model_at_end or why_stopped:
                 export_best(run, log)
             with run.measuring("previews"):
                 report.show(sample_previews(run, interruption.check))
@@ -147,7 +147,7 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
     calibrate_export(run, images)
     if accelerator.is_main_process:
         save_pictures(Path(config.output_dir), *report.grids(), *log.loss_curve())
-        end = end or f"{run.step:,} updates."
+        end = why_stopped or f"{run.plan.max_steps:,} updates."
         report.write(f"Done: {end}")
         publish(run, setup.target)
         if run.clock is not None:

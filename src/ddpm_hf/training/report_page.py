@@ -13,6 +13,7 @@ from .charts import Line, line_chart
 from .trouble import Trouble
 
 RELOAD_AFTER = 30  # seconds
+METRICS = {"bits_per_dim": "bits per dimension", "frechet": "Fréchet distance"}
 STYLE = (
     CHARTS
     + """
@@ -159,7 +160,7 @@ def _held_out(contents: Contents) -> str:
     def line(name: str, label: str = "") -> Line:
         return Line(label, [(e["step"], e[f"eval_{name}"]) for e in measured if f"eval_{name}" in e])
 
-    best = f" The green line marks the best checkpoint, by {contents.metric}: update {contents.best:,}."
+    best = f" The green line marks the best checkpoint, by {METRICS[contents.metric]}: update {contents.best:,}."
     text = (
         "Measured on images that the network never trains on: lower is better. Where these curves turn upwards while "
         "the loss still falls, it begins to memorize its training images."
