@@ -113,6 +113,7 @@ def test_an_update_without_a_finite_gradient_is_skipped(tmp_path, overflow, kind
     assert_equal(actual, expected)
     assert all(value.isfinite().all() for value in actual.values())
     assert {float(value) for (_, name), value in actual.items() if name.endswith("/step")} == {9.0}
+    assert '"gradients_not_finite"' in (tmp_path / kind / "logs" / "trouble.jsonl").read_text()
 
 
 @pytest.mark.parametrize("overflows", [(12,), (3, 4, 8, 11, 12)], ids=str)
@@ -127,6 +128,7 @@ def test_overflows_of_fp16_cost_updates_and_neither_checkpoint_nor_export(tmp_pa
     assert {float(value) for (_, name), value in state.items() if name.endswith("/step")} == {12.0 - len(overflows)}
     scaler = read_progress(tmp_path / "checkpoint-12")["grad_scaler"]
     assert scaler["scale"] == 2.0 ** (16 - len(overflows))
+    assert not (tmp_path / "logs" / "trouble.jsonl").exists()  # the scaler still searches for its scale
     assert not gpu.unsafe
 
 

@@ -108,7 +108,7 @@ def _samples(contents: Contents) -> str:
     real = _figure(contents.real, "Real images of the training set", "Real images, for comparison")
     if contents.samples is None:
         return _section("Samples", f'<p class="note">The first samples are still to come.</p>{real}')
-    drawn = _figure(contents.samples, "Samples of the network", "Drawn by the network, by its newest weights")
+    drawn = _figure(contents.samples, "Samples of the network", "Drawn by the network, as far as it is now")
     return _section("Samples", f'<div class="pair">{drawn}{real}</div>')
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config.training import TrainConfig
 
 BLOCK = 10  # entries of the log whose median is compared: 100 updates
-HISTORY = 2000  # entries that are looked at
+HISTORY = 1000  # entries that are looked at: 10,000 updates
 FIRST_UPDATES = 200  # after them, a network must be better than one that predicts nothing
 MANY_OVERFLOWS = 0.02  # of the updates; a loss scaler that has settled causes one in 2,000
 LATE_HALF = 0.25  # the most of an average that may come from the first half of a run
@@ -64,7 +64,7 @@ def in_data(pixels: Tensor, num_images: int | None) -> Iterator[Trouble]:
         )  # fmt: skip
     if num_images is not None and num_images < FEW_IMAGES:
         yield Trouble(
-            "few_images", "There are few images to learn from", f"{num_images}, where {FEW_IMAGES} are little",
+            "few_images", "There are few images to learn from", f"{num_images}, and {FEW_IMAGES} would be few",
             "Expect copies of them and mixtures rather than new images: collect more, or pass --random_flip if mirror "
             "images are plausible.",
         )  # fmt: skip
