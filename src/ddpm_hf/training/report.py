@@ -188,7 +188,7 @@ class Report:
             title=f"Training {folder.absolute().name}",
             state=f"{end or self._state()} This page was written on {now:%Y-%m-%d at %H:%M:%S} UTC.",
             is_running=not end,
-            progress=min(1.0, run.step / run.plan.max_steps) if run.clock is None else run.clock.fraction,
+            progress=min(1.0, self._latest() / run.plan.max_steps) if run.clock is None else run.clock.fraction,
             explanation=_explanation(run),
             facts=_facts(run),
             troubles=self.troubles,
@@ -201,6 +201,10 @@ class Report:
             best=best_step(folder) if config.eval_steps is not None else None,
             metric=config.metric_for_best_model,
         )
+
+    def _latest(self) -> int:
+        """The last update of the run, which may have returned to its best checkpoint since."""
+        return max([self.run.step, *(entry["step"] for entry in self.log.entries[-1:])])
 
     def _state(self) -> str:
         run = self.run
@@ -219,7 +223,7 @@ class Report:
         files = {}
         for file in self.log.file.parent.glob("test_samples-*.png"):
             number = file.stem.rpartition("-")[2]
-            if number.isdecimal() and int(number) <= self.run.step:
+            if number.isdecimal() and int(number) <= self._latest():
                 files[int(number)] = file
         steps = sorted(files)
         if len(steps) > ROWS:  # the first, the last, and some between
