@@ -45,7 +45,7 @@ def line_chart(title: str, lines: Sequence[Line], *, log: bool = False, mark: fl
     right = max(x for x, _ in points) or 1.0
     low, high = min(scale(y) for _, y in points), max(scale(y) for _, y in points)
     margin = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
-    low, high = low - margin, high + margin
+    low, high = low - margin if log or low < 0 else max(0.0, low - margin), high + margin
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = LEFT + (WIDTH - LEFT - RIGHT) * x / right

@@ -304,7 +304,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     held_out = f"{config.eval_images:,} images, every {config.eval_steps:,} updates" if config.eval_steps else "none"
     return [
         ("Network", f"{run.network.num_parameters():,} parameters (the numbers that it learns)"),
-        ("Predicts", {"epsilon": "the noise", "sample": "the image"}.get(config.prediction_type, "a mixture of both")),
+        (
+            "Predicts",
+            {"epsilon": "the noise", "sample": "the image"}.get(config.prediction_type, "a mixture of image and noise"),
+        ),
         ("Learning rate", f"{config.learning_rate:g} at its peak, {config.lr_scheduler.replace('_', ' ')}"),
         ("Held out to measure on", held_out),
         ("Computed on", f"{plan.num_processes} × {run.accelerator.device.type}"),

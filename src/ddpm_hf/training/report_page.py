@@ -21,7 +21,8 @@ h3 { font-size: 1rem; margin: 1rem 0 0; } th { padding-right: 1rem; }
 progress { width: 100%; height: 1rem; } .state { font-size: 1.1rem; margin: .6rem 0; }
 .pair { display: flex; flex-wrap: wrap; gap: 1rem; } .pair figure { flex: 1 1 18rem; margin: 0; }
 figure { margin: .6rem 0; } figure img { margin: .2rem 0; }
-.row img { width: 100%; max-width: 40rem; margin: .2rem 0; image-rendering: pixelated; }
+.row img { width: 100%; max-width: 40rem; margin: .2rem 0; }
+.grid img { width: 100%; max-width: 24rem; } section > h2 { margin-bottom: .6rem; }
 figcaption { color: var(--soft); font-size: .9rem; }
 .trouble { border-left: 4px solid #d9822b; padding: .1rem 0 .1rem .8rem; margin: .8rem 0; }
 .trouble p { margin: .2rem 0; }
