@@ -35,6 +35,7 @@
 # 式 (13) を実装しているのが [`discretized_gaussian_log_likelihood`][M.discretized_gaussian_log_likelihood] で、分布の裾の先でも正確です。
 
 # %%
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -42,7 +43,11 @@ import torch
 from sklearn.datasets import load_digits
 
 from ddpm_hf import DDPMProcess, bits_per_dim, load_pipeline, rate_distortion
-from ddpm_hf.diffusion.ddpm_process import discretized_gaussian_log_likelihood, make_betas
+from ddpm_hf.diffusion.ddpm_process import (
+    Gaussian,
+    discretized_gaussian_log_likelihood,
+    make_betas,
+)
 
 grid = torch.linspace(-1, 1, 256, dtype=torch.float64)
 for mean, std in ((0.0, 0.01), (0.3, 0.2), (0.999, 1e-4)):
@@ -52,6 +57,13 @@ for mean, std in ((0.0, 0.01), (0.3, 0.2), (0.999, 1e-4)):
     total = float(log_p.exp().sum())
     print(f"mean {mean}, std {std}: the 256 probabilities sum to {total:.12f}")
     assert abs(total - 1) < 1e-9  # Eq. 13
+
+x_0, std = grid[None, 60:190], 0.02  # all at the centre of their Gaussian
+log_variance = torch.full_like(x_0, 2 * math.log(std))
+bits = DDPMProcess([0.1]).L_0(x_0, Gaussian(x_0, log_variance.exp(), log_variance))
+expected = -math.log2(math.erf(1 / 255 / (std * 2**0.5)))
+print(f"L_0 at the centre: {bits.item():.6f} bits/dim; by erf: {expected:.6f}")
+assert abs(bits.item() - expected) < 1e-6  # Eq. 13
 
 # %% [markdown]
 # <!-- en -->

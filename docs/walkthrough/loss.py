@@ -138,7 +138,7 @@ from torch.distributions import Normal
 
 from ddpm_hf import DDPMProcess
 from ddpm_hf.diffusion.ddpm_process import make_betas, normal_kl
-from ddpm_hf.training.losses import l_simple
+from ddpm_hf.training.losses import l_simple, vlb
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
@@ -348,6 +348,10 @@ constant = 0.5 * (ratio - 1 - ratio.log())  # C: what the variances alone cost
 means = ((posterior.mean - reverse.mean) ** 2).flatten(1).mean(1) / (2 * beta)
 squares = ((noise - guess) ** 2).flatten(1).mean(1)
 noises = beta**2 / (2 * beta * alpha * (1 - alpha_bar)) * squares
+estimate = vlb(
+    process, guess, x_0, x_t, t, "epsilon", "fixed_large"
+)  # of (5), at a random t
+assert torch.allclose(estimate.double(), 1000 * bound / math.log(2), rtol=1e-5)
 print("L_(t-1), nats/dim:", [f"{v:.5f}" for v in bound.tolist()])
 assert (bound - means - constant).abs().max() < 1e-10  # Eq. 8
 assert (bound - noises - constant).abs().max() < 1e-10  # Eq. 12

@@ -106,6 +106,8 @@ for row, images in enumerate(rows):
 # The paper names two: $\sigma_t^2 = \beta_t$ is right if the data are $\mathcal{N}(0, I)$, and $\sigma_t^2 = \tilde\beta_t$ if they are a single
 # point (Section 3.2). Both can be checked by following one number, the variance of $x_t$, down the chain with the best possible network.
 #
+# Between the two, a network can also learn it (`learned_range`: $\log \sigma_t^2 = w \log \beta_t + (1 - w) \log \tilde\beta_t$, [arXiv 2102.09672](https://arxiv.org/abs/2102.09672)).
+#
 # *Normal data.* $\epsilon^* = \sqrt{1 - \bar\alpha_t}\, x_t$ makes the mean $\frac{1}{\sqrt{\alpha_t}} (1 - \beta_t) x_t = \sqrt{\alpha_t}\, x_t$, and with
 # $\sigma_t^2 = \beta_t$ the variance stays $\alpha_t \cdot 1 + \beta_t = 1$. *A point $m$.* The best guess is $\hat x_0 = m$; with $\tilde\beta_t$ each step is
 # the true posterior, so $x_{t-1}$ is distributed as $q(x_{t-1} \mid x_0 = m)$, and ends at $m$.
@@ -114,6 +116,8 @@ for row, images in enumerate(rows):
 #
 # 論文は二つの選択肢を挙げています（3.2 節）。データが $\mathcal{N}(0, I)$ なら $\sigma_t^2 = \beta_t$ が、データがただ 1 点なら $\sigma_t^2 = \tilde\beta_t$ が
 # 正解です。どちらも、理想的なネットワークを仮定して $x_t$ の分散という一つの数を追いかければ確かめられます。
+#
+# 両者の間の値をネットワークに学習させることもできます（`learned_range`: $\log \sigma_t^2 = w \log \beta_t + (1 - w) \log \tilde\beta_t$、[arXiv 2102.09672](https://arxiv.org/abs/2102.09672)）。
 #
 # **正規分布のデータ。** $\epsilon^* = \sqrt{1 - \bar\alpha_t}\, x_t$ とすると平均は $\frac{1}{\sqrt{\alpha_t}} (1 - \beta_t) x_t = \sqrt{\alpha_t}\, x_t$ となり、
 # $\sigma_t^2 = \beta_t$ なら分散は $\alpha_t \cdot 1 + \beta_t = 1$ のまま保たれます。**1 点 $m$ のデータ。** 最良の推定は $\hat x_0 = m$ です。$\tilde\beta_t$ を使えば各ステップが
@@ -142,6 +146,10 @@ assert abs(variances["normal", "fixed_large"] - 1) < 1e-6  # Section 3.2
 assert abs(variances["point", "fixed_small"] - right["point"]) < 1e-6  # Section 3.2
 assert abs(variances["normal", "fixed_small"] - 1) > 1e-3
 assert abs(variances["point", "fixed_large"] - right["point"]) > 1e-3
+
+half = process.p_log_variance(100, None, "learned_range", torch.zeros(1))  # w = 1/2
+small, large = process.posterior_coefficients(100)[2], process.beta(100)
+assert abs(half.item() - (small.log() + large.log()).item() / 2) < 1e-5
 
 # %% [markdown] tags=["exercise"]
 # <!-- en -->

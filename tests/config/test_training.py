@@ -71,6 +71,7 @@ def test_a_token_is_written_down_nowhere():
 PARAMETERS = {
     "digits": 686_769, "fashion_mnist": 2_734_945, "cifar10": 35_746_307, "cifar10_class_conditional": 35_751_939,
     "celebahq256": 113_673_219, "lsun256": 113_673_219, "butterflies64": 25_304_963,
+    "colour64_t300": 25_304_963,
 }  # fmt: skip
 
 

@@ -117,6 +117,27 @@ def test_a_model_with_classes_is_drawn_with_the_classes_of_its_images(tmp_path):
     assert set(record(tmp_path / "out")) == {"samples", "shared", "interpolation", "rate_distortion"}
 
 
+def test_the_strip_of_a_colour_model_of_300_steps(tmp_path):
+    """A model of the preset `colour64_t300`, in small."""
+    for name in "abcd":
+        Image.effect_noise((20, 20), 60).convert("RGB").save(tmp_path / f"{name}.png")
+    unet = {
+        "block_out_channels": [4, 8], "layers_per_block": 1, "norm_num_groups": 2, "add_attention": False,
+        "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
+    }  # fmt: skip
+    small = {
+        "train_data_dir": tmp_path, "resolution": 16, "unet": json.dumps(unet), "max_train_steps": 2,
+        "train_batch_size": 2, "lr_warmup_steps": 0, "eval_batch_size": 1, "ddpm_num_inference_steps": 2,
+        "calibration_images": 0, "report_to": "none", "output_dir": tmp_path / "model",
+    }  # fmt: skip
+    main(["train", "--config", "colour64_t300", *(str(v) for k, o in small.items() for v in (f"--{k}", o))])
+    options = ["--figures", "sampling_strip", "--num_images", "2", "--steps", "30"]
+    main(["paper", str(tmp_path / "model"), *options, "--output_dir", str(tmp_path / "out")])
+    assert "T = 300<" in (tmp_path / "out" / "index.html").read_text("utf-8")
+    with Image.open(tmp_path / "out" / "sampling_strip.png") as picture:
+        assert len({band.tobytes() for band in picture.convert("RGB").split()}) == 3
+
+
 @pytest.mark.slow
 def test_six_networks_are_trained_once_and_compared(model, tmp_path):
     options = [*DIGITS, *SMALL, "--figures", "ablation", "--ablation_updates", "2", "--output_dir", str(tmp_path)]
