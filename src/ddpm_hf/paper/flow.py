@@ -36,10 +36,10 @@ def _draw(job: Job, file: Path) -> Drawn:
 
     training = [
         ("image x_0", x_0, "and"), ("noise ε", noise / NOISE_RANGE, f"Eq. 4, t = {t}"), ("x_t", x_t, "network"),
-        ("its noise ε̂", eps / NOISE_RANGE, "L_simple"), ("ε - ε̂", (noise - eps) / NOISE_RANGE, ""),
+        ("guess ε̂", eps / NOISE_RANGE, "L_simple"), ("ε - ε̂", (noise - eps) / NOISE_RANGE, ""),
     ]  # fmt: skip
     sampling = [
-        (f"x_t, t = {t}", x_t, "network"), ("noise ε̂", eps / NOISE_RANGE, "Eq. 15"),
+        (f"x_t, t = {t}", x_t, "network"), ("guess ε̂", eps / NOISE_RANGE, "Eq. 15"),
         ("guess x̂_0", reverse.pred_x_0, "Eq. 7"),
         ("mean μ_θ", reverse.mean, "+ σ z"), (f"x_s, s = {s}", x_s, ""),
     ]  # fmt: skip

@@ -46,8 +46,8 @@ FIGURE = PaperFigure(
     " of the step back (Eq. 7). "
     "In x_t the image keeps the factor √ᾱ_t and the noise has √(1 - ᾱ_t); both are equally strong at about t = "
     "{even}. "
-    "At the end ᾱ_T = {last}, so that next to nothing of an image is left in x_T, and sampling may start from "
-    "pure noise.",
+    "What is left of an image in x_T, ᾱ_T = {last} of its variance, must be next to nothing, since sampling starts "
+    "from pure noise.",
     functions=("ddpm_hf.diffusion.ddpm_process.make_betas", "ddpm_hf.DDPMProcess.log_snr"),
     draw=_draw,
 )
