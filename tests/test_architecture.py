@@ -139,11 +139,13 @@ FILES = {
     "storage.checkpoint": {"files", "weights"},
     "storage.loading": {"checkpoint", "files"},
     "training.batch_size": {"losses", "network"},
-    "training.deadline": {"plan"},
+    "training.averages": {"network"},
+    "training.choosing": {"averages", "losses", "network", "state", "validation_set"},
+    "training.deadline": {"averages", "plan"},
     "training.environment": {"performance"},
     "training.loop": {
-        "batch_size", "copies", "deadline", "interruption", "log", "network", "output_folder", "plan", "plots",
-        "previews", "publishing", "report", "setup", "state", "step", "validation", "validation_set",
+        "averages", "batch_size", "choosing", "copies", "deadline", "interruption", "log", "network", "output_folder",
+        "plan", "plots", "previews", "publishing", "report", "setup", "state", "step", "validation", "validation_set",
     },
     "training.performance": {"network"},
     "training.previews": {"network", "state"},
@@ -156,8 +158,8 @@ FILES = {
         "batch_size", "deadline", "log", "network", "output_folder", "performance", "plan", "publishing", "state",
         "validation_set",
     },
-    "training.state": {"deadline", "network", "plan"},
-    "training.step": {"log", "losses", "network", "state"},
+    "training.state": {"averages", "deadline", "network", "plan"},
+    "training.step": {"averages", "log", "losses", "network", "state"},
     "training.validation": {"copies", "log", "network", "plan", "plots", "state", "validation_set"},
 }  # fmt: skip
 COPIED = {

@@ -13,6 +13,7 @@ from .options import at_least, check_seed, check_types, duration, fraction, opti
 IMAGE_MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}  # Pillow's name → channels
 TRACKERS = ("tensorboard", "wandb", "trackio")
 MIN_EVAL_IMAGES = 16
+MAX_EMA_WIDTH = 0.28  # 1/√12, the standard deviation of a uniform distribution, is 0.2887
 PAPER_BATCH_SIZE = 128  # Appendix B, of CIFAR-10
 SECRETS = ("hub_token",)  # options that are never logged or saved
 
@@ -186,6 +187,12 @@ class OptimizationOptions:
     ema_inv_gamma: float = option(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma)^-power.")
     ema_power: float = option(0.75, "EMA warm-up: see --ema_inv_gamma.")
     ema_max_decay: float = option(0.9999, "The largest decay of the EMA.")
+    ema_widths: list[float] | None = option(
+        None,
+        "With --use_ema: keep averages of these widths, standard deviations in parts of the run so far, instead of one "
+        "with a decay. With --eval_steps, the one with the least loss on held-out images is exported in the end; else "
+        "the middle one.",
+    )
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(
         None,
         "Precision of the network's forward pass; auto is bf16 if it is faster here. On a GPU, fp16 and bf16 also let "
@@ -325,6 +332,7 @@ class TrainConfig(
         fraction(self, "adam_beta1", "adam_beta2", "ema_max_decay", "label_dropout")
         at_least(MIN_EVAL_IMAGES, self, "eval_images")
         check_seed(self.seed)
+        self._check_averages()
         self._check_time()
         self._check_data()
         self._check_model()
@@ -341,6 +349,14 @@ class TrainConfig(
             raise ValueError(
                 f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}, but `train_batch_size` 'auto' "
                 "sets it: leave it out, and choose the images per update with --global_batch_size."
+            )
+
+    def _check_averages(self) -> None:
+        wrong = next((width for width in self.ema_widths or () if not 0 < width <= MAX_EMA_WIDTH), None)
+        if wrong is not None or len(set(self.ema_widths or ())) < len(self.ema_widths or ()):
+            raise ValueError(
+                f"`ema_widths` is {self.ema_widths}, but must be different numbers in (0, {MAX_EMA_WIDTH}], of which "
+                "the largest averages the whole run."
             )
 
     def _check_time(self) -> None:

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config.training import IMAGE_MODES, TrainConfig
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import TIMEOUT, Agreement
+from ..training.averages import EVERY, build_averages
 from ..training.losses import training_losses
-from ..training.network import build_ema, build_optimizer, build_unet
+from ..training.network import build_optimizer, build_unet
 from ..training.performance import choose_channels_last, choose_precision
 from ..training.setup import use_all_cores
 
@@ -90,7 +91,7 @@ class Machine:
         )
         if channels_last:
             unet.to(memory_format=torch.channels_last)
-        optimizer, ema = build_optimizer(config, unet), build_ema(config, unet)
+        optimizer, (ema, others) = build_optimizer(config, unet), build_averages(config, unet)
         network: torch.nn.Module = unet
         if self.state.num_processes > 1:
             network = DistributedDataParallel(unet, device_ids=[device] if device.type == "cuda" else None)
@@ -110,12 +111,13 @@ class Machine:
             torch.nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            if ema is not None:
-                ema.step(unet.parameters())
+            if ema is not None and (len(times) % EVERY == 0 or not config.ema_widths):
+                for average in (ema, *others):
+                    average.step(unet.parameters())
             if device.type != "cpu":
                 torch.accelerator.synchronize()
             times.append(time.perf_counter() - start)
-        return times[1:]  # the first one allocates
+        return times[1:]  # the first one allocates; averages are seldom, so that their time is in few of them
 
     def _has_time(self, began: float, seconds: float, done: int) -> bool:
         is_over = time.perf_counter() - began > seconds or done > MAX_UPDATES

@@ -101,7 +101,7 @@ def make_plan(
         **trial.options,
         "learning_rate": rules.learning_rate(trial.parameters),
         "lr_warmup_steps": rules.warmup(updates),
-        "ema_max_decay": rules.ema_max_decay(updates),
+        "ema_widths": rules.ema_widths(trial.parameters),
         "ddpm_num_inference_steps": min(T, steps),
         "eval_batch_size": grid,
         "save_images_steps": max(1, updates // grids),
@@ -110,6 +110,8 @@ def make_plan(
     validations = rules.validations(calls, look.count)
     if validations:
         planned |= {"eval_images": rules.held_out(look.count), "eval_steps": max(1, updates // validations)}
+    if not planned["use_ema"]:
+        del planned["ema_widths"]
     options = {**planned, **given}
     return RunPlan(options, trial, updates, describe(TrainConfig(**options), look, trial, updates, seen, end))
 

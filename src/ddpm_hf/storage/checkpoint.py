@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .weights import size_of
 MANIFEST = "manifest.json"
 STATE = "training_state"
 MAX_COUNT, MAX_SECONDS = 2**53, 1e11  # of what a run may count
+AVERAGES = "averages.safetensors"
 BEST = "best_checkpoint.json"
 FULL_DISK_REMEDY = "Earlier checkpoints are kept: free some space, then resume with --resume_from_checkpoint latest."
 PIPELINE_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -40,6 +41,7 @@ class TrainingState:
     weights: dict[str, Tensor]  # those that the optimizer updates
     optimizer: dict[str, Tensor]
     ema: dict[str, Tensor] | None = None  # only when read: they are written as the pipeline's weights
+    averages: dict[str, Tensor] = field(default_factory=dict)  # `<width>/<weight>` of those that are not exported
 
     @property
     def step(self) -> int:
@@ -74,6 +76,7 @@ def save_checkpoint(output_dir: Path, pipeline: DDPMPipelineCustom, state: Train
     """
     final = output_dir / f"checkpoint-{state.step}"
     tensors = [*pipeline.unet.parameters(), *state.weights.values(), *state.optimizer.values()]
+    tensors += state.averages.values()
     with full_disk_explained(final, size_of(tensors), FULL_DISK_REMEDY):
         try:
             return _save_checkpoint(output_dir, pipeline, state, total_limit)
@@ -92,6 +95,8 @@ def _save_checkpoint(output_dir: Path, pipeline: DDPMPipelineCustom, state: Trai
     folder.mkdir()
     save_file(_contiguous(state.weights), folder / "weights.safetensors")
     save_file(_contiguous(state.optimizer), folder / "optimizer.safetensors")
+    if state.averages:
+        save_file(_contiguous(state.averages), folder / AVERAGES)
     (folder / "progress.json").write_text(json.dumps(state.progress, indent=2), "utf-8")
 
     files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != "README.md")  # which users may edit
@@ -197,9 +202,11 @@ def load_checkpoint(folder: Path) -> TrainingState:
     try:
         files = (f"{STATE}/weights.safetensors", f"{STATE}/optimizer.safetensors", PIPELINE_WEIGHTS)
         weights, optimizer, ema = (load_file(folder / name) for name in files)
+        others = folder / STATE / AVERAGES
+        averages = load_file(others) if others.is_file() else {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from error
-    return TrainingState(progress, weights, optimizer, ema)
+    return TrainingState(progress, weights, optimizer, ema, averages)
 
 
 def check_intact(folder: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from ..config.training import TrainConfig
+from .averages import LOSSES
 from .plan import EVAL_CALLS, EVAL_SAMPLING_STEPS, KEPT_CHECKPOINTS, MIN_CALIBRATION_IMAGES, Plan
 
 RECENT = 9  # updates, whose median is the time of one
@@ -154,6 +155,7 @@ def make_clock(config: TrainConfig, started: float, processes: int, progress: Ma
         calls["calibration"] = config.calibration_images * config.ddpm_num_steps * share
     if config.eval_steps is not None:
         calls["validation"] = config.eval_images * (EVAL_CALLS + EVAL_SAMPLING_STEPS) * share
+        calls["choosing"] = max(LOSSES, config.eval_images) * len(config.ema_widths or ()) * share
     images = config.batch_size * config.gradient_accumulation_steps
     clock = Clock(budget, started, calls, images)
     if progress:

@@ -26,12 +26,14 @@ from ..sampling.batch_size import out_of_memory_explained
 from ..sharing.background_push import BackgroundPusher
 from ..storage.checkpoint import FULL_DISK_REMEDY, best_step, checkpoint_steps, save_checkpoint
 from ..storage.files import full_disk_explained, lock_output_dir
+from .averages import build_averages
 from .batch_size import what_to_lower
+from .choosing import choose_average
 from .copies import open_training_images
 from .deadline import TimedPlan
 from .interruption import Interrupted, Interruption
 from .log import TrainingLog
-from .network import build_ema, build_optimizer, build_unet
+from .network import build_optimizer, build_unet
 from .output_folder import clear_output_dir, replace_pipeline, write_recipe
 from .plan import Plan
 from .plots import save_pictures
@@ -130,6 +132,8 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
                 run.advance(time.perf_counter() - began, time.process_time() - cpu_began)
                 log.write(run.step, lr=run.plan.learning_rate(step), grad_norm=grad_norm, ema_decay=run.ema_decay)
                 with log.pause():
+                    if run.step == run.plan.max_steps and run.other_averages and validation_set is not None:
+                        accelerator.print(choose_average(run, validation_set))
                     report.look()
                     save_and_report(run, log, validation, pusher, interruption.check, report)
             if config.load_best_model_at_end or why_stopped:
@@ -192,8 +196,8 @@ def build_run(config: TrainConfig, setup: Setup, plan: Plan, images: Images) -> 
         unet.to(memory_format=torch.channels_last)
     unet, optimizer = setup.accelerator.prepare(unet, build_optimizer(config, unet))
     run = Run(
-        config, plan, setup.clock, setup.scheduler, setup.accelerator, setup.agreement, unet, optimizer,
-        build_ema(config, unet), images.label_names, images.name,
+        config, plan, setup.scheduler, setup.accelerator, setup.agreement, unet, optimizer,
+        *build_averages(config, unet), setup.clock, images.label_names, images.name,
     )  # fmt: skip
     if setup.checkpoint is not None:
         restore(run, setup.checkpoint)

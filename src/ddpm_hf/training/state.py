@@ -27,6 +27,7 @@ from ..diffusion.pipeline import DDPMPipelineCustom
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..distributed import Agreement
 from ..storage.checkpoint import TrainingState, load_checkpoint
+from .averages import EVERY, PowerFunctionEMA
 from .deadline import Clock
 from .network import ema_weights, local_weights, unet_with_weights
 from .plan import Plan
@@ -56,13 +57,14 @@ class Run:
 
     config: TrainConfig
     plan: Plan
-    clock: Clock | None  # with a time budget
     scheduler: DDPMSchedulerCustom
     accelerator: Accelerator
     agreement: Agreement
     unet: torch.nn.Module  # as Accelerate prepared it
     optimizer: Any
     ema: EMAModel | None
+    other_averages: list[PowerFunctionEMA] = field(default_factory=list)  # of which one may be exported in the end
+    clock: Clock | None = None  # with a time budget
     label_names: list[str] | None = None
     dataset: str = ""  # its name, as `Images.name` gives it
     step: int = 0  # updates done
@@ -139,8 +141,14 @@ def capture(run: Run) -> tuple[TrainingState, UNet2DModel | None]:
     }
     if run.clock is not None:
         progress["clock"] = run.clock.state()
+    averages: dict[str, Tensor] = {}
+    if isinstance(run.ema, PowerFunctionEMA):
+        progress["ema_width"] = run.ema.width
+    for average in run.other_averages:
+        with ema_weights(average, run.unet):
+            averages |= {f"{average.width}/{name}": weight for name, weight in full_weights(run).items()}
     optimizer = {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()}
-    return TrainingState(progress, full_weights(run), optimizer), exported_network(run)
+    return TrainingState(progress, full_weights(run), optimizer, averages=averages), exported_network(run)
 
 
 def restore(run: Run, folder: Path) -> None:
@@ -164,12 +172,12 @@ def restore(run: Run, folder: Path) -> None:
     set_optimizer_state_dict(run.unet, run.optimizer.optimizer, optimizer, options=FULL_STATE_DICT)
     _order_moments(run.optimizer.optimizer)
     if run.ema is not None:
-        ema = agreement.tensors_from_main(None if state is None else state.ema)
-        set_model_state_dict(run.unet, {**ema}, options=FULL_STATE_DICT)
-        with torch.no_grad():
-            for shadow, weight in zip(run.ema.shadow_params, local_weights(run.unet), strict=True):
-                shadow.copy_(weight)
-        run.ema.optimization_step = progress["step"]
+        exported = agreement.tensors_from_main(None if state is None else state.ema)
+        others = agreement.tensors_from_main(None if state is None else state.averages)
+        for average in _in_order(run, progress.get("ema_width")):
+            prefix = f"{getattr(average, 'width', None)}/"
+            kept = {name.removeprefix(prefix): w for name, w in others.items() if name.startswith(prefix)}
+            _set_average(run, average, kept or exported, progress["step"])
     weights = agreement.tensors_from_main(None if state is None else state.weights)
     set_model_state_dict(run.unet, {**weights}, options=FULL_STATE_DICT)
     if run.accelerator.scaler is not None and progress["grad_scaler"] is not None:
@@ -179,6 +187,22 @@ def restore(run: Run, folder: Path) -> None:
         run.saved_step = progress["step"]
     run.images_seen, run.seconds = progress["images_seen"], progress["seconds"]
     run.unlogged = progress["unlogged"]
+
+
+def _in_order(run: Run, exported_width: float | None) -> list[EMAModel]:
+    """All averages of a run, of which the one of this width becomes the exported one, as it was in its checkpoint."""
+    for i, average in enumerate(run.other_averages):
+        if average.width == exported_width and isinstance(run.ema, PowerFunctionEMA):
+            run.ema, run.other_averages[i] = average, run.ema
+    return [*([] if run.ema is None else [run.ema]), *run.other_averages]
+
+
+def _set_average(run: Run, average: EMAModel, weights: dict[str, Tensor], step: int) -> None:
+    set_model_state_dict(run.unet, {**weights}, options=FULL_STATE_DICT)
+    with torch.no_grad():
+        for shadow, weight in zip(average.shadow_params, local_weights(run.unet), strict=True):
+            shadow.copy_(weight)
+    average.optimization_step = step // EVERY if isinstance(average, PowerFunctionEMA) else step
 
 
 def _check_tensors(folder: Path, state: TrainingState, network: UNet2DModel) -> None:
@@ -192,6 +216,9 @@ def _check_tensors(folder: Path, state: TrainingState, network: UNet2DModel) -> 
                 f"{folder} is damaged: its {wrong!r} has shape {found.get(wrong)}, but the network's has "
                 f"{shapes.get(wrong)}."
             )
+    for name, value in state.averages.items():
+        if tuple(value.shape) != shapes.get(name.partition("/")[2]):
+            raise ValueError(f"{folder} is damaged: its average {name!r} fits no weight of the network.")
     for name, value in state.optimizer.items():
         parameter, _, _ = name.rpartition("/")
         if parameter not in shapes or (value.ndim and tuple(value.shape) != shapes[parameter]):

@@ -19,6 +19,7 @@ from ..config.training import TrainConfig
 from ..data.dataset import Batch
 from ..data.pixels import normalize, random_flip
 from ..diffusion.ddpm_process import to_device
+from .averages import EVERY, PowerFunctionEMA
 from .log import TrainingLog
 from .losses import training_losses
 from .network import local_weights
@@ -63,9 +64,11 @@ def update_weights(run: Run, log: TrainingLog) -> Tensor:
 
 
 def update_ema(run: Run) -> None:
-    """Move the moving average towards the new weights, if the run keeps one."""
-    if run.ema is not None:
-        run.ema.step(local_weights(run.unet))
+    """Move the averages towards the new weights, if the run keeps any."""
+    if isinstance(run.ema, PowerFunctionEMA) and (run.step + 1) % EVERY:
+        return
+    for average in [] if run.ema is None else [run.ema, *run.other_averages]:
+        average.step(local_weights(run.unet))
 
 
 def seed_part(seed: int, step: int, part: int) -> None:
