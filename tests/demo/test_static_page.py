@@ -1,20 +1,26 @@
 """The page that samples in a browser, in a browser."""
 
+import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.constants import HF_HOME
 from PIL import Image
 
-from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
+from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, load_pipeline
 from ddpm_hf.cli import main
 from ddpm_hf.demo import onnxruntime_web
 from ddpm_hf.demo.static_page import write_static_page
 from ddpm_hf.export.sampler_table import sampler_table
+from ddpm_hf.sampling.onnx_network import write_onnx
 from ddpm_hf.sampling.philox import philox_normal
 from support.browser import missing, nameless_controls, open_browser, serve_folder, watched_page
+from support.hub_server import TOKEN, point_client_at, serve_hub
 from support.models import tiny_unet
+from support.oracle import calibrated_scheduler
 
 CLASSES = ["cats", "dogs"]
 DONE = "() => document.querySelector('#stop').disabled && !document.querySelector('#sample').disabled"
@@ -33,13 +39,22 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
+    """A static Space as it lies on the Hub."""
     folder = tmp_path_factory.mktemp("demo") / "page"
-    try:
-        main(["demo", str(model), "--static", "--output_dir", str(folder)])
-    except SystemExit as end:
-        if "npm" not in str(end):
-            raise
-        missing(str(end))
+    with serve_hub() as hub, pytest.MonkeyPatch.context() as patch:
+        hub.add_token(TOKEN, "me")
+        point_client_at(hub, patch, folder.parent)
+        patch.setattr("huggingface_hub.constants.HF_HOME", HF_HOME)  # onnxruntime-web is there from the last time
+        try:
+            main(["demo", str(model), "--static", "--push", "me/page", "--hub_token", TOKEN])
+        except SystemExit as end:
+            if "npm" not in str(end):
+                raise
+            missing(str(end))
+        assert hub.created["me/page"] == ("space", "static")
+        for name, content in hub.repos["me/page"].files().items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
     return folder
 
 
@@ -90,6 +105,37 @@ def test_a_seed_is_the_same_picture_in_the_browser_and_in_python(on_page, flags,
     expected = np.stack([np.asarray(Image.open(tmp_path / f"{i:05d}.png")).astype(int) for i in range(3)])
     assert np.abs(found - expected).max() <= 1
     assert expected.std() > 10
+
+
+def test_a_calibrated_model_samples_by_its_optimal_spacing_and_variance(folder, browser, model, tmp_path):
+    pipeline = load_pipeline(str(model))
+    pipeline.scheduler = calibrated_scheduler(0.3, clip_sample=True, variance_type="optimal")
+    pipeline.save_pretrained(tmp_path / "model")
+    exported = json.loads((folder / "model" / "sampler.json").read_text())
+    table = {**exported, **sampler_table(pipeline, 9)}
+    options = [
+        "--steps",
+        "9",
+        "--spacing",
+        "optimal",
+        "--eta",
+        "0.5",
+        "--seed",
+        "3",
+        "--num_images",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    main(["sample", str(tmp_path / "model"), *options, "--rng", "philox", "--class_label", *CLASSES,
+          "--output_dir", str(tmp_path / "out")])  # fmt: skip
+    expected = np.stack([np.asarray(Image.open(tmp_path / "out" / f"{i:05d}.png")).astype(int) for i in range(2)])
+    with serve_folder(folder) as address, watched_page(browser) as page:
+        page.route("**/sampler.json", lambda route: route.fulfill(json=table))
+        page.goto(address)
+        page.wait_for_function(DONE)
+        found = sample(page, seed=3, count=2, steps=9, eta=0.5, order=1, spacing="optimal")
+    assert np.abs(found - expected).max() <= 1
 
 
 def test_seeds_trajectory_and_views_by_clicks(page):
@@ -184,11 +230,12 @@ SCHEDULERS = [
     {},
     {"prediction_type": "v_prediction", "variance_type": "fixed_large", "rescale_betas_zero_snr": True},
     {"prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2", "clip_sample": False},
+    {"variance_type": "optimal"},
     {"variance_type": "learned_range", "num_train_timesteps": 50, "beta_end": 0.4, "steps_offset": 1},
 ]
 TRAJECTORIES = [
     (spacing, steps, eta, order)
-    for spacing in ("trailing", "linspace", "leading")
+    for spacing in ("trailing", "linspace", "leading", "optimal")
     for steps, eta, order in ((1, 1, 1), (2, 0, 2), (7, 0.5, 2), (40, 1, 2), (50, 0, 1))
 ]
 
@@ -197,13 +244,13 @@ TRAJECTORIES = [
 def test_the_tables_of_javascript_are_those_of_python(scheduler, page):
     variance = scheduler.get("variance_type", "fixed_small")
     unet = tiny_unet(out_channels=6 if variance == "learned_range" else 3)
-    pipeline = DDPMPipelineCustom(unet, DDPMSchedulerCustom(**scheduler))
+    options = {"clip_sample": True, "raw_variance": 0 if variance == "learned_range" else None, **scheduler}
+    pipeline = DDPMPipelineCustom(unet, calibrated_scheduler(0.3, **options))
     compared = 0
     for spacing, steps, eta, order in TRAJECTORIES:
         if spacing == "leading" and steps == 50 and scheduler.get("steps_offset"):
             continue  # it would start beyond T
-        pipeline.scheduler.register_to_config(timestep_spacing=spacing)
-        expected = sampler_table(pipeline, steps, eta=eta, solver_order=order)
+        expected = sampler_table(pipeline, steps, spacing, eta, order)
         rows = page.evaluate(
             "async ([model, options]) => (await import('./sampler.js')).makeSteps(model, options)",
             [expected, {"spacing": spacing, "steps": steps, "eta": eta, "order": order}],
@@ -248,6 +295,19 @@ def test_dynamic_thresholding_in_javascript_is_that_of_python(page):
         )
         expected = scheduler.step(out, row["t"], x).pred_original_sample.flatten()
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_page_on_the_hub_is_the_page_in_a_folder(folder, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("ddpm_hf.export.export.write_onnx", partial(write_onnx, quickly=True))
+    main(["demo", str(model), "--static", "--output_dir", str(tmp_path / "page")])
+    local, pushed = (
+        {file.relative_to(root) for file in root.rglob("*") if file.is_file()} for root in (tmp_path / "page", folder)
+    )
+    assert {str(f) for f in pushed - local} == {"README.md", ".gitattributes"}
+    assert local < pushed
+    for name in local:
+        if name.suffix not in (".onnx", ".json"):
+            assert (folder / name).read_bytes() == (tmp_path / "page" / name).read_bytes()
 
 
 def test_a_page_is_refused_before_anything_is_written(model, tmp_path, monkeypatch):

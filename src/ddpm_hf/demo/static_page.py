@@ -71,7 +71,7 @@ def write_static_page(
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".ddpm-hf-demo-") as name:
         stage = Path(name) / "page"
         copy_runtime(stage / "onnxruntime")
-        export_onnx(pipeline, stage / "model", dtype, num_inference_steps=1)
+        export_onnx(pipeline, stage / "model", dtype, for_browsers=True, num_inference_steps=1)
         source = files("ddpm_hf") / "demo" / "page"
         for file in PAGE_FILES:
             (stage / file).write_bytes((source / file).read_bytes())

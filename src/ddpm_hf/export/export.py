@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.pipeline import DDPMPipelineCustom, image_size
-from ..sampling.onnx_network import missing_packages, open_session, write_onnx
+from ..sampling.onnx_network import missing_packages, open_session, optimize_onnx, write_onnx
 from ..storage.files import check_free_space, check_writable, write_text_atomically
 from ..storage.weights import hash_weights
 from .sampler_table import sampler_table
@@ -26,6 +26,8 @@ def export_onnx(
     pipeline: DDPMPipelineCustom,
     output_dir: Path,
     dtype: Literal["float32", "float16"] = "float32",
+    *,
+    for_browsers: bool = False,
     **trajectory: Any,
 ) -> dict[str, Any]:
     """Write `model.onnx` and `sampler.json`: all that a program in any language needs to sample.
@@ -33,6 +35,7 @@ def export_onnx(
     Args:
         pipeline: in float32, on the CPU.
         dtype: of the network's weights and arithmetic. Its inputs and its prediction are float32.
+        for_browsers: with operators of onnxruntime fused already where it is in float32: it then starts sooner there.
         trajectory: the arguments of `sampler_table`.
 
     Returns:
@@ -54,7 +57,10 @@ def export_onnx(
     with tempfile.TemporaryDirectory(dir=output_dir) as folder:
         file = Path(folder) / MODEL_FILE
         write_onnx(unet, file, getattr(torch, dtype))
-        table["model"] = {"file": MODEL_FILE, "weights": hash_weights(unet), **_verify(pipeline, file, dtype)}
+        table["model"] = {"file": MODEL_FILE, "weights": hash_weights(unet)}
+        if for_browsers:
+            table["model"]["is_optimized"] = dtype == "float32" and optimize_onnx(file)
+        table["model"] |= _verify(pipeline, file, dtype)
         for written in Path(folder).iterdir():  # large networks have their weights beside them
             written.replace(output_dir / written.name)
     write_text_atomically(output_dir / SAMPLER_FILE, json.dumps(table, indent=1) + "\n")

@@ -64,7 +64,7 @@ def sampler_table(
             "betas": scheduler.betas.tolist(),
             "timestep_spacing": config.timestep_spacing,
             "steps_offset": config.steps_offset,
-            "x_0_error": scheduler.calibration.x_0_error.tolist() if config.variance_type == "optimal" else None,
+            "x_0_error": scheduler.calibration.x_0_error.tolist() if config.get("_calibration") else None,
         },
         "trajectory": {
             "num_inference_steps": len(scheduler.timesteps),

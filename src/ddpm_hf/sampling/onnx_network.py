@@ -77,6 +77,27 @@ def _remove_traces(file: Path) -> None:
     onnx.save(model, file)
 
 
+def optimize_onnx(file: Path) -> bool:
+    """Replace a file by what onnxruntime makes of it when it loads it, on any machine; False if it is too large.
+
+    Only what WebGPU computes, too, is fused.
+    """
+    import onnxruntime
+
+    if file.stat().st_size > MAX_PROTOBUF // 2 or any(file.parent.glob(f"{file.name}.*")):
+        return False
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(file.with_suffix(".optimized"))
+    onnxruntime.InferenceSession(
+        str(file), options, providers=["CPUExecutionProvider"],
+        disabled_optimizers=["MatMulScaleFusion", "MatmulTransposeFusion"],
+    )  # fmt: skip
+    file.with_suffix(".optimized").replace(file)
+    return True
+
+
 def open_session(file: Path) -> Any:
     """An onnxruntime session on the CPU, with as many threads as PyTorch uses."""
     import onnxruntime

@@ -26,6 +26,7 @@ function prepare() {
   $("steps").max = model.process.betas.length;
   $("steps").value = Math.min($("steps").value, model.process.betas.length);
   $("steps").closest("label").firstChild.textContent = `Steps, at most ${model.process.betas.length} `;
+  if (model.process.x_0_error && $("spacing").options.length === 3) $("spacing").add(new Option("optimal"));
   if (model.num_classes && !$("label").options.length) {
     for (const element of document.querySelectorAll(".classes")) element.hidden = false;
     $("label").add(new Option("all, in turn", "all"));

@@ -53,15 +53,49 @@ export function timesteps(model, steps, spacing) {
     const step = steps > 1 ? (1 - T) / (steps - 1) : 0;
     return indices.map((i) => (steps > 1 && i === steps - 1 ? 0 : roundHalfToEven(i * step + (T - 1))));
   }
+  if (spacing === "optimal") return leastCostTimesteps(model, steps);
   if (spacing === "trailing") return indices.map((i) => roundHalfToEven(T - i * (T / steps)) - 1);
   return indices.map((i) => (steps - 1 - i) * Math.floor(T / steps) + model.process.steps_offset);
+}
+
+// log ᾱ_t for each t.
+function logAlphas(model) {
+  let sum = 0;
+  return model.process.betas.map((beta) => (sum += Math.log1p(-beta)));
+}
+
+// The trajectory from T - 1 to 0 of a calibrated model whose steps cost least together, by dynamic programming; a step
+// t → s costs ½ ln(σ*² / β̃) (ddpm_hf/diffusion/ddpm_few_steps.py).
+function leastCostTimesteps(model, steps) {
+  const [logs, T] = [logAlphas(model), model.process.betas.length];
+  const cost = (t, s) => {
+    const beta = -Math.expm1(logs[t] - logs[s]); // c_0² e_t / β̃ = ᾱ_s β e_t / ((1 - ᾱ_t) (1 - ᾱ_s))
+    return 0.5 * Math.log1p((Math.exp(logs[s]) * beta * model.process.x_0_error[t]) / (Math.expm1(logs[t]) * Math.expm1(logs[s])));
+  };
+  if (steps === 1) return [T - 1];
+  const costs = logs.map((_, t) => Float64Array.from({ length: t }, (_, s) => cost(t, s)));
+  let best = logs.map((_, t) => (t === 0 ? 0 : Infinity)); // of the paths from t down to 0 with so many edges
+  const stops = [];
+  for (let edge = 1; edge < steps; edge++) {
+    const [next, stop] = [Array(T).fill(Infinity), Array(T).fill(0)];
+    for (let t = 1; t < T; t++) {
+      for (let s = 0; s < t; s++) {
+        const total = costs[t][s] + best[s];
+        if (total < next[t]) [next[t], stop[t]] = [total, s];
+      }
+    }
+    best = next;
+    stops.push(stop);
+  }
+  const path = [T - 1];
+  for (const stop of stops.reverse()) path.push(stop[path.at(-1)]);
+  return path;
 }
 
 // One row per network call, as in `trajectory.steps` of sampler.json (ddpm_hf/export/sampler_table.py).
 export function makeSteps(model, { steps, spacing, eta, order }) {
   const grid = timesteps(model, steps, spacing);
-  let sum = 0;
-  const logs = model.process.betas.map((beta) => (sum += Math.log1p(-beta)));
+  const logs = logAlphas(model);
   const logAlpha = (t) => (t < 0 ? 0 : logs[t]); // log ᾱ_t
   const logSnr = (t) => logAlpha(t) - Math.log(-Math.expm1(logAlpha(t)));
   const isLimited = model.clip !== null || model.threshold !== null;

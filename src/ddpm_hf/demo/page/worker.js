@@ -16,6 +16,7 @@ async function load(url) {
 // Binaries lie compressed in the folder: a third of the bytes, from any server.
 async function unpack(url) {
   const answer = await load(url);
+  if (answer.headers.get("Content-Encoding")?.includes("gzip")) return answer.arrayBuffer(); // the browser has done it
   return new Response(answer.body.pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
 }
 
@@ -34,10 +35,14 @@ async function open(wanted) {
     throw new Error("this browser has no WebAssembly or no DecompressionStream: use a release of 2023 or later of " +
       "Chrome, Edge, Firefox or Safari.");
   }
-  model = await (await load("model/sampler.json")).json();
-  const weights = await (await load(`model/${model.model.file}`)).arrayBuffer();
+  const [table, weights, isAccelerated] = await Promise.all([
+    load("model/sampler.json").then((answer) => answer.json()),
+    load("model/model.onnx").then((answer) => answer.arrayBuffer()),
+    wanted === "auto" && hasGraphics(),
+  ]);
+  model = table;
   if (wanted !== "auto") return start(wanted, weights);
-  if (!(await hasGraphics())) return start("wasm", weights);
+  if (!isAccelerated) return start("wasm", weights);
   let graphics;
   try {
     graphics = await start("webgpu", weights, true);
@@ -53,15 +58,23 @@ const pixels = () => model.image.channels * model.image.height * model.image.wid
 
 async function start(backend, weights, isTimed = false) {
   const name = backend === "webgpu" ? "ort-wasm-simd-threaded.asyncify" : "ort-wasm-simd-threaded";
-  ort = await import(`./onnxruntime/${backend === "webgpu" ? "ort.webgpu.min.mjs" : "ort.wasm.min.mjs"}`);
   const here = new URL("./onnxruntime/", self.location.href).href;
+  let binary;
+  [ort, binary] = await Promise.all([
+    import(`./onnxruntime/${backend === "webgpu" ? "ort.webgpu.min.mjs" : "ort.wasm.min.mjs"}`),
+    unpack(`${here}${name}.wasm.gz`),
+  ]);
   ort.env.wasm.wasmPaths = { mjs: `${here}${name}.mjs` };
-  ort.env.wasm.wasmBinary = await unpack(`${here}${name}.wasm.gz`);
+  ort.env.wasm.wasmBinary = binary;
   // Several threads need memory that they share, which browsers allow only to isolated pages.
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency ?? 1) : 1;
   ort.env.logLevel = "error";
+  // A graph that was optimized when the page was made starts sooner if the code that optimizes is never compiled.
+  const graphOptimizationLevel = backend === "wasm" && model.model.is_optimized ? "disabled" : "all";
   try {
-    session = await ort.InferenceSession.create(weights, { executionProviders: [backend], logSeverityLevel: 3 });
+    session = await ort.InferenceSession.create(weights, {
+      executionProviders: [backend], graphOptimizationLevel, logSeverityLevel: 3,
+    });
     const trial = () => predict(new Float32Array(pixels()), [0n], [0n]);
     await trial();
     if (!isTimed) return { backend };
