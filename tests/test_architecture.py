@@ -70,7 +70,7 @@ FILES = {
     "restoration.edit": {"operators", "restore"},
     "restoration.folder": {"edit", "operators", "photos", "restore", "tasks", "tiles"},
     "restoration.strip": {"edit", "photos"},
-    "restoration.tasks": {"operators", "photos"},
+    "restoration.tasks": {"operators", "photos", "tiles"},
     "config.commands": {"options"},
     "config.launch": {"options"},
     "config.parsing": {"launch", "training"},

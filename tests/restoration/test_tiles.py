@@ -7,7 +7,7 @@ import torch
 
 from ddpm_hf.restoration.operators import Inpaint
 from ddpm_hf.restoration.restore import restore
-from ddpm_hf.restoration.tiles import number_of_tiles, predict_in_tiles, tile_starts
+from ddpm_hf.restoration.tiles import predict_in_tiles, tile_corners, tile_starts
 from support.oracle import oracle_pipeline
 
 
@@ -32,7 +32,7 @@ def test_a_prediction_that_looks_at_pixels_alone_is_that_of_the_whole_image():
     labels = torch.tensor([5, 0, 7])
     whole = torch.cat([x * 2 + labels.reshape(-1, 1, 1, 1), x], dim=1)
     torch.testing.assert_close(predict_in_tiles(predict, x, labels, (8, 16)), whole)
-    assert sum(seen) == 3 * number_of_tiles((23, 50), (8, 16))
+    assert sum(seen) == 3 * len(tile_corners((23, 50), (8, 16)))
     assert max(seen) <= 64
 
 
@@ -59,6 +59,24 @@ def test_a_restoration_in_tiles_is_that_of_a_network_of_the_size(method):
     whole = restore(oracle_pipeline(0.3, size=size), y, Inpaint(mask), generator=seeds[0], **options).images
     tiled = restore(oracle_pipeline(0.3), y, Inpaint(mask), generator=seeds[1], size=size, **options).images
     torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["mmps", "ddnm"])
+def test_only_tiles_that_see_a_hole_are_denoised(method):
+    """And the hole is painted as if all were; what is known elsewhere stays as it is."""
+    size, known = (20, 32), torch.ones(20, 32)
+    known[2:5, 3:5] = 0  # in one of the tiles of 8×8
+    y = torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(1)) * known
+    options = {"num_inference_steps": 5, "method": method}
+    whole = restore(
+        oracle_pipeline(0.3, size=size), y, Inpaint(known), generator=torch.Generator().manual_seed(2), **options
+    ).images  # fmt: skip
+    pipe, seen = oracle_pipeline(0.3), []
+    pipe.unet.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    parts = restore(pipe, y, Inpaint(known), generator=torch.Generator().manual_seed(2), size=size, **options).images
+    assert seen == [1] * 5
+    assert len(tile_corners(size, (8, 8))) == 15
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
 
 
 def test_images_smaller_than_a_tile_and_latents_of_another_size_are_refused():

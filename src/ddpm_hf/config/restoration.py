@@ -16,7 +16,7 @@ class PhotoOptions:
     tiles: bool = option(
         False,
         "Work at the photo's own scale, in overlapping tiles, instead of resizing it until its shorter side is the "
-        "network's.",
+        "network's. Thin holes, such as scratches, are painted so always.",
     )
     num_inference_steps: int = option(50, "K, the steps per image.", ["--steps"])
     num_samples: int = option(1, "Results per photo. Of several, PHOTO-std.png shows where they differ.", ["--samples"])

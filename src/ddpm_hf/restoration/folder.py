@@ -20,11 +20,11 @@ from ..sampling.batch_size import fitting_batch_size, images_in_memory
 from ..sampling.generate import describe_sampling, parse_labels
 from ..storage.files import check_writable, lock_output_dir
 from .edit import edit
-from .operators import Blur
+from .operators import Blur, Inpaint
 from .photos import Photo, check_same, gray_photo, photo_channels, read_kernel, read_mask, read_photo, save_photo
 from .restore import restore
-from .tasks import Task, coloring, common_operator, deblurring, editing, enlarging, inpainting
-from .tiles import number_of_tiles
+from .tasks import MOST_TILES, Task, coloring, common_operator, deblurring, editing, enlarging, inpainting
+from .tiles import tile_corners
 
 DEBLUR_NOISE = 0.005  # rounding to 8 bits alone is noise of 0.001, and the inverse of a blur multiplies it
 BACKWARD_MEMORY = 8  # images that a call takes in the memory that one takes whose gradient is wanted
@@ -80,7 +80,8 @@ def restore_photos(
         raise ValueError("--colorize needs a model of color images, but this one makes gray ones.")
     if config.mask is not None and not Path(config.mask).exists():
         raise ValueError(f"`mask` is {config.mask!r}, but there is no such file or folder.")
-    limit = images_in_memory(pipeline.unet) // BACKWARD_MEMORY
+    needs_gradient = config.method in ("mmps", "dps", "pigdm")
+    limit = images_in_memory(pipeline.unet) // BACKWARD_MEMORY if needs_gradient else MOST_TILES
 
     def read(file: Path) -> _Work:
         photo = gray_photo(file) if wanted == "colorize" else read_photo(file, channels)
@@ -88,15 +89,15 @@ def restore_photos(
         if config.mask is not None:
             mask = _mask_of(file, Path(config.mask))
             hashes["mask"] = _hash(mask)
-            task = inpainting(photo, read_mask(mask), size, config.tiles)
+            task = inpainting(photo, read_mask(mask), size, config.tiles, min(limit, MOST_TILES))
         elif config.upscale is not None:
             task = enlarging(photo, config.upscale, size)
         elif kernel is not None:
             task = deblurring(photo, kernel, size)
         else:
             task = coloring(photo, size, config.tiles)
-        tiles = number_of_tiles(task.size, size)
-        if config.method in ("mmps", "dps", "pigdm") and tiles > limit:
+        tiles = _number_of_tiles(task, size)
+        if needs_gradient and tiles > limit:
             raise ValueError(
                 f"it takes {tiles:,} tiles, but --method {config.method} differentiates through all of them at once, "
                 f"and memory holds {limit:,}: use --method ddnm, or a smaller photo"
@@ -186,7 +187,7 @@ def _fill_folder(
         number, total = 0, sum(map(len, pending.values()))
         in_a_call = config.batch_size or fitting_batch_size(pipeline.unet)
         for (size, _), items in pending.items():
-            batch_size = max(1, in_a_call // number_of_tiles(size, image_size(pipeline.unet)))
+            batch_size = max(1, in_a_call // len(tile_corners(size, image_size(pipeline.unet))))
             for start in range(0, len(items), batch_size):
                 batch = items[start : start + batch_size]
                 works = [read(file) for file, _, _ in batch]
@@ -204,6 +205,11 @@ def _fill_folder(
                 if file not in failures and (file in changed or not picture.exists()):
                     _save_std(picture, [outputs[file, k] for k in range(config.num_samples)], settings)
     return Summary(total, existing, failures)
+
+
+def _number_of_tiles(task: Task, tile: tuple[int, int]) -> int:
+    hole = task.operator.hole if isinstance(task.operator, Inpaint) else None
+    return len(tile_corners(task.size, tile, hole))
 
 
 def _output_files(photos: Sequence[Path], output_dir: Path, num_samples: int) -> dict[tuple[Path, int], Path]:

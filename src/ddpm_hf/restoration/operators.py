@@ -62,6 +62,11 @@ class Inpaint(Operator):
             )
         self.mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
 
+    @property
+    def hole(self) -> Tensor:
+        """Where any image has an unknown pixel, bool (H, W)."""
+        return (self.mask == 0).flatten(0, 1).any(0)
+
     def bind(
         self, image_shape: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> MaskMap:

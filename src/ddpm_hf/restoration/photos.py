@@ -114,7 +114,7 @@ def read_mask(file: Path) -> Tensor:
     if len(gray):
         raise ValueError(
             f"its mask {str(file)!r} has gray values, such as {int(gray[0])}, but must be white (255) where the photo "
-            "is to be painted and black (0) elsewhere: threshold it, and save it as PNG"
+            "is to be painted and black (0) elsewhere: draw with a hard-edged pencil, or threshold it; save it as PNG"
         )
     if not values.any():
         raise ValueError(f"its mask {str(file)!r} is all black, but must be white where the photo is to be painted")

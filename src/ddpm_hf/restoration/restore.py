@@ -20,10 +20,10 @@ from ..diffusion.ddpm_process import (
 from ..diffusion.pipeline import OUTPUT_TYPES, DDPMPipelineCustom, DDPMPipelineCustomOutput, image_size
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom, check_eta, draw_noise
 from ..progress import progress
-from .linear_maps import LinearMap
+from .linear_maps import LinearMap, MaskMap
 from .methods import METHODS, PROJECTING, RENEWING, Problem, State, Step, resampling_order
 from .operators import DeepInverse, Inpaint, as_operator
-from .tiles import predict_in_tiles
+from .tiles import predict_in_tiles, tiled
 
 Generators = torch.Generator | list[torch.Generator] | None
 MEETING_ROUNDS = 1000  # of projections, of which few are needed
@@ -107,7 +107,8 @@ def restore(
     def draw(wanted: tuple[int, ...]) -> Tensor:
         return draw_noise(wanted, generator, device, dtype)
 
-    denoise = _denoiser(ours, labels, guidance_scale, {t: torch.tensor(t, device=device) for t in grid})
+    local_problem, hole = _around_hole(problem, image_size(unet))
+    denoise = _denoiser(ours, labels, guidance_scale, {t: torch.tensor(t, device=device) for t in grid}, hole)
     state = State(_start(latents, (batch_size, *shape), draw), denoise, draw)
     is_repaint = method == "repaint"
     order = resampling_order(grid, jump_length if is_repaint else 1, num_resamples if is_repaint else 1)
@@ -119,7 +120,7 @@ def restore(
             if step is None:  # a step back
                 state.x_t = scheduler.process.q_step(state.x_t, s, state.noise(), t)
                 continue
-            state.x_t, state.previous_x_0 = METHODS[method](state, step, problem)
+            state.x_t, state.previous_x_0 = METHODS[method](state, step, local_problem)
             progress_bar.update()
     x_0 = state.x_t
     if noise_std == 0 and isinstance(problem.forward, LinearMap):
@@ -226,8 +227,27 @@ def _check_generators(generator: Generators, batch_size: int) -> None:
         )
 
 
+def _around_hole(problem: Problem, tile: tuple[int, int]) -> tuple[Problem, Tensor | None]:
+    """What was measured in the tiles that see a hole, and the hole, bool (H, W).
+
+    The hole is None, and the problem what it was, if the network has to see the whole image anyway.
+    """
+    A = problem.forward
+    if not isinstance(A, MaskMap) or problem.noise_std > 0 or A.image_shape[1:] == tile:
+        return problem, None
+    hole = (A.mask == 0).flatten(0, 1).any(0).cpu()
+    if not hole.any():
+        return problem, None
+    mask = A.mask * tiled((hole.shape[0], hole.shape[1]), tile, hole).to(A.mask)
+    return Problem(MaskMap(mask, A.image_shape), mask * problem.y, 0.0), hole
+
+
 def _denoiser(
-    pipe: DDPMPipelineCustom, labels: Tensor | None, guidance_scale: float, places: dict[int, Tensor]
+    pipe: DDPMPipelineCustom,
+    labels: Tensor | None,
+    guidance_scale: float,
+    places: dict[int, Tensor],
+    hole: Tensor | None,
 ) -> Callable[[Tensor, Step], tuple[Tensor, Tensor | float]]:
     """x̂_0 and σ² of a step, by one call of the network."""
     network, scheduler = pipe.unet, pipe.scheduler
@@ -237,7 +257,7 @@ def _denoiser(
         def predict(x: Tensor, labels: Tensor | None) -> Tensor:
             return pipe._predict(network, x.to(network.dtype), places[step.t], labels, guidance_scale).to(x.dtype)
 
-        output = predict_in_tiles(predict, x_t, labels, image_size(network))
+        output = predict_in_tiles(predict, x_t, labels, image_size(network), hole)
         channels = x_t.shape[1]
         x_0 = scheduler.predict_x_0(output[:, :channels], x_t, step.t)
         if step.is_renewed:

@@ -2,7 +2,8 @@
 
 A network knows things at the size they had in its training images. So a photograph with a hole, or without colors, is
 resized until its shorter side is the network's, unless it is to be worked on at its own scale; a longer side is covered
-by overlapping tiles. Enlarging and deblurring work at the photograph's own scale always.
+by overlapping tiles. Thin holes, such as scratches, are painted at the photograph's own scale, since what is around
+them says enough. Enlarging and deblurring work at that scale always.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from torch import Tensor
 from ..data.pixels import to_uint8
 from .operators import Blur, Compose, Downsample, Grayscale, Inpaint, Operator
 from .photos import Photo, resize
+from .tiles import tile_corners
 
+THIN = 4  # a hole is thin that is no wider than a quarter of the network's images
+MOST_TILES = 1024  # of a thin hole; with more, the photograph is resized
 LUMA_ROUNDS = 20  # of setting the luma and clipping, of which two are nearly always enough
 
 
@@ -38,15 +42,21 @@ class Task:
     finish: Callable[[Tensor], Tensor]
 
 
-def inpainting(photo: Photo, hole: Tensor, network_size: tuple[int, int], tiles: bool) -> Task:
+def inpainting(
+    photo: Photo, hole: Tensor, network_size: tuple[int, int], tiles: bool, most_tiles: int = MOST_TILES
+) -> Task:
     """Paint the part of a photograph where `hole` (bool, (H, W)) is true; the rest of it stays untouched.
+
+    Args:
+        tiles: work at the photograph's own scale, even if the hole is not thin.
+        most_tiles: that a thin hole may take.
 
     Raises:
         ValueError: for a mask of another size, or a photograph smaller than a tile.
     """
     if tuple(hole.shape) != photo.size:
         raise ValueError(f"it has {_times(photo.size)} pixels, but its mask has {_times(hole.shape)}: make them equal")
-    size = _fitting_size(photo, network_size, tiles)
+    size = _fitting_size(photo, network_size, tiles or _is_thin(hole, network_size, most_tiles))
     # Weights of both filters are at least 0, so a pixel is known if the filter sees nothing of the hole.
     filter = Resampling.BOX if size[0] <= photo.size[0] else Resampling.BILINEAR
     known = resize(hole[None].float(), size, filter)[0] <= 1e-6
@@ -106,6 +116,16 @@ def common_operator(tasks: Sequence[Task]) -> Operator:
     operators = [task.operator for task in tasks]
     masks = [operator.mask for operator in operators if isinstance(operator, Inpaint)]
     return Inpaint(torch.cat(masks)) if masks else operators[0]
+
+
+def _is_thin(hole: Tensor, network_size: tuple[int, int], most_tiles: int) -> bool:
+    """Whether every pixel of a hole is near its edge, and the tiles that see it are not too many."""
+    size = (hole.shape[0], hole.shape[1])
+    if any(side < needed for side, needed in zip(size, network_size, strict=True)):
+        return False
+    reach = min(network_size) // THIN // 2
+    near = torch.nn.functional.max_pool2d((~hole)[None, None].float(), 2 * reach + 1, 1, reach)
+    return bool(near.all()) and len(tile_corners(size, network_size, hole)) <= most_tiles
 
 
 def _fitting_size(photo: Photo, network_size: tuple[int, int], own_scale: bool) -> tuple[int, int]:

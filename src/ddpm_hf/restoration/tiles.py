@@ -16,7 +16,11 @@ TILES_PER_CALL = 64
 
 
 def predict_in_tiles(
-    predict: Callable[[Tensor, Tensor | None], Tensor], x_t: Tensor, labels: Tensor | None, tile: tuple[int, int]
+    predict: Callable[[Tensor, Tensor | None], Tensor],
+    x_t: Tensor,
+    labels: Tensor | None,
+    tile: tuple[int, int],
+    where: Tensor | None = None,
 ) -> Tensor:
     """The prediction of a network for images of any size from its own upwards.
 
@@ -25,14 +29,16 @@ def predict_in_tiles(
         x_t: (B, C, H, W).
         labels: (B,) or None.
         tile: (h, w), the size of the network's images.
+        where: bool (H, W), if only tiles that see such a pixel are wanted.
 
     Returns:
-        (B, C', H, W).
+        (B, C', H, W), 0 where no tile is.
     """
     height, width = tile
-    corners = [(top, left) for top in tile_starts(x_t.shape[2], height) for left in tile_starts(x_t.shape[3], width)]
-    if len(corners) == 1:
+    size = (x_t.shape[2], x_t.shape[3])
+    if size == tile:
         return predict(x_t, labels)
+    corners = tile_corners(size, tile, where)
     tiles = torch.cat([x_t[..., top : top + height, left : left + width] for top, left in corners])
     tile_labels = [None] * len(tiles) if labels is None else labels.repeat(len(corners)).split(TILES_PER_CALL)
     calls = zip(tiles.split(TILES_PER_CALL), tile_labels, strict=False)
@@ -43,12 +49,26 @@ def predict_in_tiles(
     for prediction, (top, left) in zip(predictions, corners, strict=True):
         total[..., top : top + height, left : left + width] += weights * prediction
         weight[..., top : top + height, left : left + width] += weights
-    return total / weight
+    return total / weight.where(weight > 0, 1)
 
 
-def number_of_tiles(size: tuple[int, int], tile: tuple[int, int]) -> int:
-    """How many tiles cover an image of (H, W)."""
-    return len(tile_starts(size[0], tile[0])) * len(tile_starts(size[1], tile[1]))
+def tile_corners(size: tuple[int, int], tile: tuple[int, int], where: Tensor | None = None) -> list[tuple[int, int]]:
+    """The tiles that cover an image of (H, W), or those that see a pixel where `where`, bool (H, W), is true."""
+    height, width = tile
+    return [
+        (top, left)
+        for top in tile_starts(size[0], height)
+        for left in tile_starts(size[1], width)
+        if where is None or bool(where[top : top + height, left : left + width].any())
+    ]
+
+
+def tiled(size: tuple[int, int], tile: tuple[int, int], where: Tensor) -> Tensor:
+    """The pixels that the tiles of `where` see, bool (H, W)."""
+    seen = torch.zeros_like(where)
+    for top, left in tile_corners(size, tile, where):
+        seen[top : top + tile[0], left : left + tile[1]] = True
+    return seen
 
 
 def tile_starts(length: int, tile: int) -> list[int]:

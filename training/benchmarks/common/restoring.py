@@ -13,7 +13,7 @@ import torch
 from diffusers import RePaintPipeline, RePaintScheduler
 from torch import Tensor, nn
 
-from ddpm_hf import Blur, DDPMPipelineCustom, Downsample, Inpaint
+from ddpm_hf import Blur, DDPMPipelineCustom, Downsample, Grayscale, Inpaint
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def deepinv_ddrm(pipe: DDPMPipelineCustom, y: Tensor, problem: Problem, steps: i
     """DDRM (Kawar et al. 2022), which needs singular values."""
     import deepinv
 
-    if isinstance(problem.operator, Downsample):
+    if isinstance(problem.operator, (Downsample, Grayscale)):
         return None
     shape = tuple(pipe.unet.config.in_channels if i == 0 else pipe.unet.config.sample_size for i in range(3))
     model = deepinv.sampling.DDRM(deepinv_denoiser(pipe), sigmas=np.linspace(1, 0, steps))
