@@ -156,8 +156,8 @@ def test_a_run_that_stops_improving_ends_exports_the_best_and_says_why(tmp_path)
     best = min(bits, key=bits.get)
     assert list(bits)[-3:] == [best, best + 2, best + 4]
     reason = (
-        f"Done: stopped early after {best + 4} of 400 updates: bits_per_dim of held-out images has not improved for 2 "
-        f"validations. The best checkpoint, of update {best}, is exported."
+        f"Done: stopped early after {best + 4} of 400 updates: bits_per_dim of held-out images has not improved by "
+        f"0.1% for 2 validations. The best checkpoint, of update {best}, is exported."
     )
     assert reason in done.stdout
     assert reason in (folder / "report.html").read_text()
@@ -181,3 +181,17 @@ def test_copies_are_measured_on_the_samples_of_a_validation_and_on_held_out_imag
     (entry,) = log.validations()
     assert entry["eval_copies"] == 0  # of a network that is not trained
     assert entry["eval_copies_of_held_out"] == 4 / 16
+
+
+def test_gains_too_small_to_pay_for_do_not_prolong_a_run(tmp_path):
+    run, log = a_run(tmp_path)
+    _, validation_set = make_validation_set(run.config, load_images(TrainConfig(**TINY_OPTIONS)), None)
+    validation = Validation(run, log, validation_set)
+    run.config.early_stopping_patience, run.step = 3, 1
+    stalled = []
+    for step, bits in enumerate((9.0, 5.0, 4.0, 3.999, 4.1, 3.998, 3.0, 3.0, 3.0, float("nan"))):
+        log.write_validation(step, {"eval_bits_per_dim": bits, "eval_frechet": 1.0})
+        stalled.append(validation.has_stalled())
+    assert stalled == [False] * 5 + [True] + [False] * 3 + [True]
+    run.config.early_stopping_patience = None
+    assert not validation.has_stalled()

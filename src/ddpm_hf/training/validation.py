@@ -28,6 +28,8 @@ from .plots import save_validation_curves
 from .state import Run
 from .validation_set import ValidationSet
 
+LEAST_GAIN = 1e-3  # relative to the best value: less is not worth training for
+
 
 class Validation:
     """Measures a run on held-out images.
@@ -123,28 +125,30 @@ class Validation:
         return {} if known is None else {name: known.nearest(pixels.cpu()).number / len(pixels)}
 
     def has_stalled(self) -> bool:
-        """Whether as many validations as `early_stopping_patience` were no better than the best before them.
+        """Whether as many validations as `early_stopping_patience` were no better than the best before.
 
         All processes must call it, and all get the same answer; it is no, where no validation was due just now.
         """
         run, patience = self.run, self.run.config.early_stopping_patience
         if patience is None or not run.plan.validation_due(run.step):
             return False
-        return bool(run.agreement.largest(int(self._since_best() >= patience)))
+        return bool(run.agreement.largest(int(self._since_gain() >= patience)))
 
-    def _since_best(self) -> int:
-        """The number of validations since the best one, in the main process; 0 elsewhere."""
-        metric = f"eval_{self.run.config.metric_for_best_model}"
-        values = [entry.get(metric, math.inf) for entry in self.log.validations()]
-        return len(values) - 1 - values.index(min(values)) if math.isfinite(min(values, default=math.inf)) else 0
+    def _since_gain(self) -> int:
+        """The number of validations since the last that was better by LEAST_GAIN, in the main process; 0 elsewhere."""
+        metric, best, since = f"eval_{self.run.config.metric_for_best_model}", math.inf, 0
+        for value in (entry.get(metric, math.inf) for entry in self.log.validations()):
+            is_better = value < best * (1 - LEAST_GAIN)
+            best, since = (value, 0) if is_better else (best, since + 1)
+        return since if math.isfinite(best) else 0
 
     def explain_stop(self) -> str:
         """In the main process: why the run ends, in words."""
         run, best = self.run, self.best or {}
         return (
             f"stopped early after {run.step:,} of {run.plan.max_steps:,} updates: {run.config.metric_for_best_model} "
-            f"of held-out images has not improved for {self._since_best()} validations. The best checkpoint, of update "
-            f"{best.get('step', 0):,}, is exported."
+            f"of held-out images has not improved by {LEAST_GAIN:.1%} for {self._since_gain()} validations. The best "
+            f"checkpoint, of update {best.get('step', 0):,}, is exported."
         )
 
     def _find_best(self) -> dict[str, Any] | None:
