@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from dataclasses import replace
 from datetime import datetime
 
 import numpy as np
@@ -117,6 +118,20 @@ def test_the_plan_says_what_why_and_until_when():
     assert "Only 60 images" in few
     assert "30% of the images have near-duplicates" in few
     assert "nothing: too few images" in few
+
+
+def test_a_small_set_is_measured_often_ends_when_it_gains_no_more_and_exports_the_best():
+    small, large, hurried = (
+        plan(look=replace(PHOTOS, count=count), speed=1e10, seconds=seconds)
+        for count, seconds in ((2000, 3600), (50_000, 3600), (2000, 60))
+    )
+    assert TrainConfig(**small.options).early_stopping_patience == 3
+    assert small.options["load_best_model_at_end"]
+    assert small.options["eval_steps"] == small.updates // 8
+    assert "training ends when they gain no more" in "\n".join(small.lines)
+    assert TrainConfig(**large.options).early_stopping_patience is None
+    assert not large.options["load_best_model_at_end"]
+    assert TrainConfig(**hurried.options).early_stopping_patience is None  # validations would cost too much
 
 
 # --- looking at images ----------------------------------------------------------------------------------------------

@@ -110,6 +110,8 @@ def make_plan(
     validations = rules.validations(calls, look.count)
     if validations:
         planned |= {"eval_images": rules.held_out(look.count), "eval_steps": max(1, updates // validations)}
+        planned["early_stopping_patience"] = rules.patience(validations)
+        planned["load_best_model_at_end"] = rules.is_small(look.count)
     if not planned["use_ema"]:
         del planned["ema_widths"]
     options = {**planned, **given}
@@ -234,8 +236,9 @@ def describe(
     )  # fmt: skip
     wanted = rules.images_wanted(trial.parameters, config.resolution)
     enough = "the largest that sees enough images in this time" if seen >= wanted else "more time would suit it"
+    ends = "; training ends when they gain no more" if config.early_stopping_patience else ""
     held = (
-        f"{config.eval_images} images, which are not trained on, to measure on" if config.eval_steps else
+        f"{config.eval_images} images, which are not trained on, to measure on{ends}" if config.eval_steps else
         "nothing: too few images, or too little time"
     )  # fmt: skip
     batch = round(trial.images_per_second * trial.update_seconds)

@@ -17,6 +17,8 @@ WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128)
 SMALL_PARAMETERS = 687_000  # of the network that the learning rate was measured with
 MANY_PARAMETERS = 100_000_000
 FEW_IMAGES, FEWEST_IMAGES = 500, 100
+SMALL_SET = 5000  # images, which a network may learn by heart: samples are compared with all of them
+MANY_VALIDATIONS, PATIENCE = 8, 3
 MIN_UPDATES = 100
 ORIENTED_SIGMAS = 2.5
 
@@ -118,11 +120,25 @@ def held_out(count: int | None) -> int:
 def validations(calls_in_budget: float, count: int | None) -> int:
     """How often to measure on held-out images: four times, or only at the end where that costs a fiftieth, or never.
 
+    Eight times on a small set, if each costs a hundredth at most: there the end of a run need not be its best moment.
+
     Args:
         calls_in_budget: network calls for one image that the whole time is enough for; one image takes 18 of them.
     """
     cost = 18 * held_out(count)
+    if is_small(count) and 0 < cost * 100 < calls_in_budget:
+        return MANY_VALIDATIONS
     return 0 if not cost or cost * 50 > calls_in_budget else 4 if cost * 200 < calls_in_budget else 1
+
+
+def is_small(count: int | None) -> bool:
+    """Whether a network may overfit these images, so that the best checkpoint is exported instead of the last."""
+    return count is not None and count <= SMALL_SET
+
+
+def patience(validations: int) -> int | None:
+    """After how many validations without a gain the run ends: three of many, or never."""
+    return PATIENCE if validations >= MANY_VALIDATIONS else None
 
 
 def flips(look: Look) -> bool:
