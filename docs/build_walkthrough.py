@@ -71,7 +71,8 @@ def in_language(source: str, language: str) -> str:
     parts = re.split(r"<!-- (en|ja) -->\n?", source)
     if len(parts) == 1:
         return source
-    return dict(zip(parts[1::2], parts[2::2], strict=True))[language].strip()
+    text = dict(zip(parts[1::2], parts[2::2], strict=True))[language].strip()
+    return join_lines(text) if language == "ja" else text
 
 
 def code_of(cell: Any) -> str:
@@ -81,8 +82,9 @@ def code_of(cell: Any) -> str:
 
 def join_lines(text: str) -> str:
     """Japanese text without the spaces that a browser puts in the place of line breaks."""
-    text = re.sub(rf"(?<=[{KANA}])\n(?=[{KANA}$`*\[])", "", text)
-    return re.sub(rf"(?<=[$`*)])\n(?=[{KANA}])", "", text)
+    text = re.sub(r"(?<=[、。（「])\n(?=\S)", "", text)
+    text = re.sub(rf"(?<=[{KANA}])\n(?=[{KANA}*\[])", "", text)
+    return re.sub(rf"(?<=[*)])\n(?=[{KANA}])", "", text)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -205,8 +207,6 @@ def to_markdown(page: str, outputs: list[Output], language: str) -> str:
         rest.append(f"**{words['next']}:** [{title}]({after[0]}.md)")
     title, _, lead = head.partition("\n")
     text = "\n\n".join([title, links, lead.strip(), *rest])
-    if language == "ja":
-        text = join_lines(text)
     for short, full in ALIASES.items():
         text = text.replace(f"][{short}", f"][{full}")
     return text + "\n"

@@ -52,7 +52,7 @@ from ddpm_hf import DDPMProcess
 from ddpm_hf.diffusion.ddpm_process import make_betas
 
 betas = make_betas("linear", 1000)
-process = DDPMProcess(betas)
+process = DDPMProcess(betas)  # has the equations of all pages as methods
 assert abs(float(betas[0]) - 1e-4) < 1e-12  # Section 4
 assert abs(float(betas[-1]) - 0.02) < 1e-12  # Section 4
 

@@ -27,8 +27,11 @@
 #
 # $$D(\mathcal{N}(\mu_1, \sigma_1^2) \Vert \mathcal{N}(\mu_2, \sigma_2^2)) = \frac{1}{2} \left( \frac{\sigma_1^2}{\sigma_2^2} - 1 - \log \frac{\sigma_1^2}{\sigma_2^2} + \frac{(\mu_1 - \mu_2)^2}{\sigma_2^2} \right)$$
 #
-# since $\log q - \log p = -\frac{1}{2} \log \frac{\sigma_1^2}{\sigma_2^2} - \frac{(x - \mu_1)^2}{2 \sigma_1^2} + \frac{(x - \mu_2)^2}{2 \sigma_2^2}$, where the squares average $\sigma_1^2$ and $\sigma_1^2 + (\mu_1 - \mu_2)^2$
-# under $q$. The *entropy* $H(x_0) = \mathbb{E} [-\log q(x_0)]$ is what the best of all models reaches: any other costs $D(q \Vert p_\theta)$ more.
+# since in
+#
+# $$\log q - \log p = -\frac{1}{2} \log \frac{\sigma_1^2}{\sigma_2^2} - \frac{(x - \mu_1)^2}{2 \sigma_1^2} + \frac{(x - \mu_2)^2}{2 \sigma_2^2}$$
+#
+# the squares average $\sigma_1^2$ and $\sigma_1^2 + (\mu_1 - \mu_2)^2$ under $q$. The *entropy* $H(x_0) = \mathbb{E} [-\log q(x_0)]$ is what the best of all models reaches: any other costs $D(q \Vert p_\theta)$ more.
 #
 # ## Appendix A: the bound as a sum of KL divergences
 #
@@ -79,8 +82,11 @@
 #
 # $$D(\mathcal{N}(\mu_1, \sigma_1^2) \Vert \mathcal{N}(\mu_2, \sigma_2^2)) = \frac{1}{2} \left( \frac{\sigma_1^2}{\sigma_2^2} - 1 - \log \frac{\sigma_1^2}{\sigma_2^2} + \frac{(\mu_1 - \mu_2)^2}{\sigma_2^2} \right)$$
 #
-# となります。$\log q - \log p = -\frac{1}{2} \log \frac{\sigma_1^2}{\sigma_2^2} - \frac{(x - \mu_1)^2}{2 \sigma_1^2} + \frac{(x - \mu_2)^2}{2 \sigma_2^2}$ であり、二つの 2 乗の $q$ による期待値は $\sigma_1^2$ と $\sigma_1^2 + (\mu_1 - \mu_2)^2$
-# だからです。**エントロピー** $H(x_0) = \mathbb{E} [-\log q(x_0)]$ は、考えうる最良のモデルが達する値です。ほかのモデルでは $D(q \Vert p_\theta)$ だけ大きくなります。
+# となります。なぜなら、
+#
+# $$\log q - \log p = -\frac{1}{2} \log \frac{\sigma_1^2}{\sigma_2^2} - \frac{(x - \mu_1)^2}{2 \sigma_1^2} + \frac{(x - \mu_2)^2}{2 \sigma_2^2}$$
+#
+# において、二つの 2 乗の $q$ による期待値は $\sigma_1^2$ と $\sigma_1^2 + (\mu_1 - \mu_2)^2$ だからです。**エントロピー** $H(x_0) = \mathbb{E} [-\log q(x_0)]$ は、考えうる最良のモデルが達する値です。ほかのモデルでは $D(q \Vert p_\theta)$ だけ大きくなります。
 #
 # ## 付録 A：KL ダイバージェンスの和への分解
 #
@@ -273,7 +279,11 @@ assert float(entropy) < cross_entropy < float(line_17.mean())  # Eq. 3
 #
 # $$L_{t-1} - C = \mathbb{E}_{x_0, \epsilon} \left[ \frac{1}{2 \sigma_t^2} \left\Vert \tilde\mu_t \left( x_t, \frac{1}{\sqrt{\bar\alpha_t}} (x_t - \sqrt{1 - \bar\alpha_t}\, \epsilon) \right) - \mu_\theta(x_t, t) \right\Vert^2 \right] \qquad (9)$$
 #
-# The factor of $x_t$ in $\tilde\mu_t$ becomes $\frac{\beta_t}{\sqrt{\alpha_t} (1 - \bar\alpha_t)} + \frac{\sqrt{\alpha_t} (1 - \bar\alpha_{t-1})}{1 - \bar\alpha_t} = \frac{\beta_t + \alpha_t - \bar\alpha_t}{\sqrt{\alpha_t} (1 - \bar\alpha_t)} = \frac{1}{\sqrt{\alpha_t}}$, so
+# The factor of $x_t$ in $\tilde\mu_t$ becomes
+#
+# $$\frac{\beta_t}{\sqrt{\alpha_t} (1 - \bar\alpha_t)} + \frac{\sqrt{\alpha_t} (1 - \bar\alpha_{t-1})}{1 - \bar\alpha_t} = \frac{\beta_t + \alpha_t - \bar\alpha_t}{\sqrt{\alpha_t} (1 - \bar\alpha_t)} = \frac{1}{\sqrt{\alpha_t}}$$
+#
+# so that
 #
 # $$L_{t-1} - C = \mathbb{E}_{x_0, \epsilon} \left[ \frac{1}{2 \sigma_t^2} \left\Vert \frac{1}{\sqrt{\alpha_t}} \left( x_t - \frac{\beta_t}{\sqrt{1 - \bar\alpha_t}} \epsilon \right) - \mu_\theta(x_t, t) \right\Vert^2 \right] \qquad (10)$$
 #
@@ -300,7 +310,11 @@ assert float(entropy) < cross_entropy < float(line_17.mean())  # Eq. 3
 #
 # $$L_{t-1} - C = \mathbb{E}_{x_0, \epsilon} \left[ \frac{1}{2 \sigma_t^2} \left\Vert \tilde\mu_t \left( x_t, \frac{1}{\sqrt{\bar\alpha_t}} (x_t - \sqrt{1 - \bar\alpha_t}\, \epsilon) \right) - \mu_\theta(x_t, t) \right\Vert^2 \right] \qquad (9)$$
 #
-# $\tilde\mu_t$ における $x_t$ の係数は $\frac{\beta_t}{\sqrt{\alpha_t} (1 - \bar\alpha_t)} + \frac{\sqrt{\alpha_t} (1 - \bar\alpha_{t-1})}{1 - \bar\alpha_t} = \frac{\beta_t + \alpha_t - \bar\alpha_t}{\sqrt{\alpha_t} (1 - \bar\alpha_t)} = \frac{1}{\sqrt{\alpha_t}}$ となるので、
+# $\tilde\mu_t$ における $x_t$ の係数は
+#
+# $$\frac{\beta_t}{\sqrt{\alpha_t} (1 - \bar\alpha_t)} + \frac{\sqrt{\alpha_t} (1 - \bar\alpha_{t-1})}{1 - \bar\alpha_t} = \frac{\beta_t + \alpha_t - \bar\alpha_t}{\sqrt{\alpha_t} (1 - \bar\alpha_t)} = \frac{1}{\sqrt{\alpha_t}}$$
+#
+# となるので、
 #
 # $$L_{t-1} - C = \mathbb{E}_{x_0, \epsilon} \left[ \frac{1}{2 \sigma_t^2} \left\Vert \frac{1}{\sqrt{\alpha_t}} \left( x_t - \frac{\beta_t}{\sqrt{1 - \bar\alpha_t}} \epsilon \right) - \mu_\theta(x_t, t) \right\Vert^2 \right] \qquad (10)$$
 #

@@ -121,8 +121,8 @@ if not (MODEL / "model_index.json").is_file():
         ddpm_num_inference_steps=50,
         train_batch_size=64, max_train_steps=500, learning_rate=2e-3, lr_warmup_steps=50,
         adam_beta1=0.9, adam_beta2=0.99, use_ema=True, ema_max_decay=0.99,
-        checkpointing_steps=10_000, save_images_steps=0, calibration_images=64,
-        report_to=["none"],
+        checkpointing_steps=10_000, save_images_steps=0, report_to=["none"],
+        calibration_images=64,  # measures the error of x̂_0, for page 9
     ))  # fmt: skip
 
 # %%

@@ -104,8 +104,7 @@ def prepare(pipeline: DDPMPipelineCustom, config: PaperConfig, chosen: Sequence[
     if not isinstance(scheduler, DDPMSchedulerCustom):
         raise ValueError(
             f"the model's scheduler is a {type(scheduler).__name__}, but the paper is about a DDPMScheduler: name one "
-            f"in "
-            "its model_index.json."
+            "in its model_index.json."
         )
     if scheduler.process.has_zero_terminal_snr and scheduler.config.prediction_type == "epsilon":
         raise ValueError(ZERO_SNR_ERROR)
