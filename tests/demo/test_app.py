@@ -186,6 +186,21 @@ def test_an_image_is_restored_and_edited_as_in_python(page, model, tmp_path):
     assert np.abs(found - expected.numpy() * 255).max() <= 1
 
 
+def test_a_file_that_is_no_image_is_named_and_odd_channels_are_shown(address, tmp_path):
+    from gradio import Error
+
+    from ddpm_hf.demo import app
+
+    (tmp_path / "words.png").write_text("no image")
+    Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
+    for name, reason in (("words", "cannot identify"), ("deep", "more than 8 bits per channel")):
+        with pytest.raises(Error, match=f"This image can't be used: .*{reason}"):
+            app._opened(str(tmp_path / f"{name}.png"))
+    for channels, mode in ((1, "L"), (2, "L"), (3, "RGB"), (4, "L")):
+        (image,) = app._visible(torch.zeros(1, channels, 8, 8, dtype=torch.uint8))
+        assert image.mode == mode
+
+
 def test_an_image_that_is_shown_again_does_not_overwrite_the_file_that_somebody_loads(address, tmp_path):
     """Gradio names files by their content."""
     from gradio.processing_utils import save_pil_to_cache

@@ -138,7 +138,7 @@ def _sampling_tab(pipeline: DDPMPipelineCustom) -> None:
                     yield {view: _grid(new[-1].x_0), status: f"Step {new[-1].number} of {new[-1].total}"}
         seconds = time.monotonic() - started
         yield {
-            view: _grid(kept[-1].x_t), gallery: _captioned(to_pil(kept[-1].x_t), seed), frames: kept,
+            view: _grid(kept[-1].x_t), gallery: _captioned(_visible(kept[-1].x_t), seed), frames: kept,
             place: gr.Slider(1, max(len(kept), 2), len(kept), interactive=len(kept) > 1),
             status: f"{int(count)} images of {int(steps)} steps in {seconds:.1f} s",
         }  # fmt: skip
@@ -174,19 +174,19 @@ def _class_inputs(pipeline: DDPMPipelineCustom) -> tuple[Any, Any]:
     return label, gr.Slider(0, 10, 1, label="Guidance: 1 is none", visible=bool(classes))
 
 
-def _labels(pipeline: DDPMPipelineCustom, label: int, count: int) -> list[int] | None:
+def _labels(pipeline: DDPMPipelineCustom, label: int | None, count: int) -> list[int] | None:
     classes = pipeline.unet.config.num_class_embeds
     if classes is None:
         return None
     named = len(label_names(pipeline.unet.config)) or classes
-    return [int(label) if label >= 0 else i % named for i in range(int(count))]
+    return [i % named if label is None or label < 0 else int(label) for i in range(int(count))]
 
 
 # --- given images -----------------------------------------------------------------------------------------------------
 
 
 def _restoration_tab(pipeline: DDPMPipelineCustom) -> None:
-    height, width = image_size(pipeline.unet)
+    (height, width), T = image_size(pipeline.unet), pipeline.scheduler.config.num_train_timesteps
     gr.Markdown(f"Images are cropped and resized to the model's {width}×{height} pixels.")
     damages = [PAINTED, *(name for name, f in ((ENLARGED_2, 2), (ENLARGED_4, 4)) if height % f == width % f == 0)]
     if pipeline.unet.config.in_channels == 3:
@@ -196,7 +196,7 @@ def _restoration_tab(pipeline: DDPMPipelineCustom) -> None:
             editor = _editor("Image", brush=gr.Brush(colors=["#ff00ff"]), elem_id="restore-image")
             damage = gr.Radio(damages, value=damages[0], label="The image is")
             count, seed = gr.Slider(1, 4, 2, step=1, label="Images"), gr.Number(0, label="Seed", precision=0, minimum=0)
-            steps = gr.Slider(1, 200, min(25, pipeline.scheduler.config.num_train_timesteps), step=1, label="Steps")
+            steps = gr.Slider(1, min(200, T), min(25, T), step=1, label="Steps")
             label, _ = _class_inputs(pipeline)
             start = gr.Button("Restore", variant="primary")
         with gr.Column():
@@ -232,13 +232,14 @@ def _restoration_tab(pipeline: DDPMPipelineCustom) -> None:
 
 
 def _editing_tab(pipeline: DDPMPipelineCustom) -> None:
+    T = pipeline.scheduler.config.num_train_timesteps
     gr.Markdown("Draw, or paint over an image: the model makes of it what it has learned (SDEdit).")
     with gr.Row():
         with gr.Column():
             editor = _editor("Drawing", elem_id="edit-image")
             strength = gr.Slider(0.01, 1, 0.5, label="Strength: 1 is a new image")
             count, seed = gr.Slider(1, 4, 2, step=1, label="Images"), gr.Number(0, label="Seed", precision=0, minimum=0)
-            steps = gr.Slider(1, 200, min(50, pipeline.scheduler.config.num_train_timesteps), step=1, label="Steps")
+            steps = gr.Slider(1, min(200, T), min(50, T), step=1, label="Steps")
             label, guidance = _class_inputs(pipeline)
             start = gr.Button("Edit", variant="primary")
         with gr.Column():
@@ -329,9 +330,13 @@ def _once(image: Image.Image) -> Image.Image:
     return image
 
 
+def _visible(pixels: Tensor) -> list[Image.Image]:
+    """uint8 (B, C, H, W) as images; of channels that are neither gray nor colors the first."""
+    return to_pil(pixels if pixels.shape[1] in (1, 3) else pixels[:, :1])
+
+
 def _grid(pixels: Tensor) -> Image.Image:
-    shown = pixels if pixels.shape[1] in (1, 3) else pixels[:, :1]
-    grid = image_grid(to_pil(shown))
+    grid = image_grid(_visible(pixels))
     return _once(ImageOps.scale(grid, max(1, VIEW_PIXELS // max(grid.size)), Image.Resampling.NEAREST))
 
 
