@@ -12,7 +12,7 @@ import pyarrow.parquet
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-MAX_TRAIN, MAX_HELD_OUT = 20_000, 1000
+MAX_TRAIN, MAX_HELD_OUT = 10_000, 1000
 CROPS, CROP_SIZES = 120, (48, 160)  # of each picture; their sides in pixels, resized to 32
 
 

@@ -3,7 +3,7 @@
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from ddpm_hf.evaluation.metrics.memorization import memorization, nearest_neighb
 from ddpm_hf.sampling.generate import sample_pixels
 
 LIKELIHOOD_CALLS, LIKELIHOOD_IMAGES = 17, 128
+REFERENCE = 4000  # training images that samples are compared with, at most
 
 
-@lru_cache
 def read_pixels(folder: Path) -> Tensor:
     """All PNGs of a folder and its sub-folders, uint8 (N, C, H, W), in the order of their names."""
     files = sorted(folder.rglob("*.png"), key=lambda file: file.name)
@@ -52,20 +52,31 @@ def compare(samples: Tensor, data: Path, extractor: Path) -> dict[str, float]:
     Copies are samples that lie nearer to a training image than 95 % of the held-out images do: 5 % is what a model
     has that draws new images.
     """
-    train, held_out = read_pixels(data / "train"), read_pixels(data / "held_out")
-    a, b = (_features(images, str(extractor)) for images in (samples, train))
-    distance = frechet_estimate(a, b, moments(b))
-    near = [nearest_neighbours(images, train, 1, show_progress=False).distances[:, 0] for images in (samples, held_out)]
+    real = read_real(data, str(extractor))
+    features = open_extractor(str(extractor))(samples, show_progress=False).pooled
+    distance = frechet_estimate(features, real.features, moments(real.features))
+    near = nearest_neighbours(samples, real.train, 1, show_progress=False).distances[:, 0]
     return {
         "frechet": round(distance.value, 3),
         "frechet_error": round(distance.standard_error, 3),
-        "copies": round(memorization(*near).share, 3),
+        "copies": round(memorization(near, real.distances).share, 3),
     }
 
 
-@lru_cache(maxsize=4)
-def _features(images: Tensor, extractor: str) -> Tensor:
-    return open_extractor(extractor)(images, show_progress=False).pooled
+class Real(NamedTuple):
+    """What samples are compared with."""
+
+    train: Tensor
+    features: Tensor  # of the first REFERENCE of them
+    distances: Tensor  # of the held-out images to the nearest of them
+
+
+@lru_cache
+def read_real(data: Path, extractor: str) -> Real:
+    """The images of a set, and what is measured of them once."""
+    train, held_out = read_pixels(data / "train"), read_pixels(data / "held_out")
+    features = open_extractor(extractor)(train[:REFERENCE], show_progress=False).pooled
+    return Real(train, features, nearest_neighbours(held_out, train, 1, show_progress=False).distances[:, 0])
 
 
 def save_grid(samples: Tensor, file: Path) -> None:

@@ -20,7 +20,7 @@ from diffusers import DDPMPipeline
 from torch import Tensor
 
 BATCH = 64  # of sampling
-STEPS = 100  # denoising-diffusion-pytorch's README has 250, diffusers' script 1000: too long on a CPU
+STEPS = 50  # denoising-diffusion-pytorch's README has 250, diffusers' script 1000: too long on a CPU
 Facts = dict[str, float]
 TUNED = [  # of diffusers' script, which has no v-prediction
     "--ddpm_beta_schedule", "squaredcos_cap_v2", "--train_batch_size", "32", "--learning_rate", "2e-3",
