@@ -28,23 +28,31 @@ def photographs(file):
     return file
 
 
+DONE = {
+    "set": "digits", "recipe": "base", "seed": 0, "budget": 1.0, "clock": "cpu", "seconds": 1.0, "updates": 9,
+    "images_seen": 288, "frechet": 2.5, "frechet_error": 0.1, "copies": 0.0,
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_recipes_are_trained_and_measured_and_a_second_call_does_the_rest(tmp_path):
-    command = [
-        sys.executable, str(SCRIPT), "--sets", "digits", "--seconds", "1", "--clock", "cpu", "--num_images", "16",
-        "--steps", "2", "--extractor_updates", "2", "--cifar", str(photographs(tmp_path / "photos.parquet")),
-        "--output_dir", str(tmp_path / "bench"),
-    ]  # fmt: skip
-    run([*command, "--recipes", "base"])
-    first = json.loads((tmp_path / "bench" / "recipes.json").read_text())
-    run([*command, "--recipes", "base", "min_snr"])
-    results = json.loads((tmp_path / "bench" / "recipes.json").read_text())
-    assert [r["recipe"] for r in results.values()] == ["base", "min_snr"]
-    assert first.items() < results.items()
-    for name, r in results.items():
-        assert r["seconds"] >= 1
-        assert r["images_seen"] == 32 * r["updates"] > 0
-        assert all(math.isfinite(r[key]) for key in ("frechet", "frechet_error", "bits_per_dim"))
-        assert Image.open(tmp_path / "bench" / f"{name}.png").size == (16 * 64, 64)
-    table = (tmp_path / "bench" / "recipes.md").read_text()
-    assert all(f"| digits | {name} | 0 | 1 |" in table for name in ("base", "min_snr"))
+def test_a_recipe_is_trained_and_measured_and_what_is_done_is_kept(tmp_path):
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    (folder / "recipes.json").write_text(json.dumps({"digits-base-0-1s": DONE}))
+    ended = run([
+        sys.executable, str(SCRIPT), "--sets", "digits", "--recipes", "base", "min_snr", "--seconds", "1", "--clock",
+        "cpu", "--num_images", "16", "--steps", "2", "--extractor_updates", "2", "--cifar",
+        str(photographs(tmp_path / "photos.parquet")), "--output_dir", str(folder),
+    ])  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    results = json.loads((folder / "recipes.json").read_text())
+    assert results.pop("digits-base-0-1s") == DONE
+    ((name, new),) = results.items()
+    assert new["recipe"] == "min_snr"
+    assert new["seconds"] >= 1
+    assert new["images_seen"] == 32 * new["updates"] > 0
+    assert all(math.isfinite(new[key]) for key in ("frechet", "frechet_error", "bits_per_dim"))
+    assert Image.open(folder / f"{name}.png").size == (16 * 64, 64)
+    table = (folder / "recipes.md").read_text()
+    assert "| digits | base | 0 | 1 | 9 | 288 | 2.50 ± 0.10 |  | 0.0% |" in table
+    assert "| digits | min_snr | 0 | 1 |" in table

@@ -28,9 +28,9 @@ from torch import Tensor
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.data.dataset import load_images
+from ddpm_hf.training.deadline import TimedPlan
 from ddpm_hf.training.log import TrainingLog
 from ddpm_hf.training.loop import build_run
-from ddpm_hf.training.plan import Plan
 from ddpm_hf.training.setup import prepare
 from ddpm_hf.training.state import exported_network
 from ddpm_hf.training.step import accumulate_gradients, update_ema, update_weights
@@ -89,19 +89,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class TimedPlan(Plan):
-    """A plan whose learning rate follows the share of the time that is spent; warm-up is in updates."""
-
-    elapsed: Callable[[], float] = lambda: 0.0  # from 0 to 1
-
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of update `step`."""
-        warmup = min(1.0, (step + 1) / max(1, self.config.lr_warmup_steps))
-        shape = replace(self.config, lr_warmup_steps=0)
-        return warmup * Plan(shape, self.num_images, 1).learning_rate(int(self.elapsed() * self.max_steps))
-
-
 @dataclass(frozen=True, eq=False)
 class Task:
     """One model to train and measure."""
@@ -124,24 +111,25 @@ def train(task: Task) -> Generator[None, None, tuple[DDPMPipelineCustom, dict[st
     config = TrainConfig(
         train_data_dir=str(task.work / task.data / "train"), cache_dir=str(task.work / "cache"),
         resolution=image_set.resolution, channels=image_set.channels, output_dir=str(task.work / "run"),
-        overwrite_output_dir=True, max_train_steps=10_000, report_to=["none"], seed=task.seed,
+        overwrite_output_dir=True, report_to=["none"], seed=task.seed,
         **{**BASE, **RECIPES[task.recipe]},
     )  # fmt: skip
     setup = prepare(config)
     images = load_images(config, setup.source, show_progress=False)
-    began, spent = clock(), 0.0
-    plan = TimedPlan(setup.config, len(images), 1, elapsed=lambda: (spent + clock() - began) / seconds)
-    run = build_run(config, setup, plan, images)
-    log = TrainingLog(setup.accelerator, config, plan.max_steps)
+    run = build_run(config, setup, TimedPlan(config, len(images), 1), images)
+    log = TrainingLog(setup.accelerator, config, 0)
     batches = images.batches(0, config.batch_size, config.batch_size, config.seed)
+    spent = 0.0
     while spent < seconds:
-        began = clock()
-        while clock() - began < SLICE and plan.elapsed() < 1:
+        began = before = clock()
+        while before - began < SLICE and spent < seconds:
+            run.plan = replace(run.plan, fraction=spent / seconds)
             accumulate_gradients(run, run.unet, batches, log)
             update_weights(run, log)
             update_ema(run)
             run.advance(0.0)
-        spent, began = spent + clock() - began, clock()
+            now = clock()
+            spent, before = spent + now - before, now
         yield
     facts = {"seconds": round(spent, 1), "updates": run.step, "images_seen": run.images_seen}
     return DDPMPipelineCustom(exported_network(run), run.scheduler), facts
@@ -168,7 +156,7 @@ def run_peer(task: Task) -> tuple[Tensor, dict[str, float]]:
         task.work / task.data / "train", image_set.resolution, image_set.channels, options.seconds,
         CLOCKS[options.clock], options.num_images, task.work, tuned=bool(tuned), **extra,
     )  # fmt: skip
-    return samples, facts
+    return samples, facts | {"seconds": round(facts["seconds"], 1)}
 
 
 def measure(task: Task, samples: Tensor) -> dict[str, float]:
