@@ -11,31 +11,12 @@ from torch.nn.functional import mse_loss
 from ddpm_hf import DDPMProcess
 from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.diffusion.ddpm_process import make_betas
-from ddpm_hf.training.losses import detach_mean, draw_timesteps, l_simple, loss_weight, target, training_losses, vlb
+from ddpm_hf.training.losses import detach_mean, l_simple, loss_weight, target, training_losses, vlb
 
 
 @pytest.fixture(scope="module")
 def process():
     return DDPMProcess(make_betas())
-
-
-def test_stratified_timesteps_spread_over_each_batch_and_are_uniform_over_many(process):
-    drawn = torch.stack([draw_timesteps(process, 8, "stratified") for _ in range(2000)])
-    assert (drawn.sort(dim=1).values // 125 == torch.arange(8)).all()  # one from each eighth of the thousand
-    assert kstest(drawn[:, 0].numpy() / 1000, "uniform").pvalue > 1e-3  # the first image of a batch gets any t
-    assert drawn.min() == 0
-    assert drawn.max() == 999
-
-
-def test_shifted_timesteps_have_that_many_times_the_noise(process):
-    torch.manual_seed(0)
-    plain = draw_timesteps(process, 1000)
-    torch.manual_seed(0)
-    shifted = draw_timesteps(process, 1000, shift=0.25)
-    middle = (plain > 50) & (plain < 950)  # beyond the ends there is no such t
-    ratio = (process.snr(plain) / process.snr(shifted)).sqrt()[middle]
-    torch.testing.assert_close(ratio, torch.full_like(ratio, 0.25), rtol=0.05, atol=0)
-    assert shifted.min() >= 0
 
 
 def test_targets_are_what_the_predictions_mean(process):

@@ -82,10 +82,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "network_32": {"unet": network(16, 32, 64, 64)},
     "flips": {"random_flip": True},
     "zero_init": {"zero_init": True},
-    "stratified": {"timestep_sampling": "stratified"},
-    "shift_0.5": {"timestep_shift": 0.5},
-    "shift_0.25": {"timestep_shift": 0.25},
-    "shift_2": {"timestep_shift": 2.0},
 }
 
 

@@ -122,16 +122,6 @@ class LossOptions:
     objective: Literal["simple", "hybrid", "vlb"] = option(
         "simple", "The paper's L_simple, the variational bound (vlb), or L_simple + --vlb_weight × the bound (hybrid)."
     )
-    timestep_sampling: Literal["uniform", "stratified"] = option(
-        "uniform",
-        "How t is drawn: independently for each image, or stratified, evenly spread over a batch, which makes the "
-        "gradient less noisy.",
-    )
-    timestep_shift: float = option(
-        1.0,
-        "Draw t whose noise is this many times as strong, relative to the image, as that of a uniform t. Below 1 for "
-        "small images, which less noise destroys.",
-    )
     loss_weighting: Literal["uniform", "snr", "min_snr", "p2"] | None = option(
         None,
         "Weights of L_simple over the timesteps. Default: uniform; snr with --prediction_type sample, as in "
@@ -331,9 +321,8 @@ class TrainConfig(
             "checkpoints_total_limit", "lr_warmup_steps", "adam_weight_decay", "p2_gamma", "vlb_weight",
         )  # fmt: skip
         positive(
-            self, "learning_rate", "max_grad_norm", "ema_inv_gamma", "ema_power", "adam_epsilon", "snr_gamma", "p2_k",
-            "timestep_shift",
-        )  # fmt: skip
+            self, "learning_rate", "max_grad_norm", "ema_inv_gamma", "ema_power", "adam_epsilon", "snr_gamma", "p2_k"
+        )
         fraction(self, "adam_beta1", "adam_beta2", "ema_max_decay", "label_dropout")
         at_least(MIN_EVAL_IMAGES, self, "eval_images")
         check_seed(self.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ def training_losses(
     Returns:
         The loss of each image, float32 of shape (B,), and its t, int64 of shape (B,).
     """
-    t = draw_timesteps(process, len(x_0), config.timestep_sampling, config.timestep_shift, x_0.device)
+    t = torch.randint(process.num_train_timesteps, (len(x_0),), device=x_0.device)
     noise = torch.randn_like(x_0)
     x_t = process.q_sample(x_0, t, noise)
     output = unet(x_t, t, **({} if labels is None else {"class_labels": labels})).sample.float()
@@ -45,36 +44,6 @@ def training_losses(
         bound = vlb(process, detach_mean(output), x_0, x_t, t, config.prediction_type, config.variance_type)
         losses = losses + config.vlb_weight * bound
     return losses, t
-
-
-def draw_timesteps(
-    process: DDPMProcess,
-    n: int,
-    sampling: Literal["uniform", "stratified"] = "uniform",
-    shift: float = 1.0,
-    device: torch.device | None = None,
-) -> Tensor:
-    """Timesteps to train on.
-
-    Args:
-        sampling: `uniform` draws each on its own. `stratified` draws one from each n-th of the timesteps, in random
-            order: every t is as likely as before, but a batch has no gaps (as in arXiv 2107.00630, Section I.1).
-        shift: t is replaced by the one whose noise-to-signal ratio σ = SNR^-½ is nearest to `shift` times its own:
-            uniform draws of a schedule with shifted SNR (arXiv 2301.11093, Section 3.1).
-
-    Returns:
-        int64 of shape (n,).
-    """
-    T = process.num_train_timesteps
-    if sampling == "uniform":
-        t = torch.randint(T, (n,), device=device)
-    else:
-        part = torch.randperm(n, device=device) + torch.rand(n, device=device)
-        t = (part * (T / n)).long().clamp(max=T - 1)
-    if shift == 1:
-        return t
-    log_sigma = -process.log_snr(torch.arange(T, device=device)) / 2
-    return torch.bucketize(log_sigma[t] + math.log(shift), (log_sigma[1:] + log_sigma[:-1]) / 2)
 
 
 def target(process: DDPMProcess, x_0: Tensor, noise: Tensor, t: Tensor, prediction_type: PredictionType) -> Tensor:
