@@ -81,7 +81,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "layers_2": {"unet": network(16, 32, 64, layers=2)},
     "network_32": {"unet": network(16, 32, 64, 64)},
     "flips": {"random_flip": True},
-    "zero_init": {"zero_init": True},
 }
 
 

@@ -105,11 +105,6 @@ class ModelOptions:
         "fixed_small",
         "The reverse variance. learned_range doubles the output channels; it needs --objective hybrid or vlb.",
     )
-    zero_init: bool = option(
-        False,
-        "Start with residual blocks that are the identity and an output of 0, as in the code of the paper, instead of "
-        "diffusers' random ones.",
-    )
     enable_xformers_memory_efficient_attention: bool = option(False, "Use xFormers' attention.")
 
 

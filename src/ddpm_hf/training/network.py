@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -66,8 +64,6 @@ def build_unet(config: TrainConfig, num_classes: int | None = None) -> UNet2DMod
             f"`resolution` is {config.resolution}, but the network halves it {halvings} times: use a multiple of "
             f"{2**halvings}."
         )
-    if config.zero_init:
-        zero_residuals(unet)
     _check_runs(unet)
     if config.enable_xformers_memory_efficient_attention:
         if importlib.util.find_spec("xformers") is None:
@@ -76,19 +72,6 @@ def build_unet(config: TrainConfig, num_classes: int | None = None) -> UNet2DMod
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet
-
-
-@torch.no_grad()
-def zero_residuals(unet: UNet2DModel) -> None:
-    """Start as the paper's own code does: every residual block is the identity, and the output is 0.
-
-    Its last convolutions, and attention's last projections, begin at zero; diffusers draws them at random.
-    """
-    blocks = [m.conv2 for m in unet.modules() if isinstance(m, ResnetBlock2D)]
-    attention = [m.to_out[0] for m in unet.modules() if isinstance(m, Attention)]
-    for layer in [*blocks, *attention, unet.conv_out]:
-        layer.weight.zero_()
-        layer.bias.zero_()
 
 
 def _check_runs(unet: UNet2DModel) -> None:
