@@ -263,8 +263,8 @@ class ValidationOptions:
     load_best_model_at_end: bool = option(False, "Export the best checkpoint at the end instead of the last weights.")
     early_stopping_patience: int | None = option(
         None,
-        "End the run after N validations in a row that were no better than the best before, by 0.1 %, and export the "
-        "best. Default: never.",
+        "End the run after N validations in a row that were not better than the best before by a thousandth, and "
+        "export the best. Default: never.",
     )
 
 
