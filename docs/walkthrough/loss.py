@@ -43,7 +43,11 @@
 #
 # $$= \mathbb{E}_q \left[ -\log p(x_T) - \sum_{t > 1} \log \frac{p_\theta(x_{t-1} \mid x_t)}{q(x_t \mid x_{t-1})} - \log \frac{p_\theta(x_0 \mid x_1)}{q(x_1 \mid x_0)} \right] \qquad (19)$$
 #
-# Bayes' rule of [the last page](posterior.md), $q(x_t \mid x_{t-1}) = q(x_{t-1} \mid x_t, x_0)\, q(x_t \mid x_0) / q(x_{t-1} \mid x_0)$:
+# Bayes' rule of [the last page](posterior.md) says
+#
+# $$q(x_t \mid x_{t-1}) = q(x_{t-1} \mid x_t, x_0)\, q(x_t \mid x_0) / q(x_{t-1} \mid x_0)$$
+#
+# and with that, the fractions for $t > 1$ become
 #
 # $$= \mathbb{E}_q \left[ -\log p(x_T) - \sum_{t > 1} \log \left( \frac{p_\theta(x_{t-1} \mid x_t)}{q(x_{t-1} \mid x_t, x_0)} \cdot \frac{q(x_{t-1} \mid x_0)}{q(x_t \mid x_0)} \right) - \log \frac{p_\theta(x_0 \mid x_1)}{q(x_1 \mid x_0)} \right] \qquad (20)$$
 #
@@ -98,7 +102,11 @@
 #
 # $$= \mathbb{E}_q \left[ -\log p(x_T) - \sum_{t > 1} \log \frac{p_\theta(x_{t-1} \mid x_t)}{q(x_t \mid x_{t-1})} - \log \frac{p_\theta(x_0 \mid x_1)}{q(x_1 \mid x_0)} \right] \qquad (19)$$
 #
-# [前のページ](posterior.md)で使ったベイズの定理 $q(x_t \mid x_{t-1}) = q(x_{t-1} \mid x_t, x_0)\, q(x_t \mid x_0) / q(x_{t-1} \mid x_0)$ を代入します。
+# [前のページ](posterior.md)で使ったベイズの定理
+#
+# $$q(x_t \mid x_{t-1}) = q(x_{t-1} \mid x_t, x_0)\, q(x_t \mid x_0) / q(x_{t-1} \mid x_0)$$
+#
+# を $t > 1$ の分数に代入します。
 #
 # $$= \mathbb{E}_q \left[ -\log p(x_T) - \sum_{t > 1} \log \left( \frac{p_\theta(x_{t-1} \mid x_t)}{q(x_{t-1} \mid x_t, x_0)} \cdot \frac{q(x_{t-1} \mid x_0)}{q(x_t \mid x_0)} \right) - \log \frac{p_\theta(x_0 \mid x_1)}{q(x_1 \mid x_0)} \right] \qquad (20)$$
 #
