@@ -29,7 +29,7 @@ from .copies import Copies, TrainingImages
 from .interruption import Interrupted
 from .log import TrainingLog
 from .losses import trivial_loss
-from .output_folder import REPORT
+from .output_folder import RECIPE, REPORT
 from .report_page import Contents, render
 from .state import Run
 from .trouble import FIRST_UPDATES, Trouble, in_average, in_copies, in_data, in_log, in_samples, in_validations
@@ -311,7 +311,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("Learning rate", f"{config.learning_rate:g} at its peak, {config.lr_scheduler.replace('_', ' ')}"),
         ("Held out to measure on", held_out),
         ("Computed on", f"{plan.num_processes} × {run.accelerator.device.type}"),
-        ("All options", f"{config.logging_dir}/config.json, beside this page"),
+        ("All options", f"{RECIPE if run.clock else f'{config.logging_dir}/config.json'}, beside this page"),
     ]
 
 
