@@ -156,7 +156,7 @@ def test_a_run_that_stops_improving_ends_exports_the_best_and_says_why(tmp_path)
     best = min(bits, key=bits.get)
     assert list(bits)[-3:] == [best, best + 2, best + 4]
     reason = (
-        f"Done: stopped early after {best + 4} of 400 updates: bits_per_dim of held-out images has not improved by "
+        f"Done: stopped early after {best + 4} of 400 updates: bits/dim of held-out images has not improved by "
         f"0.1% for 2 validations. The best checkpoint, of update {best}, is exported."
     )
     assert reason in done.stdout

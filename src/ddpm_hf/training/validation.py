@@ -28,6 +28,7 @@ from .plots import save_validation_curves
 from .state import Run
 from .validation_set import ValidationSet
 
+METRICS = {"bits_per_dim": "bits/dim", "frechet": "the Fréchet distance"}
 LEAST_GAIN = 1e-3  # relative to the best value: less is not worth training for
 
 
@@ -146,7 +147,7 @@ class Validation:
         """In the main process: why the run ends, in words."""
         run, best = self.run, self.best or {}
         return (
-            f"stopped early after {run.step:,} of {run.plan.max_steps:,} updates: {run.config.metric_for_best_model} "
+            f"stopped early after {run.step:,} of {run.plan.max_steps:,} updates: {METRICS[run.config.metric_for_best_model]} "
             f"of held-out images has not improved by {LEAST_GAIN:.1%} for {self._since_gain()} validations. The best "
             f"checkpoint, of update {best.get('step', 0):,}, is exported."
         )
