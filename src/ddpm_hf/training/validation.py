@@ -145,11 +145,11 @@ class Validation:
 
     def explain_stop(self) -> str:
         """In the main process: why the run ends, in words."""
-        run, best = self.run, self.best or {}
+        run, best, metric = self.run, self.best or {}, METRICS[self.run.config.metric_for_best_model]
         return (
-            f"stopped early after {run.step:,} of {run.plan.max_steps:,} updates: {METRICS[run.config.metric_for_best_model]} "
-            f"of held-out images has not improved by {LEAST_GAIN:.1%} for {self._since_gain()} validations. The best "
-            f"checkpoint, of update {best.get('step', 0):,}, is exported."
+            f"stopped early after {run.step:,} of {run.plan.max_steps:,} updates: {metric} of held-out images has not "
+            f"improved by {LEAST_GAIN:.1%} for {self._since_gain()} validations. The best checkpoint, of update "
+            f"{best.get('step', 0):,}, is exported."
         )
 
     def _find_best(self) -> dict[str, Any] | None:
