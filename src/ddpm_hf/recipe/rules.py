@@ -73,6 +73,9 @@ def images_wanted(parameters: int, resolution: int) -> float:
     Measured: in five minutes of two cores, 687,000 parameters that see 108,000 digits are better than 1.5 million that
     see 64,000, and no worse than fewer that see more. The paper's 35.7 million on CIFAR-10 would want 5.4 million
     images, 42,000 of its 800,000 updates. Below 1,000 images per pixel of a side no network has learned much.
+
+    For little time it may be too careful: in 40 s of one core, 687,000 parameters that see 12,000 images were no worse
+    than 173,000 that see 20,000, on the digits and on Fashion-MNIST (measured, one seed).
     """
     return max(IMAGES_PER_PARAMETER * parameters, IMAGES_PER_PIXEL_OF_A_SIDE * resolution)
 
