@@ -230,6 +230,12 @@ def test_sampling_ends_when_nobody_watches_and_errors_reach_the_visitor(make_une
     assert "sample_live" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_options_of_a_page_are_refused_for_an_app(model):
+    for option, value in (("--dtype", "float16"), ("--output_dir", "page")):
+        with pytest.raises(SystemExit, match=f"is '{value}', but only a page has one: add --static"):
+            main(["demo", str(model), option, value])
+
+
 def test_without_gradio_the_command_says_what_to_install(model, monkeypatch):
     monkeypatch.setattr("ddpm_hf.commands.demo.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"pip install 'ddpm-hf\[demo\]'"):

@@ -14,6 +14,9 @@ def demo(model: str, config: DemoConfig) -> Path | str | None:
     """Serve an app, write a page that samples in the browser (returns its folder), or push one (returns its URL)."""
     name = Path(model).resolve().name if Path(model).is_dir() else model.rpartition("/")[2]
     if not config.static:
+        for option, value in (("output_dir", config.output_dir), ("dtype", config.dtype)):
+            if value not in (None, "float32"):
+                raise ValueError(f"`{option}` is {value!r}, but only a page has one: add --static, or leave it out.")
         check_gradio()
     if config.push is not None:
         return _push(model, name, config)
