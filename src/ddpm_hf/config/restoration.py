@@ -53,7 +53,7 @@ class RestorationOptions:
         None, "Standard deviation of the photo's noise, where black is 0 and white 1. Default: 0; for --deblur 0.005."
     )
     method: Literal["mmps", "posterior", "ddnm", "diffpir", "repaint", "dps", "pigdm"] = option(
-        "mmps", "How the model heeds the photo: best in few steps (`mmps`), fastest (`ddnm`), best in 1000 (`dps`), …"
+        "mmps", "How the model heeds the photo: the most accurate (`mmps`), the fastest (`ddnm`), …"
     )
     eta: float | None = option(
         None,

@@ -260,8 +260,9 @@ def mmps(state: State, step: Step, problem: Problem) -> tuple[Tensor, Tensor]:
 
     p(x_0 | x_t) ≈ N(x̂_0, V) with its true covariance, V = (1 - ᾱ_t)/√ᾱ_t ∂x̂_0/∂x_t (Tweedie's formula of second
     order), which knows how pixels hang together. Then m = x̂_0 + V Aᵀ (A V Aᵀ + σ_y²)⁻¹ (y - A x̂_0), by conjugate
-    gradients, and x_s from q(x_s | x_t, x_0 = m). For Gaussian data m is exact; x_s lacks the doubt about x_0, as in
-    DDPM with σ² = β̃.
+    gradients, and x_s from q(x_s | x_t, x_0 = m). For Gaussian data m is exact. With eta = 0 this is the ODE of the
+    posterior, whose second-order steps draw from it; with noise, x_s lacks the doubt about x_0, the more the more of
+    the noise is new, and results gather around the posterior's mean.
     """
     A, sigma = problem.linear, problem.noise_std
     with torch.enable_grad():

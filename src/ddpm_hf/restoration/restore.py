@@ -60,7 +60,7 @@ def restore(
             also any differentiable function of images in [0, 1].
         noise_std: σ_y, in units of [0, 1]. With 0, the result meets the measurement to 1/255 on 8-bit output.
         num_inference_steps: K; one network call each, but for `repaint`, whose steps are repeated.
-        method: see `methods.py`. "mmps" (the best images in few steps), "posterior" (of a calibrated model; exact for
+        method: see `methods.py`. "mmps" (the most accurate in few steps), "posterior" (of a calibrated model; exact for
             data of independent Gaussian pixels), "ddnm", "diffpir", "repaint" (inpainting only), "dps" (also for
             operators that are not linear) or "pigdm". "mmps", "dps" and "pigdm" differentiate through the network.
         eta: as in sampling, from DDIM (0) to ancestral (1). With None, "mmps" and "ddnm" draw all of the noise anew at
