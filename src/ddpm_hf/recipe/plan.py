@@ -107,9 +107,10 @@ def make_plan(
         "save_images_steps": max(1, updates // grids),
         "checkpoints_total_limit": 1,
     }
-    validations = rules.validations(calls, look.count)
+    held_out = rules.held_out(look.count, calls)
+    validations = rules.validations(calls, held_out, look.count)
     if validations:
-        planned |= {"eval_images": rules.held_out(look.count), "eval_steps": max(1, updates // validations)}
+        planned |= {"eval_images": held_out, "eval_steps": max(1, updates // validations)}
         planned["early_stopping_patience"] = rules.patience(validations)
         planned["load_best_model_at_end"] = rules.is_small(look.count)
     if not planned["use_ema"]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..config.training import TrainConfig
 
 EVERY = 4  # updates between two steps of an average: its shortest length is hundreds of them
-LOSSES = 512  # with which averages are compared, at least
+LOSSES = 256  # with which averages are compared, at least
 
 
 def power_of_width(width: float) -> float:

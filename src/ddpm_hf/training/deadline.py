@@ -24,7 +24,8 @@ from .plan import EVAL_CALLS, EVAL_SAMPLING_STEPS, KEPT_CHECKPOINTS, MIN_CALIBRA
 
 RECENT = 9  # updates, whose median is the time of one
 MARGIN = 1.1  # of what follows the last update, since it is measured in a few updates or in none
-FINISHING = 1.8  # seconds of one core for pictures, curve, card and the end of the process (measured)
+# Seconds of one core for pictures, curve, card and the end of the process, and of a launcher (measured)
+FINISHING, LAUNCHER_FINISHING = 1.2, 0.8
 MAX_SLOWDOWN = 10.0
 CALIBRATION_SHARE = 0.04  # of the budget, at most
 MAX_CALIBRATION_IMAGES = 256
@@ -42,6 +43,7 @@ class Clock:
         started: when the command began, on the clock of `time.monotonic`, less the time of the earlier parts.
         calls: network calls for one image, by what follows the last update: an estimate of its time until it has been
             measured. An update of B images is taken to be 3 B of them.
+        finishing: seconds of one core at the very end, which other work on the machine lengthens.
         fraction: of the training time that is over, in [0, 1].
         first_update: the update at which the learning rate was at its start: 0, or where more time was granted.
     """
@@ -50,6 +52,7 @@ class Clock:
     started: float
     calls: Mapping[str, float] = field(default_factory=dict)
     images_per_update: int = 1  # of one process
+    finishing: float = FINISHING
     fraction: float = 0.0
     first_update: int = 0
     elapsed: float | None = None  # as all processes have agreed
@@ -111,7 +114,7 @@ class Clock:
         return MARGIN * sum(costs.values()) * update_seconds + optional + self._finishing()
 
     def _finishing(self) -> float:
-        return FINISHING * (median(self._slowdowns) if self._slowdowns else 1.0)
+        return self.finishing * (median(self._slowdowns) if self._slowdowns else 1.0)
 
     def calibration_images(self, T: int, processes: int) -> int:
         """How many images the time that is left is enough to calibrate on, at T network calls each."""
@@ -157,7 +160,7 @@ def make_clock(config: TrainConfig, started: float, processes: int, progress: Ma
         calls["validation"] = config.eval_images * (EVAL_CALLS + EVAL_SAMPLING_STEPS) * share
         calls["choosing"] = max(LOSSES, config.eval_images) * len(config.ema_widths or ()) * share
     images = config.batch_size * config.gradient_accumulation_steps
-    clock = Clock(budget, started, calls, images)
+    clock = Clock(budget, started, calls, images, FINISHING + (LAUNCHER_FINISHING if processes > 1 else 0))
     if progress:
         _resume(clock, config, progress)
     return clock
@@ -217,6 +220,10 @@ class TimedPlan(Plan):
         """The run in a sentence."""
         sentence = super().describe(source, num_parameters, device)
         return sentence.replace(f"{self.max_steps:,} updates of", f"updates for {self.config.time_budget} of")
+
+    def describe_validation(self) -> str:
+        """The rhythm and the images; which part of the time that takes is only known later."""
+        return super().describe_validation().partition(", for ")[0]
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of update `step`: a warm-up by updates, and the schedule of diffusers by the time."""
