@@ -122,8 +122,8 @@ def test_the_plan_says_what_why_and_until_when():
 
 def test_a_small_set_is_measured_often_ends_when_it_gains_no_more_and_exports_the_best():
     small, large, hurried = (
-        plan(look=replace(PHOTOS, count=count), speed=1e10, seconds=seconds)
-        for count, seconds in ((2000, 3600), (50_000, 3600), (2000, 60))
+        plan(look=replace(PHOTOS, count=count), speed=speed, seconds=seconds)
+        for count, speed, seconds in ((2000, 1e10, 3600), (50_000, 1e10, 3600), (2000, 1e9, 120))
     )
     assert TrainConfig(**small.options).early_stopping_patience == 3
     assert small.options["load_best_model_at_end"]

@@ -115,14 +115,14 @@ def held_out(count: int | None, calls_in_budget: float) -> int:
     """Images to measure on, which are not trained on: a tenth, 256 at most; none of fewer than 160, or in a short time.
 
     256 tell two checkpoints of one run apart, since noise and timesteps are the same for both. Of few images each one
-    that is trained on counts more. One measurement costs 18 network calls per image: a fiftieth of the time at most.
+    that is trained on counts more. One measurement costs 18 network calls per image: a hundredth of the time at most.
 
     Args:
         calls_in_budget: network calls for one image that the whole time is enough for.
     """
     if calls_in_budget < MIN_CALLS_TO_MEASURE:
         return 0
-    images = min(256, (count or 0) // 10, int(calls_in_budget / (18 * 50)))
+    images = min(256, (count or 0) // 10, int(calls_in_budget / (18 * 100)))
     return images if images >= 16 else 0
 
 
@@ -137,7 +137,7 @@ def validations(calls_in_budget: float, images: int, count: int | None) -> int:
         count: of all images.
     """
     cost = 18 * images
-    if is_small(count) and 0 < cost * 100 < calls_in_budget:
+    if is_small(count) and 0 < cost * 100 <= calls_in_budget:
         return MANY_VALIDATIONS
     return 0 if not cost else 4 if cost * 200 <= calls_in_budget else 1
 
