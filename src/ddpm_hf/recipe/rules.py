@@ -70,10 +70,11 @@ def networks(resolution: int) -> list[dict[str, Any]]:
 def images_wanted(parameters: int, resolution: int) -> float:
     """How many images a network should see in training, repetitions included: with the square of its parameters.
 
-    Measured on the digits: in 40 s of a core, 687,000 parameters that see 12,000 images are no worse than 173,000 that
-    see 20,000 (Fréchet distances 0.31 ± 0.03 and 0.37 ± 0.05; so on Fashion-MNIST, one seed each); in five minutes of two cores, they are better with
-    108,000 images than larger networks with 64,000. From there the rule is drawn to the paper's 35.7 million, which
-    would want 32 million images, a third of its own. Below 500 images per pixel of a side no network has learned much.
+    Measured: in 40 s of a core, 687,000 parameters that see 12,000 digits are no worse than 173,000 that see 20,000
+    (Fréchet distances 0.31 ± 0.03 and 0.37 ± 0.05, of one seed each; so on Fashion-MNIST). In five minutes of two
+    cores they are better with 108,000 digits than larger networks with 64,000. From there the rule is drawn to the
+    paper's 35.7 million, which would want 32 million images, a third of its own. Below 500 images per pixel of a side
+    no network has learned much.
     """
     of_network = SMALL_IMAGES * (parameters / SMALL_PARAMETERS) ** 2
     return max(of_network, IMAGES_PER_PIXEL_OF_A_SIDE * resolution)
