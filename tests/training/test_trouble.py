@@ -179,6 +179,7 @@ def test_a_learning_rate_of_ten_is_named_before_it_ends_the_run(tmp_path):
     assert "gradients in a row were not finite" in page
 
 
+@pytest.mark.slow
 def test_a_loss_that_diverges_is_named_everywhere_and_a_resumed_run_remembers_it(tmp_path):
     options = [*DIVERGING, "--checkpoints_total_limit", "0"]
     done = train_here(tmp_path / "run", *options)
@@ -213,6 +214,7 @@ def test_constant_images_are_named_before_the_first_update(tmp_path):
     assert "Found before the first update." in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_is_silent_and_so_is_its_page(tmp_path):
     unet = json.dumps({**TINY_UNET, "dropout": 0.0})
     options = ["--unet", unet, "--max_train_steps", "250", "--checkpointing_steps", "250", "--train_batch_size", "16"]

@@ -141,6 +141,7 @@ def test_the_best_checkpoint_outlives_the_limit_and_is_exported_on_request(tmp_p
     assert [e["step"] for e in log if "eval_frechet" in e] == [3, 6, 9]
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_improving_ends_exports_the_best_and_says_why(tmp_path):
     """A learning rate that ruins the network. Resumed, the run is over at once, with the same weights."""
     folder = tmp_path / "run"
