@@ -22,7 +22,7 @@ from support.runs import ROOT, TINY_UNET, run, run_here, start
 DDPM_HF = (sys.executable, "-m", "ddpm_hf", "train")
 # Long enough for hundreds of updates of a tiny network, even on a machine that does much else.
 SMALL = ["--unet", json.dumps({**TINY_UNET, "dropout": 0.0}), "--report_to", "none", "--eval_batch_size", "4"]
-SMALL += ["--ddpm_num_inference_steps", "3", "--resolution", "16"]
+SMALL += ["--ddpm_num_inference_steps", "3", "--resolution", "16", "--eval_steps", "1000000", "--eval_images", "32"]
 
 
 def entries(out):
