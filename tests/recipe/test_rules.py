@@ -8,6 +8,7 @@ from datetime import datetime
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from ddpm_hf.config.options import duration
@@ -15,7 +16,9 @@ from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.data.sources import Source, open_source
 from ddpm_hf.recipe import rules
 from ddpm_hf.recipe.images import Look, look_at
+from ddpm_hf.recipe.machine import Machine
 from ddpm_hf.recipe.plan import Trial, make_plan, rounded
+from ddpm_hf.training.setup import use_cores
 
 PHOTOS = Look("photos", 5000, 250, 200, "RGB", 0.49, 0.0, (), (), 512, 1e-3)
 END = datetime(2030, 1, 2, 3, 4, 5)
@@ -185,3 +188,20 @@ def test_what_a_look_finds():
     assert "broken.png" in "\n".join(rules.warnings(look(rows), 32))
     with pytest.raises(ValueError, match=r"broken\.png.*can't be read"):
         look(rows[:1])
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [({2: 1.0, 1: 0.3}, 1), ({2: 0.6, 1: 1.0}, None)])
+def test_a_plan_trains_with_one_thread_where_other_programs_slow_down_more(seconds, expected, monkeypatch):
+    """With the measurements of a busy machine and of a quiet one."""
+    threads = torch.get_num_threads()
+    machine = Machine()
+    monkeypatch.setattr(machine, "update_seconds", lambda *_: seconds[torch.get_num_threads()])
+    try:
+        torch.set_num_threads(2)
+        measured = machine.best_threads(TrainConfig(dataset_name="x"), None, 1.0)
+        assert measured == (min(seconds.values()), expected)
+        assert machine.best_threads(TrainConfig(dataset_name="x", cpu_threads=2), None, 1.0) == (seconds[2], 2)
+        use_cores(machine.state, expected)
+        assert torch.get_num_threads() == (expected or 2)
+    finally:
+        torch.set_num_threads(threads)

@@ -195,6 +195,9 @@ class OptimizationOptions:
         "no",
         "Train through torch.compile; auto: if the run is long enough to earn back the minutes that it takes.",
     )
+    cpu_threads: int | None = option(
+        None, "Threads of each process on a CPU. Default: the cores, divided among the processes of the machine."
+    )
     seed: int = option(0, "Fixes the initial weights, the order of the data, the noise and the samples.")
     local_rank: int = option(-1, "Ignored: launchers pass it through the environment. Accepted for old ones.")
 
@@ -309,7 +312,7 @@ class TrainConfig(
             1, self, "resolution", "shuffle_buffer_size", "gradient_accumulation_steps", "global_batch_size",
             "num_epochs", "max_train_steps", "ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size",
             "checkpointing_steps", "save_model_epochs", "save_images_epochs", "max_skipped_steps", "eval_steps",
-            "early_stopping_patience",
+            "early_stopping_patience", "cpu_threads",
         )  # fmt: skip
         at_least(
             0, self, "calibration_images", "cache_limit_gb", "dataloader_num_workers", "save_images_steps",

@@ -128,11 +128,11 @@ def _plan(machine: Any, given: dict[str, Any], config: TrainConfig, started: flo
         parameters, operations = size_of_options(candidate, classes)
         if not machine.has_memory_for(parameters):
             return None
-        seconds = machine.update_seconds(candidate, classes, allowance / 4)
+        seconds, threads = machine.best_threads(candidate, classes, allowance / 4)
         if seconds is None:
             return None
         images = candidate.batch_size * candidate.gradient_accumulation_steps * machine.state.num_processes
-        return Trial(options, parameters, operations, seconds, images / seconds)
+        return Trial(options, parameters, operations, seconds, images / seconds, threads)
 
     left = machine.agreement.from_main(budget - (time.monotonic() - started)) - allowance / 2
     end = datetime.now() + timedelta(seconds=budget - (time.monotonic() - started))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -40,6 +40,7 @@ class Trial:
     operations: float  # per image and pass
     update_seconds: float
     images_per_second: float
+    threads: int | None = None  # of each process, on a CPU; None: as always
 
 
 Measure = Callable[[dict[str, Any]], Trial | None]
@@ -99,6 +100,7 @@ def make_plan(
     planned: dict[str, Any] = {
         **base,
         **trial.options,
+        "cpu_threads": trial.threads,
         "learning_rate": rules.learning_rate(trial.parameters),
         "lr_warmup_steps": rules.warmup(updates),
         "ema_widths": rules.ema_widths(trial.parameters),
@@ -191,7 +193,7 @@ def _try(measure: Measure, options: dict[str, Any], chosen: dict[str, Any]) -> T
         trial = measure(options)
         size = options["train_batch_size"]
         if trial is not None:
-            return Trial(chosen, trial.parameters, trial.operations, trial.update_seconds, trial.images_per_second)
+            return replace(trial, options=chosen)
         if size == 1 or size == "auto":
             return None
         accumulation = 2 * options.get("gradient_accumulation_steps", 1)
@@ -228,6 +230,9 @@ def describe(
 ) -> list[str]:  # fmt: skip
     """The plan for a person: what, why, how good to expect, until when."""
     epochs = "" if not look.count else f", each {seen / look.count:,.1f} times"
+    threads = ""
+    if config.cpu_threads is not None:
+        threads = f" with {config.cpu_threads} thread{'s' if config.cpu_threads > 1 else ''}"
     count = f"{look.count:,}" if look.count else "a stream of"
     kind = {"L": "gray", "LA": "gray, with alpha", "RGB": "color", "RGBA": "color, with alpha"}[look.mode]
     mirrored = (
@@ -248,8 +253,8 @@ def describe(
         f"  images      {count}, {kind}, {look.side} pixels (median); {mirrored}",
         f"  resolution  {config.resolution}×{config.resolution}",
         f"  network     {trial.parameters:,} parameters: {enough}",
-        f"  training    about {updates:,} updates of {batch} images at {trial.images_per_second:,.0f} images/s: "
-        f"{seen:,.0f} images{epochs}",
+        f"  training    about {updates:,} updates of {batch} images at {trial.images_per_second:,.0f} images/s"
+        f"{threads}: {seen:,.0f} images{epochs}",
         f"  recipe      {config.prediction_type.replace('_', '-')}, {config.ddpm_beta_schedule} schedule; learning "
         f"rate {config.learning_rate:g}, which falls to 0 with the time",
         f"  held out    {held}",

@@ -183,7 +183,7 @@ def make_accelerator(config: TrainConfig, precision: str | None, trackers: list[
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # which overrides the environment
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("`mixed_precision` is 'fp16', which needs a GPU: use bf16 or no.")
-    use_all_cores(accelerator)
+    use_cores(accelerator, config.cpu_threads)
     if accelerator.device.type == "cuda" and accelerator.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")  # TF32
         # All batches have the same shape; but the fastest algorithm need not be the same next time.
@@ -191,12 +191,16 @@ def make_accelerator(config: TrainConfig, precision: str | None, trackers: list[
     return accelerator
 
 
-def use_all_cores(accelerator: Accelerator | PartialState) -> None:
-    """On a CPU, divide the cores among the processes: `accelerate launch` would leave one thread to each.
+def use_cores(accelerator: Accelerator | PartialState, threads: int | None = None) -> None:
+    """On a CPU, use `threads`, by default the cores divided among the processes.
 
-    Without the launcher, OMP_NUM_THREADS comes from the user and is respected.
+    `accelerate launch` would leave one to each. Without it, OMP_NUM_THREADS comes from the user and is respected.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if accelerator.device.type == "cpu" and (launched or "OMP_NUM_THREADS" not in os.environ):
+    if accelerator.device.type != "cpu":
+        return
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif launched or "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // accelerator.num_processes))
