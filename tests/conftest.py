@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded in tests
@@ -8,6 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join(  # processes that tests start import `support`, too
     [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: so would all that tests interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
