@@ -128,7 +128,8 @@ def test_processes_that_the_command_starts_train_together_and_end_together(launc
         [*command, "--max_train_steps", "100000", "--save_images_steps", "0"],
         cwd=ROOT, env=PLAIN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    while not (out / "logs" / "train.jsonl").is_file() and process.poll() is None:
+    log = out / "logs" / "train.jsonl"
+    while not (log.is_file() and log.stat().st_size) and process.poll() is None:  # until updates are done
         time.sleep(0.05)
     process.terminate()
     output, _ = process.communicate()

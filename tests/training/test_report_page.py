@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_hf.diffusion.ddpm_repository import REAL_IMAGES, SHARED_FILES
+from ddpm_hf.training.report_page import Contents, render
 from support.browser import open_browser, watched_page
 from support.runs import train_here
 
@@ -86,3 +87,13 @@ def test_an_interrupted_page_is_continued_with_the_samples_and_losses_of_before(
 def test_a_page_of_real_images_is_uploaded_only_with_those(run_folder):
     assert "report.html" in REAL_IMAGES
     assert not any(Path("report.html").match(pattern) for pattern in SHARED_FILES)
+
+
+def test_a_page_without_a_best_checkpoint_marks_none():
+    """As on a machine that resumes with another's checkpoint."""
+    entries = [{"step": step, "eval_bits_per_dim": 5.0 / step} for step in (3, 6)]
+    pages = [
+        render(Contents("Run", "Running.", True, 0.5, [], [], entries=entries, best=best, metric="bits_per_dim"))
+        for best in (None, 3)
+    ]
+    assert ["The green line marks" in page for page in pages] == [False, True]

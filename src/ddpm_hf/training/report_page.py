@@ -161,7 +161,9 @@ def _held_out(contents: Contents) -> str:
     def line(name: str, label: str = "") -> Line:
         return Line(label, [(e["step"], e[f"eval_{name}"]) for e in measured if f"eval_{name}" in e])
 
-    best = f" The green line marks the best checkpoint, by {METRICS[contents.metric]}: update {contents.best:,}."
+    best = ""
+    if contents.best is not None:
+        best = f" The green line marks the best checkpoint, by {METRICS[contents.metric]}: update {contents.best:,}."
     text = (
         "Measured on images that the network never trains on: lower is better. Where these curves turn upwards while "
         "the loss still falls, it begins to memorize its training images."
@@ -176,6 +178,4 @@ def _held_out(contents: Contents) -> str:
         )
         + line_chart("Share of samples that copy a training image", [line("copies")])
     )
-    return _section(
-        "Held-out images", f'<p>{text}{best if contents.best else ""}</p><div class="charts">{charts}</div>'
-    )
+    return _section("Held-out images", f'<p>{text}{best}</p><div class="charts">{charts}</div>')
