@@ -123,7 +123,7 @@ FILES = {
         "ablation", "embedding", "flow", "forward", "interpolation", "network", "neighbours", "posterior", "figure",
         "job", "progressive", "quality", "rate_distortion", "samples", "schedule", "scores", "shared", "page",
     },
-    "recipe.command": {"images", "machine", "plan"},
+    "recipe.command": {"images", "machine", "plan", "rules"},
     "recipe.plan": {"images", "rules"},
     "recipe.rules": {"images"},
     "sampling.fast": {"onnx_network"},

@@ -1,5 +1,8 @@
 """Every source gives the same images and labels, and what holds neither is refused in one line."""
 
+import cProfile
+import pstats
+
 import datasets
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from ddpm_hf.config.parsing import parse_train_config
 from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.data.dataset import load_images
+from ddpm_hf.data.sources import image_folder
 from support.pictures import NAMES, N, picture
 
 
@@ -80,6 +84,21 @@ def test_the_digits_are_scikit_learns():
     assert correlation > 0.98  # 8×8 scans, only enlarged
     assert images.labels.tolist() == load_digits().target.tolist()
     assert images.label_names == [str(n) for n in range(10)]
+
+
+def test_a_folder_of_twice_as_many_files_takes_twice_the_work(tmp_path):
+    """Calls of functions are counted: the time would depend on the machine."""
+    calls = []
+    for count in (300, 600):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for i in range(count):
+            (folder / f"{i}.png").touch()
+        image_folder(folder, None, [])  # imports what is needed
+        profile = cProfile.Profile()
+        profile.runcall(image_folder, folder, None, [])
+        calls.append(pstats.Stats(profile).total_calls)
+    assert calls[1] < 2.1 * calls[0], calls
 
 
 @pytest.mark.parametrize("streaming", [False, True])

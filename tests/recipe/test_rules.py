@@ -18,6 +18,7 @@ from ddpm_hf.recipe import rules
 from ddpm_hf.recipe.images import Look, look_at
 from ddpm_hf.recipe.machine import Machine
 from ddpm_hf.recipe.plan import Trial, make_plan, rounded
+from ddpm_hf.training.network import build_unet
 from ddpm_hf.training.setup import use_cores
 
 PHOTOS = Look("photos", 5000, 250, 200, "RGB", 0.49, 0.0, (), (), 512, 1e-3)
@@ -86,6 +87,23 @@ def test_every_option_that_is_given_is_kept_and_the_rest_fits_it():
     assert {name: options[name] for name in given} == given
     TrainConfig(**options)
     assert "image_mode" not in options
+
+
+@pytest.mark.parametrize("resolution", [8, 16, 20, 24, 28, 30, 32, 36, 48, 50, 64, 96, 100, 160, 192, 224, 512])
+def test_a_resolution_that_can_be_halved_has_networks_that_run_and_end_in_a_few_pixels(resolution):
+    with torch.device("meta"):
+        for unet in rules.networks(resolution)[:2]:
+            config = TrainConfig(dataset_name="x", resolution=resolution, image_mode="L", unet=unet)
+            assert resolution >> (len(build_unet(config).config.block_out_channels) - 1) <= 32
+
+
+@pytest.mark.parametrize("resolution", [7, 27, 63, 150, 225, 250])
+def test_one_that_cannot_is_refused_with_its_neighbours_that_can(resolution):
+    with pytest.raises(ValueError, match=f"`resolution` is {resolution}.*--resolution") as error:
+        plan({"resolution": resolution})
+    for near in re.findall(r"\d+", str(error.value).partition("--resolution")[2]):
+        assert rules.networks(int(near))
+        assert abs(int(near) - resolution) < 32
 
 
 def test_a_batch_that_does_not_fit_is_accumulated():

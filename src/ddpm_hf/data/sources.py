@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -131,7 +132,7 @@ def open_source(config: TrainConfig, split: str = "train") -> Source:
         labels, label_names = _labels(dataset, config.label_column)
     rows = _undecoded(dataset, column).select_columns(column)
     if rows[0][column] is not None and rows[0][column]["bytes"] is None:
-        fingerprint += _files_fingerprint(row["path"] for row in rows[column] if row)
+        fingerprint += _files_fingerprint(row["path"] for part in rows.iter(1000) for row in part[column] if row)
     return Source(
         name,
         f"{fingerprint}-{column}",
@@ -241,9 +242,12 @@ def image_folder(folder: Path, label_column: str | None, notes: list[str]) -> An
         notes.append(f"Only {folder / 'train'} is read: the folder has other splits beside it.")
         folder /= "train"
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(folder)))
-    metadata = [p for p in files if p.stem == "metadata" and p.suffix in METADATA_SUFFIXES]
-    images = [p for p in files if p not in metadata and _is_image(p)]
-    ignored = [p for p in files if p not in metadata and p not in set(images)]
+    metadata: list[Path] = []
+    images: list[Path] = []
+    ignored: list[Path] = []
+    for file in files:
+        is_metadata = file.stem == "metadata" and file.suffix in METADATA_SUFFIXES
+        (metadata if is_metadata else images if _is_image(file) else ignored).append(file)
     if not images:
         found = f"{len(ignored)} files of other kinds ({_kinds(ignored)})" if ignored else "no files"
         raise ValueError(f"the folder has {found}, but no images")
@@ -356,9 +360,12 @@ def _read_column(rows: Any, column: str, indices: Sequence[int]) -> list[Any]:
 def _files_fingerprint(paths: Iterator[str]) -> str:
     """A hash of the names, sizes and times of files."""
     digest = hashlib.sha256()
-    for path in map(Path, paths):
-        stat = path.stat() if path.exists() else None
-        digest.update(f"{path}\n{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+    for path in paths:
+        found = None
+        with suppress(OSError):
+            stat = os.stat(path)  # noqa: PTH116  (three times as fast as a Path's)
+            found = (stat.st_size, stat.st_mtime_ns)
+        digest.update(f"{path}\n{found}\n".encode())
     return digest.hexdigest()
 
 

@@ -109,7 +109,12 @@ def _plan(machine: Any, given: dict[str, Any], config: TrainConfig, started: flo
     from .images import look_at
     from .machine import size_of_options
     from .plan import Trial, make_plan
+    from .rules import multipliers
 
+    if config.unet is None and config.model_config_name_or_path is None and "resolution" in given:
+        multipliers(config.resolution)  # refuses before the images are looked at
+    if machine.is_main:
+        print(f"Looking at the images of {config.dataset_name or config.train_data_dir}.", flush=True)
     look = classes = None
     with machine.agreement.together(patiently=True):
         source = open_stream(config) if config.streaming else open_source(config)
@@ -128,6 +133,8 @@ def _plan(machine: Any, given: dict[str, Any], config: TrainConfig, started: flo
         parameters, operations = size_of_options(candidate, classes)
         if not machine.has_memory_for(parameters):
             return None
+        if machine.is_main:
+            print(f"Measuring updates of a network of {parameters:,} parameters.", flush=True)
         seconds, threads = machine.best_threads(candidate, classes, allowance / 4)
         if seconds is None:
             return None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from ..config.training import TrainConfig
@@ -156,7 +157,7 @@ def _largest(
     measure: Measure,
 ) -> Trial | None:
     resolution = candidates[0]["resolution"]
-    sizes = [weigh({**base, **candidate}, resolution) for candidate in candidates]
+    size = cache(lambda i: weigh({**base, **candidates[i]}, resolution))  # half a second for each
     trials: dict[tuple[int, int], Trial | None] = {}
     index, images = 0, rules.batch_size(0.0, look.count)
     while (index, images) not in trials and len(trials) < MAX_TRIALS:
@@ -167,11 +168,13 @@ def _largest(
             return None
         limit = min((i for (i, _), trial in trials.items() if trial is None), default=len(candidates))
         index, seen = 0, known[min(known)].images_per_second * usable
-        for i, (parameters, operations) in enumerate(sizes[:limit]):
+        for i in range(limit):  # from small to large: each sees less, and wants more
+            parameters, operations = size(i)
             nearest = known[min(known, key=lambda k: abs(k - i))]
             predicted = nearest.images_per_second * nearest.operations / operations * usable
-            if predicted >= rules.images_wanted(parameters, resolution):
-                index, seen = i, predicted
+            if predicted < rules.images_wanted(parameters, resolution):
+                break
+            index, seen = i, predicted
         images = rules.batch_size(seen, look.count)
     return known.get(index) or known[min(known)]
 

@@ -12,6 +12,7 @@ from .images import Look
 
 RESOLUTIONS = (16, 32, 64, 128, 256)
 IMAGES_PER_PIXEL_OF_A_SIDE = 500
+LARGEST_LOWEST_LEVEL = 32
 WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128)
 SMALL_PARAMETERS, SMALL_IMAGES = 687_000, 12_000  # of the network that was measured
 MANY_PARAMETERS = 100_000_000
@@ -33,18 +34,30 @@ def natural_resolution(look: Look) -> int:
 
 
 def multipliers(resolution: int) -> tuple[int, ...]:
-    """The widths of the network's levels, in multiples of the first: down to 4×4 or 8×8.
+    """The widths of the network's levels, in multiples of the first: halved at least twice, and down to 8×8 or less.
 
     At 16×16, (1, 2, 4) was measured beside (1, 2) and (2, 4, 4). The rest extends it: high resolutions are narrow,
-    because there a channel costs the most (not measured).
+    because there a channel costs the most (not measured). Where a side can't be halved further, as with 25 of 100, the
+    network has fewer levels.
+
+    Raises:
+        ValueError: where the lowest level would be larger than 32×32: its attention costs the square of its pixels.
     """
+    wanted = max(2, math.ceil(math.log2(resolution / 8)))
+    halvings = next(n for n in range(wanted, -1, -1) if resolution % 2**n == 0)
+    if halvings == 0 or resolution >> halvings > LARGEST_LOWEST_LEVEL:
+        step = 2**wanted
+        near = sorted({max(step, resolution // step * step), math.ceil(resolution / step) * step})
+        raise ValueError(
+            f"`resolution` is {resolution}, which a network can't halve {wanted} times: pass --resolution "
+            f"{' or '.join(map(str, near))}."
+        )
     return {
-        16: (1, 2, 4),
-        32: (1, 2, 4),
-        64: (1, 2, 2, 4),
-        128: (1, 1, 2, 2, 4),
-        256: (1, 1, 2, 2, 4, 4),
-    }[resolution]
+        1: (1, 2),
+        2: (1, 2, 4),
+        3: (1, 2, 2, 4),
+        4: (1, 1, 2, 2, 4),
+    }.get(halvings, (1, 1, 2, 2) + (4,) * (halvings - 3))
 
 
 def networks(resolution: int) -> list[dict[str, Any]]:

@@ -155,11 +155,12 @@ def dry_run_report(config: TrainConfig, setup: Setup) -> str:
     plan, parameters = setup.plan, setup.num_parameters
     pixels = (plan.num_images or 0) * math.prod((config.channels or 3, config.resolution, config.resolution))
     decoded = pixels * (2 if config.preserve_input_precision else 1)
+    number = f"as many as there is time for in {config.time_budget}," if setup.clock else f"{plan.max_steps:,}"
     return (
         f"{yaml.safe_dump(config.public(), sort_keys=False, allow_unicode=True)}\n"
         f"images       {plan.num_images or 'a stream'}, decoded {describe_bytes(decoded)}\n"
         f"network      {parameters:,} parameters\n"
-        f"updates      {plan.max_steps:,} of {plan.global_batch} images\n"
+        f"updates      {number} of {plan.global_batch} images\n"
         f"validation   {plan.describe_validation()}\n"
         "Dry run: nothing was decoded, trained, pushed or written, except what `datasets` keeps in its own cache."
     )
