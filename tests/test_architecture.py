@@ -28,6 +28,7 @@ FOLDERS = {
     "evaluation": {
         "config", "data", "diffusion", "distributed", "evaluation.metrics", "progress", "sampling", "storage",
     },
+    "codec": {"data", "diffusion", "evaluation", "progress", "sampling", "storage"},
     "restoration": {"config", "data", "diffusion", "progress", "sampling", "storage"},
     "sharing": {"diffusion", "evaluation", "progress", "storage"},
     "sharing.conversion": {"config", "diffusion", "sharing", "storage"},
@@ -44,15 +45,26 @@ FOLDERS = {
     },
     "recipe": {"config", "console", "data", "diffusion", "distributed", "storage", "training"},
     "commands": {
-        "config", "data", "demo", "diffusion", "doctor", "evaluation", "export", "paper", "recipe", "restoration",
-        "sampling", "sharing", "sharing.conversion", "storage", "training",
+        "codec", "config", "data", "demo", "diffusion", "doctor", "evaluation", "export", "paper", "recipe",
+        "restoration", "sampling", "sharing", "sharing.conversion", "storage", "training",
     },
     "cli": {"commands", "config", "console"},
 }  # fmt: skip
 
 # Within a folder. A file that is not named here imports none of its neighbours.
 FILES = {
+    "codec.compress": {
+        "arithmetic", "container", "header", "lossless", "opening", "pictures", "report", "stack",
+    },
+    "codec.decompress": {
+        "arithmetic", "compress", "container", "header", "lossless", "opening", "pictures", "stack",
+    },
+    "codec.header": {"arithmetic", "levels", "lossless"},
+    "codec.lossless": {"arithmetic", "levels", "stack"},
+    "codec.report": {"levels", "lossless", "stack"},
+    "codec.stack": {"levels"},
     "commands.calibrate": {"model"},
+    "commands.codec": {"model"},
     "commands.doctor": {"model"},
     "commands.evaluate": {"model"},
     "commands.restore": {"model"},
@@ -71,6 +83,7 @@ FILES = {
     "restoration.folder": {"edit", "operators", "photos", "restore", "tasks", "tiles"},
     "restoration.strip": {"edit", "photos"},
     "restoration.tasks": {"operators", "photos", "tiles"},
+    "config.codec": {"options"},
     "config.commands": {"options"},
     "config.launch": {"options"},
     "config.parsing": {"launch", "training"},

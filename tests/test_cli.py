@@ -22,7 +22,7 @@ from support.runs import ROOT, TINY, run
 
 COMMANDS = (
     "train", "sample", "restore", "edit", "interpolate", "calibrate", "evaluate", "paper", "push", "convert", "doctor",
-    "export", "demo", "cache", "env",
+    "export", "demo", "cache", "env", "compress", "decompress",
 )  # fmt: skip
 DDPM_HF = (sys.executable, "-m", "ddpm_hf")
 # The environment of somebody who has never heard of ours: no launcher, no choice of a device, no `accelerate config`.

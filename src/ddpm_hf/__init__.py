@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .codec.compress import compress
+    from .codec.decompress import decompress
     from .config.commands import EvaluateConfig
     from .config.training import TrainConfig
     from .diffusion.ddpm_process import DDPMProcess
@@ -42,7 +44,9 @@ _MODULES = {
     "TrainConfig": "config.training",
     "bits_per_dim": "evaluation.likelihood",
     "calibrate": "evaluation.calibration",
+    "compress": "codec.compress",
     "convert_model": "sharing.conversion.convert",
+    "decompress": "codec.decompress",
     "edit": "restoration.edit",
     "evaluate": "evaluation.evaluate",
     "export_onnx": "export.export",
@@ -71,7 +75,9 @@ __all__ = [
     "__version__",
     "bits_per_dim",
     "calibrate",
+    "compress",
     "convert_model",
+    "decompress",
     "edit",
     "evaluate",
     "export_onnx",

@@ -11,6 +11,7 @@ from typing import Any
 from . import __version__
 from .commands.cache import cache
 from .commands.calibrate import calibrate
+from .commands.codec import compress, decompress
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.doctor import doctor
@@ -22,6 +23,7 @@ from .commands.push import push
 from .commands.restore import edit, interpolate, restore
 from .commands.sample import sample
 from .commands.train import train
+from .config.codec import CompressConfig, DecompressConfig
 from .config.commands import (
     CacheConfig,
     CalibrateConfig,
@@ -77,6 +79,11 @@ Calibrate it for the best likelihood in few steps, then sample with --spacing op
 Find out why its samples are bad, whoever made it:
 
   ddpm-hf doctor google/ddpm-cifar10-32 --dataset my-images
+
+Compress images of its kind without loss, and get them back:
+
+  ddpm-hf compress ddpm-digits scans/*.png -o scans.ddpm
+  ddpm-hf decompress scans.ddpm -o scans-again
 
 Share it, or convert another model:
 
@@ -156,6 +163,17 @@ def _parser() -> argparse.ArgumentParser:
         model=MODEL, a="the photo to start from", b="the photo to go to",
     )  # fmt: skip
     _add_command(
+        commands, "compress", CompressConfig, compress, "compress images without loss: fewer bits than PNG",
+        "Compress images of a model's kind into one file, without loss, by bits-back coding. Says how many bits were "
+        "spent, and what the model's bound is. Decoding needs the same kind of processor and the same versions.",
+        model=MODEL, images="image files of the model's size, or of any size with --tile",
+    )  # fmt: skip
+    _add_command(
+        commands, "decompress", DecompressConfig, decompress, "get the images of a compressed file back",
+        "Write the images of a file that `ddpm-hf compress` made, bit by bit as they were.",
+        file="the file", own_model="the model, where the file's own name for it does not lead there",
+    )  # fmt: skip
+    _add_command(
         commands, "calibrate", CalibrateConfig, calibrate, "measure a model for the optimal variance and timesteps",
         "Measure the error of a model at every timestep, which gives the optimal variance and the best timesteps, and "
         "save it in the model's scheduler. By several processes: accelerate launch -m ddpm_hf calibrate MODEL …",
@@ -223,10 +241,13 @@ def _add_command(
 ) -> None:  # fmt: skip
     """A command whose options are the fields of a dataclass, and which runs as `run(*positionals, config)`.
 
-    The positional argument `photos` takes one or more.
+    The positional arguments `photos` and `images` take one or more, and `own_model` may be left out.
     """
-    shown = {argument: "PHOTO" if argument == "photos" else argument.upper() for argument in positionals}
-    words = [f"{word} […]" if word == "PHOTO" else word for word in shown.values()]
+    names = {"photos": "PHOTO", "images": "IMAGE", "own_model": "MODEL"}
+    numbers = {"photos": "+", "images": "+", "own_model": "?"}
+    shown = {argument: names.get(argument, argument.upper()) for argument in positionals}
+    around = {"+": "{} […]", "?": "[{}]", None: "{}"}
+    words = [around[numbers.get(argument)].format(word) for argument, word in shown.items()]
     usage = " ".join(["ddpm-hf", name, *words, "[--OPTION VALUE …]"])
     parser = commands.add_parser(
         name,
@@ -238,6 +259,5 @@ def _add_command(
         formatter_class=HelpFormatter,
     )
     for argument, meaning in positionals.items():
-        nargs = "+" if argument == "photos" else None
-        parser.add_argument(argument, metavar=shown[argument], help=meaning, nargs=nargs)
+        parser.add_argument(argument, metavar=shown[argument], help=meaning, nargs=numbers.get(argument))
     parser.set_defaults(run=run, config_type=config_type, positionals=list(positionals))

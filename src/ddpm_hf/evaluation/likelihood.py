@@ -118,7 +118,7 @@ def bits_per_dim(
         ValueError: before anything is computed, for any bad argument.
     """
     noisy = NoisyImages(pipe, images, num_images, seed, batch_size, class_labels, chosen=indices)
-    chain = _Chain(pipe, num_inference_steps, timesteps, variance_type)
+    chain = ReverseChain(pipe, num_inference_steps, timesteps, variance_type)
     K, n = len(chain.timesteps), len(noisy.indices)
     columns = _columns(K, n, calls_per_image, seed)
     m = columns.shape[1]
@@ -188,8 +188,16 @@ def rate_distortion(bits: BitsPerDim) -> RateDistortion:
     return RateDistortion(bits.timesteps, bits.L_T + sent_before, bits.x_0_mse.sqrt() * LEVELS_PER_UNIT)
 
 
-class _Chain:
-    """The reverse process of a trajectory and a variance, whose terms are measured."""
+class ReverseChain:
+    """The reverse process of a trajectory and a variance, whose terms are measured.
+
+    Args:
+        pipe: gives the scheduler. The other arguments are those of `bits_per_dim`, and
+        x_0_error: float64 (T,), for the variance `optimal` of another calibration than the scheduler's.
+
+    Raises:
+        ValueError: for a trajectory or a variance that the model does not have.
+    """
 
     def __init__(
         self,
@@ -197,6 +205,7 @@ class _Chain:
         num_inference_steps: int | None,
         timesteps: Sequence[int] | Tensor | str | None,
         variance_type: VarianceType | None,
+        x_0_error: Tensor | None = None,
     ) -> None:
         self.variance_type: VarianceType = variance_type or pipe.scheduler.variance_type
         check_choice("variance_type", self.variance_type, VARIANCE_TYPES)
@@ -209,7 +218,9 @@ class _Chain:
         self.scheduler: DDPMSchedulerCustom = pipe.scheduler_on_trajectory(num_inference_steps, timesteps)
         self.timesteps: Tensor = self.scheduler.timesteps.cpu()
         self.process: DDPMProcess = self.scheduler.process.on_trajectory(self.timesteps)
-        self.x_0_error = self.scheduler.calibration.x_0_error if self.variance_type == "optimal" else None
+        if x_0_error is None and self.variance_type == "optimal":
+            x_0_error = self.scheduler.calibration.x_0_error
+        self.x_0_error = x_0_error
 
     def L_T(self, x_0: Tensor) -> Tensor:
         """The prior's term of a chain that starts where this one does, (B,), float64 on the CPU."""

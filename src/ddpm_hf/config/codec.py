@@ -1,0 +1,49 @@
+"""The options of `ddpm-hf compress` and `decompress`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .options import at_least, check_types, option
+
+
+@dataclass
+class CompressConfig:
+    """Options of `ddpm-hf compress`."""
+
+    output_file: str = option("images.ddpm", "The file to write; an existing one is replaced.", ["-o"])
+    num_inference_steps: int | None = option(
+        None, "K, the network calls per image: more of them, fewer bits. Default: 50.", ["--steps"]
+    )
+    timestep_spacing: Literal["model", "linspace", "trailing", "leading", "optimal"] | None = option(
+        None,
+        "How K steps are spread over T. Default: `optimal` for a calibrated model, else `linspace`.",
+        ["--spacing"],
+    )
+    variance_type: Literal["fixed_small", "fixed_large", "learned", "learned_range", "optimal"] | None = option(
+        None, "The variance of a step. Default: a learned one; `optimal` for a calibrated model; else the model's."
+    )
+    tile: bool = option(False, "Cut images of other sizes into tiles of the model's.")
+    batch_size: int = option(64, "Images per network call, at most. Decoding needs the memory of as many.")
+    class_label: str | None = option(None, "For class-conditional models: name or number of the class of all images.")
+    device: str | None = option(None, "cpu, cuda, mps, …; default: the best one available. Decode on the same kind.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least(1, self, "num_inference_steps", "batch_size")
+
+
+@dataclass
+class DecompressConfig:
+    """Options of `ddpm-hf decompress`."""
+
+    output_dir: str = option(
+        "decompressed", "Folder for the images; existing ones of their names are replaced.", ["-o"]
+    )
+    device: str | None = option(None, "cpu, cuda, mps, …; default: the kind that the file was made on.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub. Default: the file's.")
+
+    def __post_init__(self) -> None:
+        check_types(self)
