@@ -1,7 +1,7 @@
 """The bits: a stack of an entropy coder, from which symbols of Gaussians are popped, and onto which they are pushed.
 
 Popping under a distribution draws from it and shortens the stack by as many bits as pushing under it takes: one is the
-exact inverse of the other. The coder is the ANS of constriction, with probabilities in units of 2^-24.
+exact inverse of the other. The coder is that of the package constriction, with probabilities in units of 2^-24.
 """
 
 from __future__ import annotations
