@@ -158,14 +158,19 @@ FILES = {
     "training.environment": {"performance"},
     "training.loop": {
         "averages", "batch_size", "choosing", "copies", "deadline", "interruption", "log", "network", "output_folder",
-        "plan", "plots", "previews", "publishing", "report", "setup", "state", "step", "validation", "validation_set",
+        "plan", "plots", "previews", "publishing", "report", "saving", "setup", "state", "step", "validation",
+        "validation_set",
     },
     "training.performance": {"network"},
     "training.previews": {"network", "state"},
     "training.publishing": {"network", "state"},
     "training.report": {
-        "copies", "interruption", "log", "losses", "output_folder", "report_page", "state", "trouble",
+        "copies", "interruption", "log", "losses", "output_folder", "report_page", "report_pictures", "report_words",
+        "state", "trouble",
     },
+    "training.report_pictures": {"copies"},
+    "training.report_words": {"output_folder", "state"},
+    "training.saving": {"log", "output_folder", "state"},
     "training.report_page": {"charts", "trouble"},
     "training.setup": {
         "batch_size", "deadline", "log", "network", "output_folder", "performance", "plan", "publishing", "state",

@@ -1,6 +1,7 @@
 """Real runs with a time budget. What is asserted does not depend on the speed of the machine."""
 
 import hashlib
+import html
 import json
 import re
 import shutil
@@ -43,6 +44,11 @@ def test_a_run_ends_with_its_learning_rate_decayed_and_everything_exported(timed
     out, printed = timed_run
     assert "Plan for scikit-learn digits in 45s, until" in printed
     assert "never mirrored" in printed
+    page = html.unescape((out / "report.html").read_text("utf-8"))
+    reasons = re.findall(r"(?m)^  (images|training|held out|expect|note) +(.*)$", printed)
+    assert len(reasons) >= 4
+    for name, text in reasons:
+        assert f"{name.capitalize()}</th><td>{text}</td>" in page
     rates = [e["lr"] for e in entries(out) if "lr" in e]
     assert max(rates) > 1e-3
     assert rates[-1] < 1e-12

@@ -127,3 +127,10 @@ def test_validation_comes_regularly_and_at_the_end_and_reports_its_cost():
     )
     assert not any(plan(max_train_steps=25).validation_due(done) for done in range(1, 26))
     assert plan().describe_validation() == "none (--eval_steps)"
+
+
+def test_a_calibration_takes_a_twentieth_of_the_training_that_was_done():
+    """3 network calls per image of an update, T per image of the calibration."""
+    p = plan(num_images=1000, max_train_steps=100_000, train_batch_size=10, ddpm_num_steps=100)
+    assert p.calibration_images(4000) == 3 * 4000 * 10 // (20 * 100)
+    assert p.calibration_images(100) == 0  # too few to learn anything from

@@ -1,5 +1,6 @@
 """The page of a run: it reads well in a real browser, holds all it needs, and is continued by a resumed run."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_hf.diffusion.ddpm_repository import REAL_IMAGES, SHARED_FILES
+from ddpm_hf.training import loop
 from ddpm_hf.training.report_page import Contents, render
 from support.browser import open_browser, watched_page
 from support.runs import train_here
@@ -72,6 +74,7 @@ def test_an_interrupted_page_is_continued_with_the_samples_and_losses_of_before(
     """What a run that was killed has left: its checkpoint, its log, and samples of a future that is not repeated."""
     folder = shutil.copytree(run_folder, tmp_path / "my-digits")
     (folder / "report.html").write_text("cut off")
+    (folder / "logs" / "plan.json").write_text(json.dumps([["expect", "clear digits"], ["held out", "16 of them"]]))
     for name in ("test_samples-12.png", "test_samples_raw-12.png"):
         (folder / "logs" / name).unlink()
     shutil.copyfile(folder / "logs" / "test_samples-6.png", folder / "logs" / "test_samples-99.png")
@@ -80,8 +83,39 @@ def test_an_interrupted_page_is_continued_with_the_samples_and_losses_of_before(
     assert done.returncode == 0, done.stderr
     before, after = ((f / "report.html").read_text("utf-8") for f in (run_folder, folder))
     assert updates_shown(after) == [1, 6, 12]
+    for name, text in (("Expect", "clear digits"), ("Held out", "16 of them")):
+        assert f'<th scope="row">{name}</th><td>{text}</td>' in after
+    assert after.count(">Held out<") == 1
     charts = [re.findall(r"<polyline[^>]*>", page) for page in (before, after)]
     assert charts[0] == charts[1] != []
+
+
+def test_what_goes_wrong_with_the_page_is_said_once_and_ends_no_run(tmp_path):
+    (tmp_path / "report.html").mkdir()
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "train.jsonl").touch()
+    (tmp_path / "logs" / "plan.json").write_text("[[1, 2, 3]]")
+    (tmp_path / "logs" / "test_samples-0.png").write_text("no picture")
+    done = train_here(tmp_path, "--resume_from_checkpoint", "latest")
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("report.html is not up to date") == 1
+    assert "Training continues." in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(ValueError("no memory"), "Failed after 12.*no memory"), (KeyboardInterrupt(), "Interrupted")],
+)
+def test_the_page_of_a_run_that_fails_after_its_last_update_says_so(error, words, tmp_path, monkeypatch):
+    def fail(*_):
+        assert "All 12 updates are done" in (tmp_path / "report.html").read_text("utf-8")
+        raise error
+
+    monkeypatch.setattr(loop, "calibrate_export", fail)
+    assert train_here(tmp_path).returncode != 0
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert re.search(words, page)
+    assert "http-equiv" not in page  # nothing more is to come
 
 
 def test_a_page_of_real_images_is_uploaded_only_with_those(run_folder):

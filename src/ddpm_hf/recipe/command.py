@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config.parsing import DEFAULT_PRESET, parse_given
 from ..config.training import TrainConfig
 from ..console import one_line_errors
+
+if TYPE_CHECKING:
+    from ..training.report import Reasons
+    from .plan import RunPlan
 
 STARTED = "DDPM_HF_STARTED"  # in the environment of a run's processes: when its command began, by `time.time`
 MEASURING_SHARE, MEASURING_SECONDS = 0.05, 60.0  # at most
@@ -32,15 +36,16 @@ def main(argv: Sequence[str]) -> None:
         from ..training.interruption import Interrupted  # after the options: --help and mistakes answer at once
         from ..training.loop import train
 
-        config = TrainConfig(**given) if given.get("time_budget") is None else planned(given, started)
+        is_timed = given.get("time_budget") is not None
+        config, reasons = planned(given, started) if is_timed else (TrainConfig(**given), [])
         try:
-            train(config, started)
+            train(config, started, reasons)
         except Interrupted as interrupted:
             sys.exit(128 + interrupted.signum)
 
 
-def planned(given: dict[str, Any], started: float) -> TrainConfig:
-    """The configuration of a run with a time budget: as given, as in its checkpoint, or planned.
+def planned(given: dict[str, Any], started: float) -> tuple[TrainConfig, Reasons]:
+    """The configuration of a run with a time budget: as given, as in its checkpoint, or planned with reasons.
 
     Raises:
         ValueError: for a time that is too short, more time for a run that does not exist, and what `train` refuses.
@@ -53,17 +58,18 @@ def planned(given: dict[str, Any], started: float) -> TrainConfig:
         before = resumed_options(given) if machine.is_main else None
     before = machine.agreement.from_main(before)
     if before is not None:
-        return TrainConfig(**before)
+        return TrainConfig(**before), []
     given = {"output_dir": output_dir_of(given), **given}
     if not any(given.get(name) for name in ("dataset_name", "train_data_dir")):
         given["dataset_name"] = DEFAULT_PRESET
     config = TrainConfig(**given)
     if {f.name for f in fields(TrainConfig)} - {"hub_token", *OF_ONE_COMMAND} <= set(given):
-        return config  # a recipe.yaml
+        return config, []  # a recipe.yaml
     with machine.agreement.together():
         if machine.is_main:
             prepare_output_dir(Path(config.output_dir), config)
-    return TrainConfig(**_plan(machine, given, config, started))
+    plan = _plan(machine, given, config, started)
+    return TrainConfig(**plan.options), plan.reasons
 
 
 def resumed_options(given: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -104,7 +110,7 @@ def output_dir_of(given: Mapping[str, Any]) -> str:
     return str(given.get("output_dir") or f"ddpm-{Path(images).absolute().stem.strip('*?') or 'model'}")
 
 
-def _plan(machine: Any, given: dict[str, Any], config: TrainConfig, started: float) -> dict[str, Any]:
+def _plan(machine: Any, given: dict[str, Any], config: TrainConfig, started: float) -> RunPlan:
     from ..data.sources import open_source, open_stream
     from .images import look_at
     from .machine import size_of_options
@@ -146,4 +152,4 @@ def _plan(machine: Any, given: dict[str, Any], config: TrainConfig, started: flo
     plan = make_plan(given, look, left, end, machine.state.num_processes, weigh, measure)
     if machine.is_main:
         print("\n".join(plan.lines), flush=True)
-    return plan.options
+    return plan

@@ -55,7 +55,13 @@ class RunPlan:
     options: dict[str, Any]
     trial: Trial
     updates: int
-    lines: list[str]
+    title: str
+    reasons: list[tuple[str, str]]
+
+    @property
+    def lines(self) -> list[str]:
+        """The plan for a terminal."""
+        return [self.title, *(f"  {name:<11} {text}" for name, text in self.reasons)]
 
 
 def make_plan(
@@ -119,7 +125,8 @@ def make_plan(
     if not planned["use_ema"]:
         del planned["ema_widths"]
     options = {**planned, **given}
-    return RunPlan(options, trial, updates, describe(TrainConfig(**options), look, trial, updates, seen, end))
+    title = f"Plan for {look.name} in {given['time_budget']}, until {end:%B %d, %H:%M:%S}:"
+    return RunPlan(options, trial, updates, title, describe(TrainConfig(**options), look, trial, updates, seen))
 
 
 def choose_network(
@@ -228,10 +235,8 @@ def rounded(seconds: float) -> str:
     return f"{5 * math.ceil(seconds / 5)}s"
 
 
-def describe(
-    config: TrainConfig, look: Look, trial: Trial, updates: int, seen: float, end: datetime
-) -> list[str]:  # fmt: skip
-    """The plan for a person: what, why, how good to expect, until when."""
+def describe(config: TrainConfig, look: Look, trial: Trial, updates: int, seen: float) -> list[tuple[str, str]]:
+    """The plan for a person: what, why, how good to expect."""
     epochs = "" if not look.count else f", each {seen / look.count:,.1f} times"
     threads = ""
     if config.cpu_threads is not None:
@@ -252,16 +257,21 @@ def describe(
     )  # fmt: skip
     batch = round(trial.images_per_second * trial.update_seconds)
     return [
-        f"Plan for {look.name} in {config.time_budget}, until {end:%B %d, %H:%M:%S}:",
-        f"  images      {count}, {kind}, {look.side} pixels (median); {mirrored}",
-        f"  resolution  {config.resolution}×{config.resolution}",
-        f"  network     {trial.parameters:,} parameters: {enough}",
-        f"  training    about {updates:,} updates of {batch} images at {trial.images_per_second:,.0f} images/s"
-        f"{threads}: {seen:,.0f} images{epochs}",
-        f"  recipe      {config.prediction_type.replace('_', '-')}, {config.ddpm_beta_schedule} schedule; learning "
-        f"rate {config.learning_rate:g}, which falls to 0 with the time",
-        f"  held out    {held}",
-        f"  expect      {rules.expectation(seen, trial.parameters, config.resolution)}",
-        f"  output      {config.output_dir}; recipe.yaml there has all options",
-        *(f"  note        {line}" for line in rules.warnings(look, config.resolution)),
+        ("images", f"{count}, {kind}, {look.side} pixels (median); {mirrored}"),
+        ("resolution", f"{config.resolution}×{config.resolution}"),
+        ("network", f"{trial.parameters:,} parameters: {enough}"),
+        (
+            "training",
+            f"about {updates:,} updates of {batch} images at {trial.images_per_second:,.0f} images/s{threads}: "
+            f"{seen:,.0f} images{epochs}",
+        ),
+        (
+            "recipe",
+            f"{config.prediction_type.replace('_', '-')}, {config.ddpm_beta_schedule} schedule; learning rate "
+            f"{config.learning_rate:g}, which falls to 0 with the time",
+        ),
+        ("held out", held),
+        ("expect", rules.expectation(seen, trial.parameters, config.resolution)),
+        ("output", f"{config.output_dir}; recipe.yaml there has all options"),
+        *(("note", line) for line in rules.warnings(look, config.resolution)),
     ]

@@ -239,6 +239,10 @@ class TrainingLog:
         """The entries of all validations, resumed parts included; in the main process."""
         return [e for e in self.entries if any(name.startswith("eval_") for name in e)]
 
+    def last_step(self) -> int:
+        """The last update that was logged, in the main process; a run may have returned to its best checkpoint."""
+        return max((entry["step"] for entry in self.entries[-1:]), default=0)
+
     def loss_curve(self) -> tuple[list[int], list[float]]:
         """Steps and losses of the whole run, resumed parts included."""
         entries = [e for e in self.entries if "loss" in e]

@@ -20,11 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config.training import TrainConfig
 from ..data.dataset import Images, load_images
 from ..diffusion.ddpm_labels import LABEL_NAMES
-from ..diffusion.pipeline import DDPMPipelineCustom
 from ..distributed import lost_processes_raise
 from ..sampling.batch_size import out_of_memory_explained
 from ..sharing.background_push import BackgroundPusher
-from ..storage.checkpoint import FULL_DISK_REMEDY, best_step, checkpoint_steps, save_checkpoint
+from ..storage.checkpoint import FULL_DISK_REMEDY, checkpoint_steps
 from ..storage.files import full_disk_explained, lock_output_dir
 from .averages import build_averages
 from .batch_size import what_to_lower
@@ -34,24 +33,26 @@ from .deadline import TimedPlan
 from .interruption import Interrupted, Interruption
 from .log import TrainingLog
 from .network import build_optimizer, build_unet
-from .output_folder import clear_output_dir, replace_pipeline, write_recipe
+from .output_folder import clear_output_dir, write_recipe
 from .plan import Plan
 from .plots import save_pictures
 from .previews import sample_previews
 from .publishing import calibrate_export, card_facts, publish, pushing
-from .report import Report, watching
+from .report import Reasons, Report, watching
+from .saving import export, export_best, save
 from .setup import Setup, check_same_data, dry_run_report, prepare
-from .state import Run, capture, exported_network, restore
+from .state import Run, restore
 from .step import accumulate_gradients, update_ema, update_weights
 from .validation import Validation
 from .validation_set import make_validation_set
 
 
-def train(config: TrainConfig, started: float | None = None) -> Path:
+def train(config: TrainConfig, started: float | None = None, reasons: Reasons = ()) -> Path:
     """Train a DDPM; leave in `output_dir` the pipeline, samples beside real images, the loss curve and logs.
 
     Args:
         started: from when on a time budget counts, on the clock of `time.monotonic`. Default: now.
+        reasons: of the plan of a run, for its page.
 
     Returns:
         The output folder.
@@ -63,7 +64,7 @@ def train(config: TrainConfig, started: float | None = None) -> Path:
         MemoryError: where a batch does not fit the device, with what to lower.
         Interrupted: after SIGTERM or Ctrl-C, when a checkpoint is saved.
     """
-    setup = prepare(config, started)  # what can be wrong is found here, before anything is decoded or written
+    setup = prepare(config, started, reasons)  # what can be wrong is found here, before anything is decoded or written
     config = setup.config
     setup.accelerator.print("\n".join(setup.notes))
     if config.dry_run:
@@ -92,7 +93,6 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
 
     # 2. Network, optimizer and EMA, new or from a checkpoint
     run = build_run(config, setup, plan, images)
-    network = torch.compile(run.unet, dynamic=False) if setup.performance.compiled else run.unet  # for the losses alone
     log = TrainingLog(accelerator, config, plan.max_steps)
     with run.agreement.together():
         if accelerator.is_main_process:
@@ -104,61 +104,93 @@ def train_prepared(config: TrainConfig, setup: Setup) -> None:
         training_images = open_training_images(images, config)
     validation = None if validation_set is None else Validation(run, log, validation_set, training_images)
 
-    # 3. Training: each rank takes every num_processes-th part of the stream of images
-    size, rank = config.batch_size, accelerator.process_index
-    batches = images.batches(run.images_seen + rank * size, size, accelerator.num_processes * size, config.seed)
+    # 3. Training
+    with watching(run, log, images, training_images, setup.reasons) as report:
+        end = train_network(run, setup, images, log, validation, report)
+
+        # 4. The end: calibration, samples beside real images, the loss curve and the card
+        calibrate_export(run, images, log.last_step())
+        if accelerator.is_main_process:
+            save_pictures(Path(config.output_dir), *report.grids(), *log.loss_curve())
+            report.write(f"Done: {end}")
+            publish(run, setup.target)
+            if run.clock is not None:
+                write_recipe(config, f"It trained {run.step:,} updates in {run.seconds:,.0f} s.")
+    end_training(run)
+    if accelerator.is_main_process:
+        print(summary(run, validation, report, end, time.monotonic() - setup.started))
+
+
+def train_network(
+    run: Run, setup: Setup, images: Images, log: TrainingLog, validation: Validation | None, report: Report
+) -> str:
+    """Train until the plan ends or held-out images gain no more, and export and sample the network that is kept.
+
+    Returns:
+        How it ended, in a sentence.
+
+    Raises:
+        Interrupted: after a signal, when a checkpoint is saved.
+    """
     with (
         _naming_the_last_checkpoint(run),
         Interruption(run.agreement) as interruption,
         pushing(setup.target) as pusher,
-        watching(run, log, images, training_images) as report,
     ):
         try:
             if run.step:  # an interrupted run may not have come to it
                 save_and_report(run, log, validation, pusher, interruption.check, report)
-            why_stopped = ""
-            for step in log.bar(run.step):
-                if validation is not None and validation.has_stalled():
-                    why_stopped = validation.explain_stop()
-                    log.close()
-                    save(run, log)
-                    break
-                began, cpu_began = time.perf_counter(), time.process_time()
-                begin_update(run, interruption)
-                log.max_steps = run.plan.max_steps
-                accumulate_gradients(run, network, batches, log)
-                grad_norm = update_weights(run, log)
-                update_ema(run)
-                run.advance(time.perf_counter() - began, time.process_time() - cpu_began)
-                log.write(run.step, lr=run.plan.learning_rate(step), grad_norm=grad_norm, ema_decay=run.ema_decay)
+            for _ in updates(run, setup, images, log, validation, interruption):
                 with log.pause():
-                    if run.step == run.plan.max_steps and run.other_averages and validation_set is not None:
-                        accelerator.print(choose_average(run, validation_set))
+                    if run.step == run.plan.max_steps and run.other_averages and validation is not None:
+                        run.accelerator.print(choose_average(run, validation.validation_set))
                     report.look()
                     save_and_report(run, log, validation, pusher, interruption.check, report)
-            if config.load_best_model_at_end or why_stopped:
+            end = f"{run.plan.max_steps:,} updates."
+            is_early = run.step < run.plan.max_steps
+            if is_early and validation is not None:
+                end = validation.explain_stop()
+                log.close()
+                save(run, log)
+            if run.config.load_best_model_at_end or is_early:
                 export_best(run, log)
             with run.measuring("previews"):
                 report.show(sample_previews(run, interruption.check))
         except Interrupted:
             log.close()
             save(run, log)
-            accelerator.print(f"Stopped after {run.step:,} updates. Resume with --resume_from_checkpoint latest.")
+            run.accelerator.print(f"Stopped after {run.step:,} updates. Resume with --resume_from_checkpoint latest.")
             end_training(run)
             raise
+    return end
 
-    # 4. The end: calibration, samples beside real images, the loss curve and the card
-    calibrate_export(run, images)
-    if accelerator.is_main_process:
-        save_pictures(Path(config.output_dir), *report.grids(), *log.loss_curve())
-        end = why_stopped or f"{run.plan.max_steps:,} updates."
-        report.write(f"Done: {end}")
-        publish(run, setup.target)
-        if run.clock is not None:
-            write_recipe(config, f"It trained {run.step:,} updates in {run.seconds:,.0f} s.")
-    end_training(run)
-    if accelerator.is_main_process:
-        print(summary(run, validation, report, end, time.monotonic() - setup.started))
+
+def updates(
+    run: Run,
+    setup: Setup,
+    images: Images,
+    log: TrainingLog,
+    validation: Validation | None,
+    interruption: Interruption,
+) -> Iterator[None]:
+    """Optimizer updates, one after the other, until the plan ends or held-out images gain no more."""
+    network = torch.compile(run.unet, dynamic=False) if setup.performance.compiled else run.unet  # for the losses alone
+    # Each rank takes every num_processes-th part of the stream of images.
+    size, processes = run.config.batch_size, run.accelerator.num_processes
+    first = run.images_seen + run.accelerator.process_index * size
+    batches = images.batches(first, size, processes * size, run.config.seed)
+    for step in log.bar(run.step):
+        if validation is not None and validation.has_stalled():
+            return
+        began, cpu_began = time.perf_counter(), time.process_time()
+        begin_update(run, interruption)
+        log.max_steps = run.plan.max_steps
+        accumulate_gradients(run, network, batches, log)
+        grad_norm = update_weights(run, log)
+        update_ema(run)
+        run.advance(time.perf_counter() - began, time.process_time() - cpu_began)
+        log.write(run.step, lr=run.plan.learning_rate(step), grad_norm=grad_norm, ema_decay=run.ema_decay)
+        yield
 
 
 def begin_update(run: Run, interruption: Interruption) -> None:
@@ -236,49 +268,6 @@ def save_and_report(
     if plan.preview_due(run.step):
         with run.measuring("previews"):
             report.show(sample_previews(run, check))
-
-
-def save(run: Run, log: TrainingLog) -> bool:
-    """Write `checkpoint-<step>`, unless it exists. All processes must call it, and all raise if it fails.
-
-    While gradients are not finite nothing is written: the weights may be damaged already, and good checkpoints would be
-    deleted.
-
-    Returns:
-        Whether it was written.
-    """
-    if run.step == run.saved_step:
-        return False
-    if log.has_diverged():
-        run.accelerator.print(f"No checkpoint after update {run.step}: its gradient was not finite.")
-        return False
-    run.unlogged = log.unlogged()
-    state, unet = capture(run)
-    with run.agreement.together():
-        if unet is not None:
-            pipeline = DDPMPipelineCustom(unet, run.scheduler)
-            save_checkpoint(Path(run.config.output_dir), pipeline, state, run.config.checkpoints_total_limit or 0)
-    run.saved_step = run.step
-    return True
-
-
-def export(run: Run, log: TrainingLog) -> None:
-    """Write the pipeline into the output folder. All processes must call it, and all raise if it fails."""
-    if log.has_diverged():
-        return
-    unet = exported_network(run)
-    with run.agreement.together():
-        if unet is not None:
-            replace_pipeline(DDPMPipelineCustom(unet, run.scheduler), Path(run.config.output_dir))
-
-
-def export_best(run: Run, log: TrainingLog) -> None:
-    """Return to the best checkpoint, if validation has found one, and export it. All processes must call it."""
-    output_dir = Path(run.config.output_dir)
-    best = run.agreement.from_main(best_step(output_dir))  # others may not see the folder
-    if best is not None:
-        restore(run, output_dir / f"checkpoint-{best}")
-        export(run, log)
 
 
 def end_training(run: Run) -> None:

@@ -112,15 +112,17 @@ class Plan:
         """The learning rate of update `step` (from 0), a function of the number of updates alone."""
         return self.config.learning_rate * self._factor(step)
 
-    @property
-    def calibration_images(self) -> int:
+    def calibration_images(self, updates: int) -> int:
         """How many images the finished model is calibrated on: by default, for a twentieth of the cost of the training.
 
         One update costs three network calls per image, the calibration T.
+
+        Args:
+            updates: of the training.
         """
         wanted = self.config.calibration_images
         if wanted is None:
-            affordable = 3 * self.max_steps * self.global_batch // (20 * self.config.ddpm_num_steps)
+            affordable = 3 * updates * self.global_batch // (20 * self.config.ddpm_num_steps)
             wanted = min(256, affordable) if affordable >= MIN_CALIBRATION_IMAGES else 0
         return min(wanted, self.num_images or wanted)
 

@@ -64,9 +64,13 @@ def card_facts(run: Run) -> CardFacts:
     )
 
 
-def calibrate_export(run: Run, images: Images) -> None:
-    """Calibrate the exported pipeline for few steps, if the plan says so. All processes must call it."""
-    count = run.plan.calibration_images
+def calibrate_export(run: Run, images: Images, updates: int) -> None:
+    """Calibrate the exported pipeline for few steps, if the plan says so. All processes must call it.
+
+    Args:
+        updates: after which the run ended, in the main process: the exported weights may be earlier ones.
+    """
+    count = run.agreement.from_main(run.plan.calibration_images(updates))
     if run.clock is not None:  # as many as there is time for
         affordable = run.clock.calibration_images(run.config.ddpm_num_steps, run.plan.num_processes)
         wanted = run.config.calibration_images

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,10 @@ class Setup:
     checkpoint: Path | None  # to resume from
     target: HubTarget | None  # to push to
     notes: list[str]  # for the user
+    reasons: Sequence[tuple[str, str]]  # of its plan, for the page
 
 
-def prepare(config: TrainConfig, started: float | None = None) -> Setup:
+def prepare(config: TrainConfig, started: float | None = None, reasons: Sequence[tuple[str, str]] = ()) -> Setup:
     """Check a configuration against the machine, the data, the output folder and the Hub.
 
     Args:
@@ -132,7 +134,7 @@ def prepare(config: TrainConfig, started: float | None = None) -> Setup:
         target = check_target(config) if is_main and not config.dry_run else None
     return Setup(
         started, config, accelerator, agreement, scheduler, source, eval_split, plan, clock, unet.num_parameters(),
-        performance, checkpoint, target, notes,
+        performance, checkpoint, target, notes, reasons,
     )  # fmt: skip
 
 
