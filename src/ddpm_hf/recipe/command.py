@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .plan import RunPlan
 
 STARTED = "DDPM_HF_STARTED"  # in the environment of a run's processes: when its command began, by `time.time`
+MAX_SLOWDOWN = 5.0
 MEASURING_SHARE, MEASURING_SECONDS = 0.05, 60.0  # at most
 
 
@@ -114,13 +115,16 @@ def _plan(machine: Any, given: dict[str, Any], config: TrainConfig, started: flo
     from ..data.sources import open_source, open_stream
     from .images import look_at
     from .machine import size_of_options
-    from .plan import Trial, make_plan
+    from .plan import FINISHING_SECONDS, Trial, make_plan
     from .rules import multipliers
 
     if config.unet is None and config.model_config_name_or_path is None and "resolution" in given:
         multipliers(config.resolution)  # refuses before the images are looked at
     if machine.is_main:
         print(f"Looking at the images of {config.dataset_name or config.train_data_dir}.", flush=True)
+    # By other programs: so much longer than their work the imports took. They are what has happened so far.
+    elapsed = time.monotonic() - started
+    slowdown = machine.agreement.largest_of_each(min(MAX_SLOWDOWN, max(1.0, elapsed / time.process_time())))[0]
     look = classes = None
     with machine.agreement.together(patiently=True):
         source = open_stream(config) if config.streaming else open_source(config)
@@ -148,6 +152,7 @@ def _plan(machine: Any, given: dict[str, Any], config: TrainConfig, started: flo
         return Trial(options, parameters, operations, seconds, images / seconds, threads)
 
     left = machine.agreement.from_main(budget - (time.monotonic() - started)) - allowance / 2
+    left -= FINISHING_SECONDS * (slowdown - 1)
     end = datetime.now() + timedelta(seconds=budget - (time.monotonic() - started))
     plan = make_plan(given, look, left, end, machine.state.num_processes, weigh, measure)
     if machine.is_main:
