@@ -178,7 +178,7 @@ FILES = {
     },
     "training.state": {"averages", "deadline", "network", "plan"},
     "training.step": {"averages", "log", "losses", "network", "state"},
-    "training.validation": {"copies", "log", "network", "plan", "plots", "state", "validation_set"},
+    "training.validation": {"copies", "log", "network", "output_folder", "plan", "plots", "state", "validation_set"},
 }  # fmt: skip
 COPIED = {
     "ddpm_process": {"numpy", "torch"},

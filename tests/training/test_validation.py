@@ -1,6 +1,7 @@
 """Validation during training: what is measured is what it is called."""
 
 import json
+import math
 import re
 import signal
 
@@ -142,7 +143,7 @@ def test_the_best_checkpoint_outlives_the_limit_and_is_exported_on_request(tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_that_stops_improving_ends_exports_the_best_and_says_why(tmp_path):
+def test_a_run_that_stops_improving_ends_exports_what_is_better_and_says_why(tmp_path):
     """A learning rate that ruins the network. Resumed, the run is over at once, with the same weights."""
     folder = tmp_path / "run"
     options = [
@@ -158,7 +159,7 @@ def test_a_run_that_stops_improving_ends_exports_the_best_and_says_why(tmp_path)
     assert list(bits)[-3:] == [best, best + 2, best + 4]
     reason = (
         f"Done: stopped early after {best + 4} of 400 updates: bits/dim of held-out images has not improved by "
-        f"0.1% for 2 validations. The best checkpoint, of update {best}, is exported."
+        "0.1% for 2 validations. The "
     )
     assert reason in done.stdout
     assert reason in (folder / "report.html").read_text()
@@ -166,12 +167,43 @@ def test_a_run_that_stops_improving_ends_exports_the_best_and_says_why(tmp_path)
     assert f"| Copies | {copies} |" in (folder / "README.md").read_text()
     assert copies in (folder / "report.html").read_text()
     weights = "unet/diffusion_pytorch_model.safetensors"
-    exported, of_best = (load_file(folder / place / weights) for place in (".", f"checkpoint-{best}"))
-    assert all(torch.equal(weight, of_best[name]) for name, weight in exported.items())
+    is_best = f"The best checkpoint, of update {best}, is exported" in done.stdout
+    assert is_best or f"The last weights are exported: those of the best checkpoint, of update {best}," in done.stdout
+    kept = f"checkpoint-{best if is_best else best + 4}"
+    exported, of_kept = (load_file(folder / place / weights) for place in (".", kept))
+    assert all(torch.equal(weight, of_kept[name]) for name, weight in exported.items())
     again = train_here(folder, *options, "--resume_from_checkpoint", "latest")
     assert again.returncode == 0, again.stderr
+    reason = re.search(f"{re.escape(reason)}.*", done.stdout)[0].partition(". 0 min")[0]
     assert reason in again.stdout
     assert [json.loads(line) for line in (folder / "logs" / "train.jsonl").read_text().splitlines()] == log
+
+
+@pytest.mark.parametrize(
+    ("gain", "noise", "is_better"), [(0.1, 0.01, True), (0.1, 1.0, False), (0.01, 0.01, True), (math.nan, 0.01, True)]
+)
+def test_the_best_checkpoint_is_exported_only_where_it_is_better_beyond_chance(gain, noise, is_better, tmp_path):
+    """With 16 images, two standard errors are half the deviation of the differences; images differ by much more."""
+    run, log = a_run(tmp_path)
+    _, validation_set = make_validation_set(run.config, load_images(TrainConfig(**TINY_OPTIONS)), None)
+    validation = Validation(run, log, validation_set)
+    of_images = 3 + torch.arange(16, dtype=torch.float64)
+    differences = gain + noise * torch.tensor([1.0, -1.0]).double().repeat(8)
+    run.step = 8
+    for step, bits in ((4, of_images), (8, of_images + differences)):
+        validation.bits[step] = bits.tolist()
+        log.write_validation(step, {"eval_bits_per_dim": bits.mean().item(), "eval_frechet_of_training_images": 0.5})
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    validation.record_best()
+    resumed = Validation(run, log, validation_set)  # which has measured nothing itself
+    resumed.record_best()
+    for chooser in (validation, resumed):
+        better, reason = chooser.choose()
+        assert better == is_better
+        assert ("may be chance" in reason) == (not is_better)
+        assert "update 4" in reason
+    resumed.bits.clear()
+    assert resumed.choose() == (True, "The best checkpoint, of update 4, is exported.")
 
 
 def test_copies_are_measured_on_the_samples_of_a_validation_and_on_held_out_images(tmp_path):

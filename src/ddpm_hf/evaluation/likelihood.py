@@ -46,6 +46,7 @@ class BitsPerDim:
         variance_type: of the reverse process.
         num_images: how many images were used.
         calls_per_image: network calls; K, unless it is an estimate.
+        of_images: (n,), the total of each image, where it is known.
     """
 
     total: float
@@ -58,6 +59,7 @@ class BitsPerDim:
     variance_type: str
     num_images: int
     calls_per_image: int
+    of_images: Tensor | None = None
 
     @property
     def L_0(self) -> float:
@@ -143,7 +145,7 @@ def bits_per_dim(
     L_T = priors.mean()
     return BitsPerDim(
         float(totals.mean()), float(totals.std() / math.sqrt(n)), float(L_T), terms, x_0_mse, eps_mse,
-        chain.timesteps.tolist(), chain.variance_type, n, m,
+        chain.timesteps.tolist(), chain.variance_type, n, m, totals,
     )  # fmt: skip
 
 
@@ -168,6 +170,7 @@ def combine(parts: Sequence[BitsPerDim]) -> BitsPerDim:
         x_0_mse=mean("x_0_mse"),
         eps_mse=mean("eps_mse"),
         num_images=int(N),
+        of_images=None,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def resumable_bits_per_dim(
         bits = bits_per_dim(pipe, images, indices=part, title=title, show_progress=show_progress, **options)
         if state.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            write_text_atomically(file, json.dumps(asdict(bits), default=Tensor.tolist))
+            write_text_atomically(file, json.dumps(asdict(replace(bits, of_images=None)), default=Tensor.tolist))
         measured.append(bits)
     return combine(measured)
 

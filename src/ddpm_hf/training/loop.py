@@ -148,12 +148,14 @@ def train_network(
                     save_and_report(run, log, validation, pusher, interruption.check, report)
             end = f"{run.plan.max_steps:,} updates."
             is_early = run.step < run.plan.max_steps
-            if is_early and validation is not None:
+            if validation is not None and is_early:
                 end = validation.explain_stop()
                 log.close()
                 save(run, log)
-            if run.config.load_best_model_at_end or is_early:
-                export_best(run, log)
+            if validation is not None and (is_early or run.config.load_best_model_at_end):
+                is_best_better, reason = validation.choose()
+                end = f"{end} {reason}"
+                (export_best if is_best_better else export)(run, log)
             with run.measuring("previews"):
                 report.show(sample_previews(run, interruption.check))
         except Interrupted:

@@ -22,11 +22,11 @@ from ..storage.weights import size_of
 PICTURES = ("samples.png", "real.png", "samples_and_real.png", "loss.png", "validation.png")
 REPORT = "report.html"
 RECIPE = "recipe.yaml"
-TROUBLES, PLAN = "trouble.jsonl", "plan.json"  # in the folder of the logs
+TROUBLES, PLAN, BITS = "trouble.jsonl", "plan.json", "held_out_bits.json"  # in the folder of the logs
 RUN_FILES = ("model_index.json", *CODE_FILES, *PICTURES, *EVALUATION_FILES, BEST, REPORT, RECIPE)
 RUN_FOLDERS = ("unet", "scheduler")
 OF_ONE_COMMAND = ("resume_from_checkpoint", "overwrite_output_dir", "dry_run", "local_rank")  # not of the run
-LOG_FILES = ("train.jsonl", TROUBLES, PLAN, "tracker_run", "skipped_images.json")
+LOG_FILES = ("train.jsonl", TROUBLES, PLAN, BITS, "tracker_run", "skipped_images.json")
 
 
 def prepare_output_dir(output_dir: Path, config: TrainConfig) -> tuple[Path | None, list[str]]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -19,16 +20,18 @@ from ..evaluation.metrics.patch_features import PatchFeatures
 from ..progress import progress, write
 from ..sampling.generate import sample_in_lockstep
 from ..storage.checkpoint import BEST, checkpoint_steps
-from ..storage.files import write_text_atomically
+from ..storage.files import read_json, write_text_atomically
 from .copies import TrainingImages
 from .log import TrainingLog
 from .network import ema_weights
+from .output_folder import BITS
 from .plan import EVAL_CALLS, EVAL_SAMPLING_STEPS
 from .plots import save_validation_curves
 from .state import Run
 from .validation_set import ValidationSet
 
 METRICS = {"bits_per_dim": "bits/dim", "frechet": "the Fréchet distance"}
+SIGNIFICANT = 2.0  # standard errors
 LEAST_GAIN = 1e-3  # relative to the best value: less is not worth training for
 
 
@@ -51,6 +54,7 @@ class Validation:
         self.real = moments(self.features(validation_set.pixels))
         self.best: dict[str, Any] | None = None  # the entry of the log, in the main process
         self.of_seen = frechet_distance(moments(self.features(validation_set.seen)), self.real)
+        self.bits = self._read_bits()  # by update: of the best and of the latest weights, (n,) of the held-out images
         self.copies_of_held_out = self._copies("eval_copies_of_held_out", validation_set.pixels)
 
     def measure(self, check: Callable[[], None]) -> bool:
@@ -111,6 +115,8 @@ class Validation:
                 eta=0.0,
                 solver_order=2,
             )
+        if bits.of_images is not None:
+            self.bits[run.step] = bits.of_images.tolist()
         return {
             "eval_bits_per_dim": bits.total,
             "eval_bits_per_dim_se": bits.standard_error,
@@ -145,12 +151,43 @@ class Validation:
 
     def explain_stop(self) -> str:
         """In the main process: why the run ends, in words."""
-        run, best, metric = self.run, self.best or {}, METRICS[self.run.config.metric_for_best_model]
+        run, metric = self.run, METRICS[self.run.config.metric_for_best_model]
         return (
             f"stopped early after {run.step:,} of {run.plan.max_steps:,} updates: {metric} of held-out images has not "
-            f"improved by {LEAST_GAIN:.1%} for {self._since_gain()} validations. The best checkpoint, of update "
-            f"{best.get('step', 0):,}, is exported."
+            f"improved by {LEAST_GAIN:.1%} for {self._since_gain()} validations."
         )
+
+    def choose(self) -> tuple[bool, str]:
+        """Whether the best checkpoint is better than the present weights beyond chance; if unknown, yes.
+
+        Both are measured on the same held-out images with the same noise and timesteps, so that the standard error is
+        that of their difference. The best of many checkpoints is partly the luckiest, and an early one has not seen
+        its learning rate decay.
+
+        All processes must call it, and all get the same answer.
+
+        Returns:
+            The answer, and a sentence on what is exported.
+        """
+        run, best = self.run, (self.best or {}).get("step", self.run.step)
+        is_better, evidence = True, ""
+        if {best, run.step} <= set(self.bits) and run.config.metric_for_best_model == "bits_per_dim":
+            now, then = (torch.tensor(self.bits[step], dtype=torch.float64) for step in (run.step, best))
+            gain, error = float((now - then).mean()), float((now - then).std()) / math.sqrt(len(now))
+            is_better = not gain <= SIGNIFICANT * error  # NaN where the last weights are damaged
+            evidence = f"{gain:.2g} ± {error:.1g} bits/dim better on the same held-out images"
+        if best == run.step:
+            reason = "The last weights are the best, and exported."
+        elif is_better:
+            reason = (
+                f"The best checkpoint, of update {best:,}, is exported" + (evidence and f": it is {evidence}") + "."
+            )
+        else:
+            reason = (
+                f"The last weights are exported: those of the best checkpoint, of update {best:,}, are {evidence}, "
+                "which may be chance."
+            )
+        return run.agreement.from_main((is_better, reason))
 
     def _find_best(self) -> dict[str, Any] | None:
         """In the main process: the best entry of the log whose checkpoint exists, or can be saved now."""
@@ -170,9 +207,19 @@ class Validation:
         self.best = best = self._find_best()
         with self.run.agreement.together():
             if best is not None:
+                kept = {str(step): self.bits[step] for step in {best["step"], self.run.step} & set(self.bits)}
+                write_text_atomically(self.log.file.parent / BITS, json.dumps(kept))
                 record = {"checkpoint": f"checkpoint-{best['step']}", "metric_for_best_model": metric, **best}
                 write_text_atomically(folder / BEST, json.dumps(record, indent=2) + "\n")
                 save_validation_curves(self.log.validations(), best["step"], folder / "validation.png")
+
+    def _read_bits(self) -> dict[int, list[float]]:
+        """Those that an earlier part of the run has left, in the main process."""
+        try:
+            kept = read_json(self.log.file.parent / BITS)
+            return {int(step): [float(value) for value in values] for step, values in kept.items()}
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):
+            return {}
 
     def describe_best(self) -> str:
         """In the main process: the best checkpoint and what was measured, in a line."""
