@@ -102,7 +102,9 @@ def check_arithmetic(stored: dict[str, Any], network: UNet2DModel, found_probe: 
         return
     here = describe_arithmetic(network)
     differences = [
-        f"{key} is {here[key]!r} here and {stored[key]!r} in the file" for key in here if stored.get(key) != here[key]
+        f"{key} is {value!r} here and {stored.get(key)!r} in the file"
+        for key, value in here.items()
+        if stored.get(key) != value
     ]
     described = f"{stored.get('device')}, {stored.get('dtype')}, torch {stored.get('torch')}, {stored.get('processor')}"
     raise ValueError(

@@ -91,7 +91,7 @@ def _pop_all(
     decoded = []
     bar = progress(total=sum(batches), desc="Decompressing", unit="image", is_shown=show_progress)
     with bar:
-        for size in reversed(batches):
-            decoded.append(decode_batch(stack, model, (size, *first[1:])))
+        for number, size in reversed(list(enumerate(batches))):
+            decoded.append(decode_batch(stack, model, (size, *first[1:]), number))
             bar.update(size)
     return np.concatenate([read_opening(from_words(stack.words, length), first), *reversed(decoded)])

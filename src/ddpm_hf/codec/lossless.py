@@ -106,10 +106,13 @@ class Pushed(NamedTuple):
     top: int
 
 
-def encode_batch(stack: BitStack, model: Model, pixels: NDArray[np.uint8], watch: Watch | None = None) -> Pushed:
+def encode_batch(
+    stack: BitStack, model: Model, pixels: NDArray[np.uint8], number: int, watch: Watch | None = None
+) -> Pushed:
     """Push images, (B, C, H, W), onto the stack.
 
     Args:
+        number: of the batch.
         watch: is told what each level did.
 
     Raises:
@@ -124,24 +127,29 @@ def encode_batch(stack: BitStack, model: Model, pixels: NDArray[np.uint8], watch
         lowest_bits = min(lowest_bits, stack.bits)
         reverse = model.reverse(z.reshape(pixels.shape), level, is_lowest=i == 0)
         stack.push_p(symbols, reverse.mean, reverse.std, lowest, highest)
+        stack.mix(number, i, count=len(symbols))
         if watch is not None:
             watch(i, stack.bits - before, reverse, z)
         symbols = below = z
         lowest, highest = -level.half, level.half
     before = stack.bits
     stack.push_p(symbols, *_prior(model.levels[-1], len(symbols)), lowest, highest)
+    stack.mix(number, len(model.levels), count=len(symbols))
     return Pushed(at_first - lowest_bits, stack.bits - before)
 
 
-def decode_batch(stack: BitStack, model: Model, shape: Sequence[int]) -> NDArray[np.uint8]:
-    """Pop the images, of this shape (B, C, H, W), that `encode_batch` pushed last."""
+def decode_batch(stack: BitStack, model: Model, shape: Sequence[int], number: int) -> NDArray[np.uint8]:
+    """Pop the images, of this shape (B, C, H, W), that `encode_batch` pushed last, with the number of their batch."""
     top = model.levels[-1]
-    z = stack.pop_p(*_prior(top, math.prod(shape)), -top.half, top.half)
+    count = math.prod(shape)
+    stack.mix(number, len(model.levels), count=count)
+    z = stack.pop_p(*_prior(top, count), -top.half, top.half)
     for i in reversed(range(len(model.levels))):
         level = model.levels[i]
         reverse = model.reverse(z.reshape(shape), level, is_lowest=i == 0)
         half = model.levels[i - 1].half
         lowest, highest = (0, MAX_LEVEL) if i == 0 else (-half, half)
+        stack.mix(number, i, count=count)
         symbols = stack.pop_p(reverse.mean, reverse.std, lowest, highest)
         stack.push_q(z, 2 * symbols - MAX_LEVEL if i == 0 else symbols, level)
         z = symbols

@@ -6,6 +6,7 @@ exact inverse of the other. The coder is that of the package constriction, with 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -68,6 +69,23 @@ class BitStack:
         other = object.__new__(BitStack)
         other._gaussian, other._coder = self._gaussian, self._coder.clone()
         return other
+
+    def mix(self, *key: int, count: int) -> None:
+        """Exclusive-or of the uppermost words, but for the last, with a stream from a key: its own inverse.
+
+        What was pushed last is popped first. Its bits are no coin tosses: they tell where each symbol lay in its p, and
+        a latent that is drawn from them would have the symbol's deviation for its noise. Mixed, they are independent
+        of all symbols, so that a latent's noise is what the bound takes it for.
+
+        Args:
+            count: how many words; as many as the symbols that are popped next.
+        """
+        words = self.words
+        stop = max(len(words) - 1, 0)
+        start = max(stop - count, 0)
+        stream = hashlib.shake_128(repr(key).encode()).digest(4 * (stop - start))
+        words[start:stop] ^= np.frombuffer(stream, "<u4")
+        self._coder = coder_module().stack.AnsCoder(words)
 
     # --- q(z | below), in integers but for the tables of the Gaussian -------------------------------------------------
 
