@@ -200,7 +200,8 @@ def _fill_stack(
         if count < len(pixels) and 8 * len(opening) < needed:
             count += 1
             continue
-        stack, batches, start, per_image = BitStack(to_words(opening)), [], count, needed
+        stack, start, per_image = BitStack(to_words(opening)), count, needed
+        batches: list[int] = []
         report.begin(count)
         bar = progress(total=len(pixels), initial=count, desc="Compressing", unit="image", is_shown=show_progress)
         with bar:
