@@ -59,6 +59,10 @@ FILES = {
     "codec.decompress": {
         "arithmetic", "compress", "container", "header", "lossless", "opening", "pictures", "stack",
     },
+    "codec.lossy": {
+        "arithmetic", "channel", "compress", "container", "header", "packets", "pictures", "progressive",
+    },
+    "codec.progressive": {"channel"},
     "codec.header": {"arithmetic", "levels", "lossless"},
     "codec.lossless": {"arithmetic", "levels", "stack"},
     "codec.report": {"levels", "lossless", "stack"},

@@ -80,9 +80,10 @@ Find out why its samples are bad, whoever made it:
 
   ddpm-hf doctor google/ddpm-cifar10-32 --dataset my-images
 
-Compress images of its kind without loss, and get them back:
+Compress images of its kind, without loss or to a rate or a PSNR, and get them back:
 
   ddpm-hf compress ddpm-digits scans/*.png -o scans.ddpm
+  ddpm-hf compress ddpm-digits scans/*.png -o small.ddpm --target_psnr 35
   ddpm-hf decompress scans.ddpm -o scans-again
 
 Share it, or convert another model:
@@ -163,14 +164,16 @@ def _parser() -> argparse.ArgumentParser:
         model=MODEL, a="the photo to start from", b="the photo to go to",
     )  # fmt: skip
     _add_command(
-        commands, "compress", CompressConfig, compress, "compress images without loss: fewer bits than PNG",
-        "Compress images of a model's kind into one file, without loss, by bits-back coding. Says how many bits were "
-        "spent, and what the model's bound is. Decoding needs the same kind of processor and the same versions.",
+        commands, "compress", CompressConfig, compress, "compress images, without loss or to a rate or PSNR",
+        "Compress images of a model's kind into one file: without loss, by bits-back coding, where decoding needs the "
+        "same kind of processor and the same versions; or, with --bits_per_pixel or --target_psnr, into a progressive "
+        "file of which any prefix decodes, anywhere. Says how many bits were spent.",
         model=MODEL, images="image files of the model's size, or of any size with --tile",
     )  # fmt: skip
     _add_command(
         commands, "decompress", DecompressConfig, decompress, "get the images of a compressed file back",
-        "Write the images of a file that `ddpm-hf compress` made, bit by bit as they were.",
+        "Write the images of a file that `ddpm-hf compress` made, bit by bit as they were; or, of a progressive file, "
+        "as well as the intact part of it shows them.",
         file="the file", own_model="the model, where the file's own name for it does not lead there",
     )  # fmt: skip
     _add_command(

@@ -48,10 +48,25 @@ class Contents(NamedTuple):
 
 def pack(header: dict[str, Any], sections: list[Section]) -> bytes:
     """A file of these. Contents of more than 64 KiB are divided into several sections of one tag."""
-    parts = [MAGIC, bytes([VERSION]), *_frame(HEADER, zlib.compress(_json(header), 9), MAX_HEADER_BYTES)]
+    parts = [pack_header(header)]
     for section in sections:
         parts += _frame(section.tag, section.content, MAX_SECTION_BYTES)
     return b"".join([*parts, *_frame(END, b"", MAX_SECTION_BYTES)])
+
+
+def pack_header(header: dict[str, Any]) -> bytes:
+    """The start of a file, up to where its first section after the header begins."""
+    return b"".join([MAGIC, bytes([VERSION]), *_frame(HEADER, zlib.compress(_json(header), 9), MAX_HEADER_BYTES)])
+
+
+def read_header(data: bytes) -> tuple[dict[str, Any], int]:
+    """The mapping of `HEAD`, and where what follows it begins, whatever that is.
+
+    Raises:
+        ValueError: for a file whose header is damaged.
+    """
+    header = unpack(data, allow_damage=True).header
+    return header, len(MAGIC) + 1 + _FRAME.size + _FRAME.unpack_from(data, len(MAGIC) + 1)[1]
 
 
 def unpack(data: bytes, *, allow_damage: bool = False) -> Contents:

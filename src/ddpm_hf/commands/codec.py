@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..config.codec import CompressConfig, DecompressConfig
 from .model import load_on_device
@@ -13,12 +14,14 @@ from .model import load_on_device
 def compress(model: str, photos: Sequence[str], config: CompressConfig) -> Path:
     """Compress images into one file; returns it."""
     from ..codec.compress import encode, gather
+    from ..codec.lossy import encode_progressive
     from ..codec.stack import coder_module
     from ..sampling.batch_size import out_of_memory_explained
     from ..sampling.generate import parse_labels
     from ..storage.files import check_writable, write_atomically
 
-    coder_module()
+    if not config.is_lossy:
+        coder_module()
     missing = next((photo for photo in photos if not Path(photo).is_file()), None)
     if missing is not None:
         raise ValueError(f"there is no file {missing!r}.")
@@ -29,44 +32,66 @@ def compress(model: str, photos: Sequence[str], config: CompressConfig) -> Path:
     pipeline = load_on_device(model, config.revision, config.device)
     gathered = gather(list(photos), pipeline, config.tile)
     labels = None if config.class_label is None else parse_labels([config.class_label], pipeline.unet.config)
+    shared: dict[str, Any] = {
+        "num_inference_steps": config.num_inference_steps, "class_label": labels[0] if labels else None,
+        "batch_size": config.batch_size, "model_name": model, "revision": config.revision, "show_progress": True,
+    }  # fmt: skip
     with out_of_memory_explained(f"`batch_size` is {config.batch_size}: pass a smaller --batch_size."):
-        compressed = encode(
-            pipeline, gathered, num_inference_steps=config.num_inference_steps,
-            timesteps=None if config.timestep_spacing == "model" else config.timestep_spacing,
-            variance_type=config.variance_type, class_label=labels[0] if labels else None, batch_size=config.batch_size,
-            model_name=model, revision=config.revision, show_progress=True,
+        data, report = (
+            encode_progressive(
+                pipeline, gathered, bits_per_pixel=config.bits_per_pixel, target_psnr=config.target_psnr, **shared
+            )
+            if config.is_lossy
+            else encode(
+                pipeline, gathered, timesteps=None if config.timestep_spacing == "model" else config.timestep_spacing,
+                variance_type=config.variance_type, **shared,
+            )
         )  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, lambda stream: stream.write(compressed.data))
-    print("\n".join([f"{output}:", *compressed.report.lines()]))
+    write_atomically(output, lambda stream: stream.write(data))
+    print("\n".join([f"{output}:", *report.lines()]))
     return output
 
 
 def decompress(file: str, model: str | None, config: DecompressConfig) -> Path:
-    """Write the images of a file; returns their folder."""
-    from ..codec.container import unpack
+    """Write the images of a file, or of the intact part of a progressive one; returns their folder."""
+    from ..codec.container import read_header, unpack
     from ..codec.decompress import decode
     from ..codec.header import model_of
+    from ..codec.lossy import decode_progressive
     from ..codec.pictures import format_of, to_image
     from ..codec.stack import coder_module
     from ..storage.files import check_writable, write_atomically
 
-    coder_module()
     if not Path(file).is_file():
         raise ValueError(f"there is no file {file!r}.")
     folder = Path(config.output_dir)
     check_writable(folder)
     data = Path(file).read_bytes()
-    found = model_of(unpack(data).header)
+    header, _ = read_header(data)
+    is_progressive = header.get("codec") == "progressive"
+    if not is_progressive:
+        coder_module()
+        unpack(data)  # damage is an error before the model is loaded
+    found = model_of(header)
     name = model or found.name
     if name is None:
         raise ValueError(f"{file!r} does not name its model: pass it, as in ddpm-hf decompress {file} MODEL.")
     revision = config.revision or (found.revision if model is None else None)
     pipeline = load_on_device(name, revision, config.device or found.device)
-    images = decode(pipeline, data, show_progress=True)
+    if is_progressive:
+        received = decode_progressive(pipeline, data, finish=config.sample_rest, show_progress=True)
+        images = received.images
+    else:
+        images = decode(pipeline, data, show_progress=True)
     folder.mkdir(parents=True, exist_ok=True)
     for picture, pixels in images:
         output = folder / picture.name
         write_atomically(output, partial(to_image(picture, pixels).save, format=format_of(output)))
     print(f"{len(images)} images in {folder}/.")
+    if is_progressive and received.problem:
+        print(
+            f"The file {received.problem}: these are the images of its first {received.steps} of "
+            f"{received.steps_sent} steps, less sharp than the whole file's."
+        )
     return folder

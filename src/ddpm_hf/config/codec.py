@@ -13,6 +13,12 @@ class CompressConfig:
     """Options of `ddpm-hf compress`."""
 
     output_file: str = option("images.ddpm", "The file to write; an existing one is replaced.", ["-o"])
+    bits_per_pixel: float | None = option(
+        None, "Compress with loss, into at most so many bits per pixel of an image: 8 * bytes / (images * H * W)."
+    )
+    target_psnr: float | None = option(
+        None, "Compress with loss, into the shortest file that reaches this PSNR in dB, over all images."
+    )
     num_inference_steps: int | None = option(
         None, "K, the network calls per image: more of them, fewer bits. Default: 50.", ["--steps"]
     )
@@ -33,6 +39,19 @@ class CompressConfig:
     def __post_init__(self) -> None:
         check_types(self)
         at_least(1, self, "num_inference_steps", "batch_size")
+        if self.bits_per_pixel is not None and self.target_psnr is not None:
+            raise ValueError("pass one of --bits_per_pixel and --target_psnr: each decides how long the file is.")
+        lossless_only = [n for n in ("timestep_spacing", "variance_type") if getattr(self, n) is not None]
+        if self.is_lossy and lossless_only:
+            raise ValueError(
+                f"--{lossless_only[0]} is for lossless files: with --bits_per_pixel or --target_psnr, timesteps and "
+                "variance are the optimal ones. Leave it out."
+            )
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether a rate or a PSNR was chosen."""
+        return self.bits_per_pixel is not None or self.target_psnr is not None
 
 
 @dataclass
@@ -41,6 +60,11 @@ class DecompressConfig:
 
     output_dir: str = option(
         "decompressed", "Folder for the images; existing ones of their names are replaced.", ["-o"]
+    )
+    sample_rest: bool = option(
+        False,
+        "Of a file with loss: sample what was not sent, for images that are sharp but less true, instead of showing "
+        "what is expected of it.",
     )
     device: str | None = option(None, "cpu, cuda, mps, …; default: the kind that the file was made on.")
     revision: str | None = option(None, "Branch, tag or commit of a model on the Hub. Default: the file's.")

@@ -1,0 +1,175 @@
+"""Progressive files: any prefix is of use, no damage becomes a wrong picture, and the rate is what was ordered."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, calibrate
+from ddpm_hf.codec.compress import gather
+from ddpm_hf.codec.container import read_header
+from ddpm_hf.codec.lossy import decode_progressive, encode_progressive
+from support.codec import smooth_images
+from support.models import tiny_unet
+
+IMAGES = smooth_images(6)
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    pipeline = DDPMPipelineCustom(tiny_unet(1), DDPMSchedulerCustom(20, beta_schedule="squaredcos_cap_v2"))
+    calibrate(pipeline, smooth_images(40, seed=1), show_progress=False)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def file(calibrated):
+    return encode_progressive(calibrated, gather(IMAGES, calibrated), target_psnr=24, num_inference_steps=20)
+
+
+def pixels_of(received):
+    return np.stack([pixels for _, pixels in received.images])
+
+
+def psnr(received):
+    error = np.square(pixels_of(received).astype(float) - IMAGES.numpy()).mean()
+    return 10 * np.log10(255**2 / error)
+
+
+def test_the_receiver_sees_what_the_sender_saw(calibrated, file):
+    data, sent = file
+    received = decode_progressive(calibrated, data)
+    assert (received.steps, received.problem) == (received.steps_sent, None)
+    assert psnr(received) == pytest.approx(sent.points[-1].psnr, abs=1e-6)
+    assert psnr(received) >= 24 > sent.points[-2].psnr  # no step more than needed
+    assert sent.file_bytes == len(data)
+    assert 8 * (len(data) - sent.header_bytes - sent.checksum_bytes) - sent.points[-1].bits in range(8)
+
+
+def test_rounding_of_another_machine_changes_no_picture_by_more_than_a_level(calibrated, file):
+    """Other batches, and outputs that differ by 1e-6, stand for it: what the bits mean depends on no output."""
+    picture = pixels_of(decode_progressive(calibrated, file[0])).astype(int)
+    batches = pixels_of(decode_progressive(calibrated, file[0], batch_size=4))
+    assert np.abs(picture - batches).max() <= 1
+    hook = calibrated.unet.register_forward_hook(lambda _module, _inputs, output: (output[0] * (1 + 1e-6),))
+    try:
+        other = pixels_of(decode_progressive(calibrated, file[0]))
+    finally:
+        hook.remove()
+    assert np.abs(picture - other).max() <= 1
+
+
+def test_any_prefix_decodes_to_the_picture_of_its_rate(calibrated, file):
+    data, sent = file
+    _, place = read_header(data)
+    steps = []
+    for length in range(place, len(data), 10):
+        received = decode_progressive(calibrated, data[:length])
+        assert f"ends at byte {length:,} of {len(data):,}" in received.problem
+        assert psnr(received) == pytest.approx(sent.points[received.steps].psnr, abs=1e-6)
+        steps.append(received.steps)
+        assert sent.points[received.steps].bits <= 8 * (length - place)
+    assert steps == sorted(steps)
+    assert steps[0] == 0
+    assert steps[-1] >= len(sent.points) - 3
+    with pytest.raises(ValueError, match="ends at byte"):
+        decode_progressive(calibrated, data[: place - 1])
+
+
+def test_a_flipped_bit_shows_the_picture_before_it_or_is_an_error(calibrated, file):
+    data, sent = file
+    _, place = read_header(data)
+    for byte in range(0, len(data), 23):
+        damaged = bytearray(data)
+        damaged[byte] ^= 1 << byte // 23 % 8
+        if byte < place:
+            with pytest.raises(ValueError, match=r"damaged|starts with|version|ends at byte"):
+                read_header(bytes(damaged))
+            continue
+        received = decode_progressive(calibrated, bytes(damaged))
+        assert "damaged between bytes" in received.problem
+        assert received.steps == decode_progressive(calibrated, data[:byte]).steps
+        assert psnr(received) == pytest.approx(sent.points[received.steps].psnr, abs=1e-6)
+
+
+def test_a_rate_is_kept_and_used(calibrated):
+    gathered = gather(IMAGES, calibrated)
+    for rate in (6.0, 8.0):
+        data, sent = encode_progressive(calibrated, gathered, bits_per_pixel=rate, num_inference_steps=20)
+        assert 0.85 * rate < 8 * len(data) / (6 * 64) <= rate
+        assert decode_progressive(calibrated, data).steps == len(sent.points) - 1
+
+
+def test_the_rest_can_be_sampled(calibrated, file):
+    data = file[0][: len(file[0]) * 3 // 4]
+    picture = pixels_of(decode_progressive(calibrated, data))
+    sampled = pixels_of(decode_progressive(calibrated, data, finish=True))
+    assert not np.array_equal(picture, sampled)
+    assert np.array_equal(sampled, pixels_of(decode_progressive(calibrated, data, finish=True)))
+    assert psnr(decode_progressive(calibrated, data)) > psnr(decode_progressive(calibrated, data, finish=True))
+
+
+def test_what_can_not_be_done_is_an_error_before_or_instead_of_a_file(calibrated):
+    gathered = gather(IMAGES, calibrated)
+    with pytest.raises(ValueError, match="the header alone has"):
+        encode_progressive(calibrated, gathered, bits_per_pixel=0.01)
+    with pytest.raises(ValueError, match=r"this model reaches .* dB"):
+        encode_progressive(calibrated, gathered, target_psnr=200, num_inference_steps=3)
+    with pytest.raises(ValueError, match="pass one of"):
+        encode_progressive(calibrated, gathered)
+    plain = DDPMPipelineCustom(tiny_unet(1), DDPMSchedulerCustom(20, beta_schedule="squaredcos_cap_v2"))
+    with pytest.raises(ValueError, match="ddpm-hf calibrate"):
+        encode_progressive(plain, gathered, target_psnr=25)
+
+
+def test_another_model_or_calibration_is_refused(calibrated, file):
+    torch.manual_seed(5)
+    other = tiny_unet(1)
+    with torch.no_grad():
+        other.conv_in.weight += 0.01
+    with pytest.raises(ValueError, match="pass that model, in that state"):
+        decode_progressive(DDPMPipelineCustom(other, calibrated.scheduler), file[0])
+    again = DDPMPipelineCustom(calibrated.unet, DDPMSchedulerCustom.from_config(calibrated.scheduler.config))
+    calibrate(again, smooth_images(16, seed=3), show_progress=False)
+    with pytest.raises(ValueError, match="calibration was changed"):
+        decode_progressive(again, file[0])
+
+
+def test_the_commands_in_processes_of_their_own(calibrated, image_files, tmp_path):
+    calibrated.save_pretrained(tmp_path / "model")
+
+    def ddpm_hf(*arguments, threads="1"):
+        return subprocess.run(
+            [sys.executable, "-m", "ddpm_hf", *map(str, arguments)], capture_output=True, text=True, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+        )  # fmt: skip
+
+    out = tmp_path / "out.ddpm"
+    made = ddpm_hf("compress", tmp_path / "model", *image_files, "-o", out, "--target_psnr", 24, "--steps", 20)
+    assert made.returncode == 0, made.stderr
+    rate = 8 * out.stat().st_size / (12 * 64)
+    assert f"{out.stat().st_size:,} bytes: {rate:.4f} bits/pixel, 2" in made.stdout
+    whole = ddpm_hf("decompress", out, "-o", tmp_path / "whole", threads="2")
+    assert whole.returncode == 0, whole.stderr
+    assert "steps, less sharp" not in whole.stdout
+    error = [
+        np.square(
+            np.array(Image.open(file), float) - np.array(Image.open(tmp_path / "whole" / file.name), float)
+        ).mean()
+        for file in image_files
+    ]
+    assert 10 * np.log10(255**2 / np.mean(error)) >= 24 - 0.01
+
+    out.write_bytes(out.read_bytes()[:-100])
+    part = ddpm_hf("decompress", out, "-o", tmp_path / "part")
+    assert part.returncode == 0, part.stderr
+    assert f"The file ends at byte {out.stat().st_size}" in part.stdout
+    assert len(list((tmp_path / "part").glob("*.png"))) == 12
+
+    both = ddpm_hf("compress", tmp_path / "model", *image_files, "--target_psnr", 24, "--bits_per_pixel", 1)
+    assert both.returncode != 0
+    assert "one of --bits_per_pixel and --target_psnr" in both.stderr
