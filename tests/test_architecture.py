@@ -54,7 +54,7 @@ FOLDERS = {
 # Within a folder. A file that is not named here imports none of its neighbours.
 FILES = {
     "codec.compress": {
-        "arithmetic", "container", "header", "lossless", "opening", "pictures", "report", "stack",
+        "arithmetic", "container", "header", "lossless", "measuring", "opening", "pictures", "report", "stack",
     },
     "codec.decompress": {
         "arithmetic", "compress", "container", "header", "lossless", "opening", "pictures", "stack",

@@ -72,7 +72,6 @@ def test_a_model_that_has_moved_is_passed(pipeline, model_folder, image_files, t
         ({"output_file": "."}, "is a folder"),
         ({"class_label": "3"}, "unconditional"),
         ({"num_inference_steps": 21}, "from 1 to 20"),
-        ({"timestep_spacing": "optimal"}, "ddpm-hf calibrate"),
         ({"variance_type": "learned"}, "predicts no variance"),
     ],
 )

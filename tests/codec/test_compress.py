@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from PIL import Image
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, compress, decompress
 from ddpm_hf.codec.compress import encode, gather
 from ddpm_hf.codec.container import Section, pack, unpack
-from ddpm_hf.diffusion.ddpm_few_steps import Calibration, fingerprint
+from ddpm_hf.codec.measuring import with_calibration
+from ddpm_hf.diffusion.ddpm_few_steps import Calibration, fingerprint, step_costs
 from support.codec import smooth_images
 from support.models import tiny_unet
+from support.oracle import calibrated_scheduler, gaussian_images, oracle_pipeline
 
 
 def as_tensor(images):
@@ -142,6 +145,25 @@ def test_what_the_model_cannot_hold_is_refused(pipeline, images, says):
         compress(pipeline, images)
 
 
+def test_a_model_without_calibration_is_measured_on_the_images():
+    """Errors and steps are about those of the best network; and the model's own scheduler stays as it is."""
+    c, config = 0.05, {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"}
+    pipe = oracle_pipeline(c, **config)
+    measured = with_calibration(pipe, gaussian_images(c, 100).numpy(), None).scheduler
+    exact = calibrated_scheduler(c, **config)
+    # 32 images of 64 pixels know a mean square to 3 %.
+    torch.testing.assert_close(measured.calibration.x_0_error, exact.calibration.x_0_error, rtol=0.12, atol=0)
+    costs = step_costs(exact.process, exact.calibration.x_0_error)
+    cost = [
+        sum(float(costs[t, s]) for t, s in itertools.pairwise(scheduler.optimal_timesteps(8)))
+        for scheduler in (measured, exact)
+    ]
+    assert cost[0] == pytest.approx(cost[1], rel=0.01)
+    assert "_calibration" not in pipe.scheduler.config
+    calibrated = DDPMPipelineCustom(pipe.unet, measured)
+    assert with_calibration(calibrated, gaussian_images(c, 4).numpy(), None) is calibrated
+
+
 # --- another model, another machine ----------------------------------------------------------------------------------
 
 
@@ -251,7 +273,7 @@ def test_a_forged_header_is_an_error(pipeline, data, change):
     "change",
     [
         {"timesteps": None}, {"timesteps": []}, {"timesteps": [3, 4]}, {"timesteps": [50]}, {"timesteps": ["a"]},
-        {"variance": "none"}, {"variance": 3}, {"variance": "learned"}, {"variance": "optimal"}, {"errors": [1]},
+        {"variance": "none"}, {"variance": 3}, {"variance": "learned"}, {"variance": "fixed_small"}, {"errors": [1]},
         {"bins": 0}, {"bins": 10**9}, {"bins": None}, {"table": "0"},
     ],
 )  # fmt: skip

@@ -21,6 +21,7 @@ from .arithmetic import repeatable_arithmetic
 from .container import Section, pack
 from .header import MAX_BATCH_SIZE, describe_model, hash_pixels, image_shape, make_model
 from .lossless import Model, borrowed_bits, encode_batch
+from .measuring import with_calibration
 from .opening import to_words, write_opening
 from .pictures import Picture, check_names, cut, describe_pictures, from_image, read_picture
 from .report import Report, Watcher
@@ -75,10 +76,9 @@ def compress(
         pipeline: the model.
         images: files, images of Pillow, or uint8 (N, C, H, W). Of the model's size and mode.
         num_inference_steps: K, the network calls per image; by default 50, or T if that is less.
-        timesteps: the trajectory itself, or the name of a spacing; by default `optimal` for a calibrated model, and
-            `linspace` otherwise.
-        variance_type: of the reverse process; by default a learned one, or `optimal` for a calibrated model, or the
-            scheduler's.
+        timesteps: the trajectory itself, or the name of a spacing; by default `optimal`. A model without a
+            calibration is measured on some of the images.
+        variance_type: of the reverse process; by default a learned one, or `optimal`.
         class_label: of all images, for a class-conditional model.
         tile: cut images of other sizes into tiles of the model's.
         batch_size: images per network call, at most.
@@ -159,13 +159,14 @@ def encode(
     if timesteps is None or isinstance(timesteps, str):
         num_inference_steps = min(STEPS, T) if num_inference_steps is None else num_inference_steps
     if timesteps is None:
-        timesteps = "optimal" if pipeline.scheduler.config.get("_calibration") is not None else "linspace"
+        timesteps = "optimal"
     label = None
     if pipeline.unet.config.num_class_embeds is not None or class_label is not None:
         labels = pipeline.prepare_class_labels(class_label, 1, guidance_scale=1.0)
         label = None if labels is None else int(labels[0])
-    model = make_model(pipeline, num_inference_steps, timesteps, variance_type, bins_per_std, label)
     start = time.perf_counter()
+    pipeline = with_calibration(pipeline, gathered.pixels, label, show_progress)
+    model = make_model(pipeline, num_inference_steps, timesteps, variance_type, bins_per_std, label)
     report = Report([level.t for level in model.levels], gathered.pixels[0].size)
     with repeatable_arithmetic(pipeline.unet):
         stack, batches, opening = _fill_stack(model, gathered.pixels, batch_size, report, show_progress)

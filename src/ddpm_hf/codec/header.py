@@ -24,10 +24,9 @@ MAX_BATCH_SIZE = 65_536
 
 
 def choose_variance(pipeline: DDPMPipelineCustom) -> VarianceType:
-    """The best variance that a model has: learned, optimal if it is calibrated, or else its scheduler's."""
+    """The best variance that a model has: a learned one, or the optimal one of its calibration."""
     own: VarianceType = pipeline.scheduler.variance_type
-    is_calibrated = pipeline.scheduler.config.get("_calibration") is not None
-    return own if own in LEARNED_VARIANCE_TYPES or not is_calibrated else "optimal"
+    return own if own in LEARNED_VARIANCE_TYPES else "optimal"
 
 
 def make_model(

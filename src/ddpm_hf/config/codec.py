@@ -24,11 +24,11 @@ class CompressConfig:
     )
     timestep_spacing: Literal["model", "linspace", "trailing", "leading", "optimal"] | None = option(
         None,
-        "How K steps are spread over T. Default: `optimal` for a calibrated model, else `linspace`.",
+        "How K steps are spread over T. Default: `optimal`, by the model's calibration, or by a measurement.",
         ["--spacing"],
     )
     variance_type: Literal["fixed_small", "fixed_large", "learned", "learned_range", "optimal"] | None = option(
-        None, "The variance of a step. Default: a learned one; `optimal` for a calibrated model; else the model's."
+        None, "The variance of a step. Default: a learned one, or `optimal`."
     )
     tile: bool = option(False, "Cut images of other sizes into tiles of the model's.")
     batch_size: int = option(64, "Images per network call, at most. Decoding needs the memory of as many.")
