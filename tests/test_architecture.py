@@ -28,7 +28,7 @@ FOLDERS = {
     "evaluation": {
         "config", "data", "diffusion", "distributed", "evaluation.metrics", "progress", "sampling", "storage",
     },
-    "codec": {"data", "diffusion", "evaluation", "progress", "sampling", "storage"},
+    "codec": {"data", "diffusion", "evaluation", "page", "progress", "sampling", "storage"},
     "restoration": {"config", "data", "diffusion", "progress", "sampling", "storage"},
     "sharing": {"diffusion", "evaluation", "progress", "storage"},
     "sharing.conversion": {"config", "diffusion", "sharing", "storage"},
@@ -60,8 +60,9 @@ FILES = {
         "arithmetic", "compress", "container", "header", "lossless", "opening", "pictures", "stack",
     },
     "codec.lossy": {
-        "arithmetic", "channel", "compress", "container", "header", "packets", "pictures", "progressive",
+        "arithmetic", "channel", "compress", "container", "formats", "header", "packets", "pictures", "progressive",
     },
+    "codec.lossy_report": {"formats", "lossy"},
     "codec.progressive": {"channel"},
     "codec.header": {"arithmetic", "levels", "lossless"},
     "codec.lossless": {"arithmetic", "levels", "stack"},

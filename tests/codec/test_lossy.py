@@ -1,6 +1,6 @@
 """Progressive files: any prefix is of use, no damage becomes a wrong picture, and the rate is what was ordered."""
 
-import os
+import io
 import subprocess
 import sys
 
@@ -12,7 +12,10 @@ from PIL import Image
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, calibrate
 from ddpm_hf.codec.compress import gather
 from ddpm_hf.codec.container import read_header
+from ddpm_hf.codec.formats import psnr_of, rate_at, rate_formats
 from ddpm_hf.codec.lossy import decode_progressive, encode_progressive
+from ddpm_hf.codec.lossy_report import Pictures, bound_points, report_page
+from ddpm_hf.config.codec import CompressConfig
 from support.codec import smooth_images
 from support.models import tiny_unet
 
@@ -139,37 +142,84 @@ def test_another_model_or_calibration_is_refused(calibrated, file):
         decode_progressive(again, file[0])
 
 
+@pytest.mark.slow
 def test_the_commands_in_processes_of_their_own(calibrated, image_files, tmp_path):
     calibrated.save_pretrained(tmp_path / "model")
 
-    def ddpm_hf(*arguments, threads="1"):
-        return subprocess.run(
-            [sys.executable, "-m", "ddpm_hf", *map(str, arguments)], capture_output=True, text=True, check=False,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-        )  # fmt: skip
+    def ddpm_hf(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "ddpm_hf", *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
-    out = tmp_path / "out.ddpm"
-    made = ddpm_hf("compress", tmp_path / "model", *image_files, "-o", out, "--target_psnr", 24, "--steps", 20)
-    assert made.returncode == 0, made.stderr
-    rate = 8 * out.stat().st_size / (12 * 64)
-    assert f"{out.stat().st_size:,} bytes: {rate:.4f} bits/pixel, 2" in made.stdout
-    whole = ddpm_hf("decompress", out, "-o", tmp_path / "whole", threads="2")
-    assert whole.returncode == 0, whole.stderr
-    assert "steps, less sharp" not in whole.stdout
-    error = [
-        np.square(
-            np.array(Image.open(file), float) - np.array(Image.open(tmp_path / "whole" / file.name), float)
-        ).mean()
-        for file in image_files
-    ]
-    assert 10 * np.log10(255**2 / np.mean(error)) >= 24 - 0.01
+    out, page = tmp_path / "out.ddpm", tmp_path / "out.html"
+    options = "--target_psnr", 24, "--steps", 20, "--report", page
+    made = ddpm_hf("compress", tmp_path / "model", *image_files, "-o", out, *options)
+    data = out.read_bytes()
+    assert f"{len(data):,} bytes: {8 * len(data) / (12 * 64):.4f} bits/pixel, 2" in made
+    assert "JPEG, without headers" in page.read_text("utf-8")
 
-    out.write_bytes(out.read_bytes()[:-100])
-    part = ddpm_hf("decompress", out, "-o", tmp_path / "part")
-    assert part.returncode == 0, part.stderr
-    assert f"The file ends at byte {out.stat().st_size}" in part.stdout
-    assert len(list((tmp_path / "part").glob("*.png"))) == 12
+    whole = decode_progressive(calibrated, data)
+    out.write_bytes(data[:-100])
+    part = decode_progressive(calibrated, data[:-100])
+    assert part.steps < whole.steps
+    message = ddpm_hf("decompress", out, "-o", tmp_path / "part")
+    assert (
+        f"ends at byte {len(data) - 100} of {len(data)}: these are the images of its first {part.steps} of" in message
+    )
+    for file, (_, pixels) in zip(image_files, part.images, strict=True):
+        assert np.abs(np.array(Image.open(tmp_path / "part" / file.name)).astype(int) - pixels[0]).max() <= 1
 
-    both = ddpm_hf("compress", tmp_path / "model", *image_files, "--target_psnr", 24, "--bits_per_pixel", 1)
-    assert both.returncode != 0
-    assert "one of --bits_per_pixel and --target_psnr" in both.stderr
+
+def test_options_that_exclude_each_other_are_errors():
+    for options, message in (
+        ({"bits_per_pixel": 1.0, "target_psnr": 30.0}, "one of --bits_per_pixel and --target_psnr"),
+        ({"target_psnr": 30.0, "variance_type": "learned"}, "--variance_type is for lossless files"),
+        ({"report": "page.html"}, "--report is for files with loss"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CompressConfig(**options)
+
+
+def test_the_report_has_the_pictures_and_the_rates(calibrated):
+    gathered, pictures = gather(IMAGES, calibrated), Pictures()
+    _, sent = encode_progressive(calibrated, gathered, bits_per_pixel=7, num_inference_steps=20, shown=pictures)
+    last = pictures.stages[-1].astype(float)
+    assert psnr_of(np.square(last - IMAGES.numpy()).mean()) == pytest.approx(sent.points[-1].psnr)
+    bound = bound_points(calibrated, gathered.pixels, 20, 8)
+    page = report_page(sent, pictures, gathered.pixels, bound, "a<b.ddpm")
+    assert "a&lt;b.ddpm" in page
+    point = sent.points[-1]
+    assert f"{point.bits / sent.pixels:.3f} bits/pixel, {point.psnr:.1f} dB, t = {point.t}" in page
+    assert page.count('type="radio"') == page.count('class="view"') > 5
+    assert "<script" not in page
+
+
+# --- other formats ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_other_formats_are_rated_by_their_files(channels):
+    pixels = smooth_images(5, channels, size=16).numpy()
+    found = rate_formats(pixels)
+    assert {"JPEG", "WebP"} <= set(found)
+    image = Image.fromarray(pixels[0, 0] if channels == 1 else pixels[0].transpose(1, 2, 0))
+    for name, rated in found.items():
+        assert all(0 < r.contents < r.files for r in rated), name
+        assert rated[0].psnr < rated[-1].psnr
+        assert rated[0].sheet < rated[0].files
+        assert min(r.contents for r in rated) < 1.5 < min(r.files for r in rated)
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=97, optimize=True, subsampling="4:2:0")
+    one = rate_formats(pixels[:1])["JPEG"][-1]
+    assert one.files == one.sheet == 8 * len(stream.getvalue()) / 256
+    assert one.contents == 8 * (len(stream.getvalue().split(b"\xff\xda")[-1]) - (8 if channels == 1 else 12) - 2) / 256
+
+
+def test_the_rate_at_a_psnr_is_read_between_points_and_not_outside():
+    points = [(1.0, 30.0), (2.0, 40.0), (1.5, 29.0)]  # the last one is no gain
+    assert rate_at(35, points) == pytest.approx(1.5)
+    assert rate_at(29, points) is None
+    assert rate_at(41, points) is None
+    assert rate_at(30, []) is None

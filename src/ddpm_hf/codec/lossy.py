@@ -27,6 +27,7 @@ from .arithmetic import predict
 from .channel import SharedRandomness
 from .compress import STEPS, Gathered
 from .container import pack_header, read_header
+from .formats import psnr_of
 from .header import image_shape, read_field
 from .packets import from_packets, packets_length, to_packets
 from .pictures import Picture, assemble, count_tiles, describe_pictures, read_pictures
@@ -52,7 +53,7 @@ class Point(NamedTuple):
     @property
     def psnr(self) -> float:
         """Peak signal-to-noise ratio of the average squared error, in dB."""
-        return 10 * math.log10(255**2 / max(self.squared_error, 1e-9))
+        return psnr_of(self.squared_error)
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Sent:
 
     Args:
         points: before the first step, and after each that was sent.
+        num_inference_steps: K of the chain.
         pixels: H·W of all images, in which rates are counted.
         file_bytes: of the whole file.
         header_bytes: of those, the header's.
@@ -70,6 +72,7 @@ class Sent:
     """
 
     points: list[Point] = field(default_factory=list)
+    num_inference_steps: int = 0
     pixels: int = 0
     file_bytes: int = 0
     header_bytes: int = 0
@@ -153,7 +156,7 @@ def encode_progressive(
 
     x_0 = normalize(torch.from_numpy(gathered.pixels))
     count = x_0.numel()
-    sent = Sent(pixels=len(x_0) * math.prod(x_0.shape[2:]))
+    sent = Sent(num_inference_steps=len(steps) + 1, pixels=len(x_0) * math.prod(x_0.shape[2:]))
     header = _describe(pipeline, gathered, steps, count, label, seed, model_name, revision)
     limit = math.inf if bits_per_pixel is None else bits_per_pixel * sent.pixels / 8
     smallest = len(pack_header({**header, "sent": len(steps)}))

@@ -14,11 +14,14 @@ from .model import load_on_device
 def compress(model: str, photos: Sequence[str], config: CompressConfig) -> Path:
     """Compress images into one file; returns it."""
     from ..codec.compress import encode, gather
-    from ..codec.lossy import encode_progressive
+    from ..codec.lossy import Sent, encode_progressive
+    from ..codec.lossy_report import Pictures, bound_points, report_page
+    from ..codec.report import Report
     from ..codec.stack import coder_module
+    from ..data.pictures import check_plotting
     from ..sampling.batch_size import out_of_memory_explained
     from ..sampling.generate import parse_labels
-    from ..storage.files import check_writable, write_atomically
+    from ..storage.files import check_writable, write_atomically, write_text_atomically
 
     if not config.is_lossy:
         coder_module()
@@ -29,6 +32,9 @@ def compress(model: str, photos: Sequence[str], config: CompressConfig) -> Path:
     if output.is_dir():
         raise ValueError(f"`output_file` {str(output)!r} is a folder, but must be a file, such as images.ddpm.")
     check_writable(output.parent)
+    if config.report is not None:
+        check_plotting()
+        check_writable(Path(config.report).parent)
     pipeline = load_on_device(model, config.revision, config.device)
     gathered = gather(list(photos), pipeline, config.tile)
     labels = None if config.class_label is None else parse_labels([config.class_label], pipeline.unet.config)
@@ -36,20 +42,27 @@ def compress(model: str, photos: Sequence[str], config: CompressConfig) -> Path:
         "num_inference_steps": config.num_inference_steps, "class_label": labels[0] if labels else None,
         "batch_size": config.batch_size, "model_name": model, "revision": config.revision, "show_progress": True,
     }  # fmt: skip
+    pictures = Pictures()
+    report: Report | Sent
     with out_of_memory_explained(f"`batch_size` is {config.batch_size}: pass a smaller --batch_size."):
-        data, report = (
-            encode_progressive(
-                pipeline, gathered, bits_per_pixel=config.bits_per_pixel, target_psnr=config.target_psnr, **shared
-            )
-            if config.is_lossy
-            else encode(
-                pipeline, gathered, timesteps=None if config.timestep_spacing == "model" else config.timestep_spacing,
-                variance_type=config.variance_type, **shared,
-            )
-        )  # fmt: skip
+        if config.is_lossy:
+            data, report = encode_progressive(
+                pipeline, gathered, bits_per_pixel=config.bits_per_pixel, target_psnr=config.target_psnr,
+                shown=pictures, **shared,
+            )  # fmt: skip
+        else:
+            timesteps = None if config.timestep_spacing == "model" else config.timestep_spacing
+            data, report = encode(pipeline, gathered, timesteps=timesteps, variance_type=config.variance_type, **shared)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, lambda stream: stream.write(data))
     print("\n".join([f"{output}:", *report.lines()]))
+    if config.report is not None and isinstance(report, Sent):
+        bound = bound_points(
+            pipeline, gathered.pixels, report.num_inference_steps, config.batch_size, shared["class_label"], True
+        )
+        page = report_page(report, pictures, gathered.pixels, bound, output.name)
+        write_text_atomically(Path(config.report), page)
+        print(f"The report is {config.report}.")
     return output
 
 

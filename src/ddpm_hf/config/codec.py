@@ -19,6 +19,11 @@ class CompressConfig:
     target_psnr: float | None = option(
         None, "Compress with loss, into the shortest file that reaches this PSNR in dB, over all images."
     )
+    report: str | None = option(
+        None,
+        "Of a file with loss: write a page in HTML with its pictures at every rate, and its rates beside the bound "
+        "and JPEG, WebP and AVIF. Takes as long as the compression again.",
+    )
     num_inference_steps: int | None = option(
         None, "K, the network calls per image: more of them, fewer bits. Default: 50.", ["--steps"]
     )
@@ -41,6 +46,10 @@ class CompressConfig:
         at_least(1, self, "num_inference_steps", "batch_size")
         if self.bits_per_pixel is not None and self.target_psnr is not None:
             raise ValueError("pass one of --bits_per_pixel and --target_psnr: each decides how long the file is.")
+        if self.report is not None and not self.is_lossy:
+            raise ValueError(
+                "--report is for files with loss: pass --bits_per_pixel or --target_psnr, too, or leave it out."
+            )
         lossless_only = [n for n in ("timestep_spacing", "variance_type") if getattr(self, n) is not None]
         if self.is_lossy and lossless_only:
             raise ValueError(
