@@ -31,6 +31,7 @@ SMALL = {  # added to what the page says; later options win
     "calibrate": ("--num_images", "16"),
     "restore": ("--steps", "2"),
     "edit": ("--steps", "4"),
+    "compress": ("--steps", "2"),
     "interpolate": ("--num_inference_steps", "2"),
     "paper": ("--num_images", "4", "--num_likelihood_images", "2", "--batch_size", "4"),
     "doctor": ("--num_images", "8", "--num_samples", "4"),
@@ -82,7 +83,8 @@ def run_shell(script: str) -> None:
         ValueError: for a command that no page may have without saying that it is not run.
     """
     for line in script.replace("\\\n", " ").splitlines():
-        command = shlex.split(line, comments=True)
+        words = shlex.split(line, comments=True)
+        command = [name for word in words for name in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
         if command:
             run_command(command)
 
