@@ -60,9 +60,10 @@ FILES = {
         "arithmetic", "compress", "container", "header", "lossless", "opening", "pictures", "stack",
     },
     "codec.lossy": {
-        "arithmetic", "channel", "compress", "container", "formats", "header", "packets", "pictures", "progressive",
+        "arithmetic", "channel", "compress", "container", "formats", "header", "measuring", "packets", "pictures",
+        "progressive",
     },
-    "codec.lossy_report": {"formats", "lossy"},
+    "codec.lossy_report": {"formats", "lossy", "measuring"},
     "codec.progressive": {"channel"},
     "codec.header": {"arithmetic", "levels", "lossless"},
     "codec.lossless": {"arithmetic", "levels", "stack"},

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from ddpm_hf.codec.channel import MEMORY, SharedRandomness, bits_for, steer, steered_noise
-from ddpm_hf.codec.progressive import bits_to_send, follow, plan_steps
+from ddpm_hf.codec.progressive import best_chain, bits_to_send, follow, plan_steps
 from support.oracle import calibrated_scheduler
 
 SHARED = SharedRandomness(7)
@@ -92,7 +92,7 @@ VARIANCE = 0.25
 def test_a_gaussian_source_is_sent_near_its_rate_distortion_function_and_x_t_has_nearly_the_law_of_q():
     """R(D) = ½ log₂(v/D), which no code beats, and x_t ~ N(sqrt(ᾱ_t) x_0, (1 - ᾱ_t) I) (Eq. 4)."""
     scheduler = calibrated_scheduler(VARIANCE)
-    steps = plan_steps(scheduler, 40)
+    steps = plan_steps(scheduler.process, best_chain(scheduler, 40))
     x_0 = math.sqrt(VARIANCE) * torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(1))
     choose = bits_to_send(steps, x_0, SHARED)
     received, sent = [], [0]

@@ -124,9 +124,16 @@ def test_what_can_not_be_done_is_an_error_before_or_instead_of_a_file(calibrated
         encode_progressive(calibrated, gathered, target_psnr=200, num_inference_steps=3)
     with pytest.raises(ValueError, match="pass one of"):
         encode_progressive(calibrated, gathered)
+
+
+def test_a_model_without_a_calibration_is_measured_on_the_images(calibrated):
     plain = DDPMPipelineCustom(tiny_unet(1), DDPMSchedulerCustom(20, beta_schedule="squaredcos_cap_v2"))
-    with pytest.raises(ValueError, match="ddpm-hf calibrate"):
-        encode_progressive(plain, gathered, target_psnr=25)
+    data, sent = encode_progressive(plain, gather(IMAGES, plain), target_psnr=24, num_inference_steps=20)
+    assert plain.scheduler.config.get("_calibration") is None
+    for pipeline in (plain, calibrated):  # a calibration that is made later does not matter
+        received = decode_progressive(pipeline, data)
+        assert received.problem is None
+        assert psnr(received) == pytest.approx(sent.points[-1].psnr, abs=0.01)
 
 
 def test_another_model_or_calibration_is_refused(calibrated, file):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import binascii
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -29,9 +30,10 @@ from .compress import STEPS, Gathered
 from .container import pack_header, read_header
 from .formats import psnr_of
 from .header import image_shape, read_field
+from .measuring import with_calibration
 from .packets import from_packets, packets_length, to_packets
 from .pictures import Picture, assemble, count_tiles, describe_pictures, read_pictures
-from .progressive import Bits, Step, bits_to_send, follow, plan_steps
+from .progressive import ERROR_STEPS, Bits, Chain, Step, best_chain, bits_to_send, follow, plan_steps
 
 HASH_DIGITS = 16  # of the weights, in a header that is to be short
 Shown = Callable[[int, Tensor], None]
@@ -127,7 +129,7 @@ def encode_progressive(
     """Compress images into a file of which any prefix decodes.
 
     Args:
-        pipeline: a calibrated model.
+        pipeline: the model. Without a calibration, it is measured on some of the images.
         gathered: the images.
         bits_per_pixel: of the whole file, at most: 8 · bytes / (images · H · W).
         target_psnr: in dB, of the average squared error: the file is as short as reaches it. One of the two.
@@ -139,7 +141,7 @@ def encode_progressive(
         shown: gets the number of steps done and x̂_0, (N, C, H, W) in [-1, 1], before each step.
 
     Raises:
-        ValueError: for a bad argument, a model without a calibration, and a rate or PSNR that can't be reached.
+        ValueError: for a bad argument, and a rate or PSNR that can't be reached.
     """
     if (bits_per_pixel is None) == (target_psnr is None):
         raise ValueError("pass one of `bits_per_pixel` and `target_psnr`.")
@@ -148,16 +150,18 @@ def encode_progressive(
             check_number(name, value, "a positive number", lambda v: v > 0)
     check_integer("batch_size", batch_size, 1)
     check_integer("seed", seed, 0, 2**64 - 1)
-    T = pipeline.scheduler.config.num_train_timesteps
-    steps = plan_steps(pipeline.scheduler, min(STEPS, T) if num_inference_steps is None else num_inference_steps)
     label = None
     if pipeline.unet.config.num_class_embeds is not None or class_label is not None:
         label = int(label_tensor(class_label, 1, pipeline.unet.config)[0])
+    T = pipeline.scheduler.config.num_train_timesteps
+    scheduler = with_calibration(pipeline, gathered.pixels, label, show_progress).scheduler
+    chain = best_chain(scheduler, min(STEPS, T) if num_inference_steps is None else num_inference_steps)
+    steps = plan_steps(scheduler.process, chain)
 
     x_0 = normalize(torch.from_numpy(gathered.pixels))
     count = x_0.numel()
     sent = Sent(num_inference_steps=len(steps) + 1, pixels=len(x_0) * math.prod(x_0.shape[2:]))
-    header = _describe(pipeline, gathered, steps, count, label, seed, model_name, revision)
+    header = _describe(pipeline, gathered, chain, steps, count, label, seed, model_name, revision)
     limit = math.inf if bits_per_pixel is None else bits_per_pixel * sent.pixels / 8
     smallest = len(pack_header({**header, "sent": len(steps)}))
     if smallest > limit:
@@ -237,8 +241,7 @@ def decode_progressive(
     _check_model(header, pipeline, shape)
     pictures = _read_pictures(header, shape[0])
     counts = [count_tiles(picture.size, shape[1:]) for picture in pictures]
-    T = pipeline.scheduler.config.num_train_timesteps
-    steps = plan_steps(pipeline.scheduler, read_field(header, "steps", lambda v: type(v) is int and 2 <= v <= T))
+    steps = plan_steps(pipeline.scheduler.process, _read_chain(header, pipeline))
     count = sum(counts) * math.prod(shape)
     if header.get("plan") != _hash_plan(steps, count):
         raise ValueError(
@@ -289,9 +292,10 @@ class _Network:
 
 
 def _describe(
-    pipeline: DDPMPipelineCustom, gathered: Gathered, steps: Sequence[Step], count: int, label: int | None, seed: int,
-    name: str | None, revision: str | None,
+    pipeline: DDPMPipelineCustom, gathered: Gathered, chain: Chain, steps: Sequence[Step], count: int,
+    label: int | None, seed: int, name: str | None, revision: str | None,
 ) -> dict[str, Any]:  # fmt: skip
+    is_measured = pipeline.scheduler.config.get("_calibration") is None
     return {
         "by": f"ddpm-hf {__version__}",
         "codec": "progressive",
@@ -302,12 +306,31 @@ def _describe(
             "weights": hash_weights(pipeline.unet)[:HASH_DIGITS],
             "label": label,
         },
-        "steps": len(steps) + 1,
+        "steps": list(chain) if is_measured else len(chain.timesteps),
         "arithmetic": {},  # it may differ
         "plan": _hash_plan(steps, count),
         "seed": seed,
         "images": describe_pictures(gathered.pictures),
     }
+
+
+def _read_chain(header: dict[str, Any], pipeline: DDPMPipelineCustom) -> Chain:
+    """The chain of a file: that of the model's calibration, or one that the file has."""
+    T = pipeline.scheduler.config.num_train_timesteps
+    stored = header.get("steps")
+    if type(stored) is int and 1 <= stored <= T:
+        return best_chain(pipeline.scheduler, stored)
+    timesteps, errors = read_field(
+        header, "steps", lambda v: isinstance(v, list) and len(v) == 2 and all(map(_are_integers, v))
+    )
+    is_chain = timesteps[0] < T and timesteps[-1] >= 0 and all(t > s for t, s in itertools.pairwise(timesteps))
+    if not is_chain or len(errors) != len(timesteps) or max(map(abs, errors)) > 100 * ERROR_STEPS:
+        raise ValueError("the file's header has timesteps that are none of this model: no ddpm-hf wrote it.")
+    return Chain(timesteps, errors)
+
+
+def _are_integers(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(type(v) is int for v in values)
 
 
 def _hash_plan(steps: Sequence[Step], count: int) -> str:

@@ -19,6 +19,7 @@ from ..evaluation.likelihood import bits_per_dim, rate_distortion
 from ..page import document, picture, table, words
 from .formats import Rated, psnr_of, rate_at, rate_formats
 from .lossy import Point, Sent
+from .measuring import with_calibration
 
 SHOWN = 8  # images
 STAGES = 16  # of the slider, at most
@@ -49,9 +50,9 @@ def bound_points(
 ) -> list[tuple[float, float]]:  # fmt: skip
     """Rate (bits per pixel) and PSNR of an ideal code of the same chain: see `ddpm_hf.rate_distortion`."""
     bits = bits_per_dim(
-        pipeline, torch.from_numpy(pixels), num_inference_steps=num_inference_steps, timesteps="optimal",
-        variance_type="optimal", batch_size=batch_size, class_labels=class_label, title="The bound",
-        show_progress=show_progress,
+        with_calibration(pipeline, pixels, class_label), torch.from_numpy(pixels), timesteps="optimal",
+        num_inference_steps=num_inference_steps, variance_type="optimal", batch_size=batch_size,
+        class_labels=class_label, title="The bound", show_progress=show_progress,
     )  # fmt: skip
     curve = rate_distortion(bits)
     rates, errors = curve.rate * pixels.shape[1], curve.distortion.square()

@@ -21,11 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..diffusion.ddpm_process import DDPMProcess
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from .channel import SharedRandomness, bits_for, steer, steered_noise
 
 Bits = NDArray[np.uint8]  # of 0 and 1
 BitsOf = Callable[[int, Tensor], Bits | None]
+ERROR_STEPS = 128  # per octave, in which a file has the errors of x̂_0
+SMALLEST_ERROR = 1e-12
 Predict = Callable[[Tensor, int], Tensor]
 
 
@@ -53,18 +56,35 @@ class Step(NamedTuple):
         return min(count, bits_for(count * self.bits_per_value))
 
 
-def plan_steps(scheduler: DDPMSchedulerCustom, num_inference_steps: int) -> list[Step]:
-    """The steps between K least-cost timesteps, from x_T to x_0 (K - 1 of them: after the last, x̂_0 is the picture).
+class Chain(NamedTuple):
+    """What a file says of its chain.
+
+    Attributes:
+        timesteps: K of them, descending.
+        errors: log₂ e_t of each, in 1/128: see `Calibration`.
+    """
+
+    timesteps: list[int]
+    errors: list[int]
+
+
+def best_chain(scheduler: DDPMSchedulerCustom, num_inference_steps: int) -> Chain:
+    """The chain of the K least-cost timesteps.
 
     Raises:
         ValueError: for a scheduler without a calibration.
     """
-    errors = scheduler.calibration.x_0_error
     timesteps = scheduler.optimal_timesteps(num_inference_steps)
+    errors = scheduler.calibration.x_0_error[timesteps].tolist()
+    return Chain(timesteps, [round(ERROR_STEPS * math.log2(max(error, SMALLEST_ERROR))) for error in errors])
+
+
+def plan_steps(process: DDPMProcess, chain: Chain) -> list[Step]:
+    """The steps from x_T to x_0: K - 1 of them, since x̂_0 is the picture after the last."""
     steps = []
-    for t, s in itertools.pairwise(timesteps):
-        c_0, c_t, q_variance = (float(c) for c in scheduler.process.posterior_coefficients(t, s))
-        p_variance = q_variance + c_0**2 * float(errors[t])
+    for (t, s), error in zip(itertools.pairwise(chain.timesteps), chain.errors, strict=False):
+        c_0, c_t, q_variance = (float(c) for c in process.posterior_coefficients(t, s))
+        p_variance = q_variance + c_0**2 * 2.0 ** (error / ERROR_STEPS)
         steps.append(Step(t, s, c_0, c_t, math.sqrt(p_variance), q_variance / p_variance))
     return steps
 
