@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from ddpm_hf.cli import main
+from ddpm_hf.codec.container import unpack
 from ddpm_hf.commands.codec import compress, decompress
 from ddpm_hf.config.codec import CompressConfig, DecompressConfig
 from support.runs import run, run_here
@@ -70,6 +71,7 @@ def test_a_model_that_has_moved_is_passed(pipeline, model_folder, image_files, t
         ({"photo": "nothing.png"}, "there is no file 'nothing.png'"),
         ({"size": (9, 8)}, r"9 × 8 pixels, but the model needs 8 × 8.*--tile"),
         ({"output_file": "."}, "is a folder"),
+        ({"photo": "."}, r"'.' is a folder: pass its files, as in ./\*.png"),
         ({"class_label": "3"}, "unconditional"),
         ({"num_inference_steps": 21}, "from 1 to 20"),
         ({"variance_type": "learned"}, "predicts no variance"),
@@ -83,6 +85,33 @@ def test_errors_come_before_anything_is_written(model_folder, image_files, tmp_p
     with pytest.raises(ValueError, match=says):
         compress(str(model_folder), photos, CompressConfig(**options))
     assert not (tmp_path / "made.ddpm").exists()
+
+
+def test_an_image_is_not_replaced_by_the_file(model_folder, image_files):
+    before = image_files[0].read_bytes()
+    with pytest.raises(ValueError, match="is one of the images"):
+        compress(str(model_folder), list(map(str, image_files)), CompressConfig(output_file=str(image_files[0])))
+    assert image_files[0].read_bytes() == before
+
+
+def test_the_spacing_of_the_model_is_its_own(pipeline, model_folder, image_files, tmp_path):
+    photos = list(map(str, image_files))
+    made = compress(str(model_folder), photos, config(tmp_path, num_inference_steps=4, timestep_spacing="model"))
+    own = pipeline.scheduler_on_trajectory(4).timesteps.tolist()
+    assert unpack(made.read_bytes()).header["chain"]["timesteps"] == own
+
+
+def test_the_processor_of_another_machine_is_found_out(model_folder, image_files, tmp_path):
+    """This processor, with fewer of its instructions: oneDNN sums in another order."""
+    made = compress(str(model_folder), list(map(str, image_files)), config(tmp_path, num_inference_steps=2))
+    command = [sys.executable, "-m", "ddpm_hf", "decompress", str(made), "-o", str(tmp_path / "out")]
+    done = run(command, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"})
+    if done.returncode == 0:
+        pytest.skip("this processor's sums are those of the oldest ones")
+    assert "are not those of the machine that made the file" in done.stderr
+    assert "ONEDNN_MAX_CPU_ISA=SSE41" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_of_another_kind_is_refused(image_files, tmp_path):

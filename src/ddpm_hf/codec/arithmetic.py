@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from ..diffusion.ddpm_process import to_device
 from ..sampling.generate import eval_mode
+
+# Environment variables by which PyTorch, oneDNN and MKL choose among the instructions of a processor.
+CHOICES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
 
 
 @contextmanager
@@ -49,6 +53,7 @@ def describe_arithmetic(network: UNet2DModel) -> dict[str, str]:
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}" if on_cpu else "",
         "oneDNN": str(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled) if on_cpu else "",
         "system": platform.system(),
+        "environment": " ".join(f"{name}={os.environ[name]}" for name in CHOICES if name in os.environ),
     }
 
 
@@ -106,7 +111,7 @@ def check_arithmetic(stored: dict[str, Any], network: UNet2DModel, found_probe: 
         for key, value in here.items()
         if stored.get(key) != value
     ]
-    described = f"{stored.get('device')}, {stored.get('dtype')}, torch {stored.get('torch')}, {stored.get('processor')}"
+    described = ", ".join(f"{key} {stored[key]}" for key in here if stored.get(key))
     raise ValueError(
         "the network's outputs on this machine are not those of the machine that made the file, so every image would "
         f"come out wrong: {'; '.join(differences) or 'versions and processor are equal, but some library is not'}. "

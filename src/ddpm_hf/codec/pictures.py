@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -170,7 +170,7 @@ def read_pictures(described: Any, channels: int) -> list[Picture]:
         raise ValueError(f"its list of images is damaged ({error})") from error
     for picture in pictures:
         name, size = picture.name, picture.size
-        if name in ("", ".", "..") or PurePosixPath(name).name != name or "\\" in name or "\0" in name:
+        if name in ("", ".", "..") or Path(name).name != name or {"/", "\\", "\0"} & set(name):
             raise ValueError(f"it has an image named {name!r}, which is no name of a file")
         if picture.mode not in MODES.get(channels, ()):
             raise ValueError(f"it has an image of mode {picture.mode!r}, which {channels} channels can't hold")

@@ -27,8 +27,15 @@ def compress(model: str, photos: Sequence[str], config: CompressConfig) -> Path:
         coder_module()
     missing = next((photo for photo in photos if not Path(photo).is_file()), None)
     if missing is not None:
-        raise ValueError(f"there is no file {missing!r}.")
+        is_folder = Path(missing).is_dir()
+        raise ValueError(
+            f"{missing!r} is a folder: pass its files, as in {missing}/*.png."
+            if is_folder
+            else f"there is no file {missing!r}."
+        )
     output = Path(config.output_file)
+    if output.resolve() in {Path(photo).resolve() for photo in photos}:
+        raise ValueError(f"`output_file` {str(output)!r} is one of the images, which it would replace: choose another.")
     if output.is_dir():
         raise ValueError(f"`output_file` {str(output)!r} is a folder, but must be a file, such as images.ddpm.")
     check_writable(output.parent)
@@ -51,7 +58,8 @@ def compress(model: str, photos: Sequence[str], config: CompressConfig) -> Path:
                 shown=pictures, **shared,
             )  # fmt: skip
         else:
-            timesteps = None if config.timestep_spacing == "model" else config.timestep_spacing
+            spacing = config.timestep_spacing
+            timesteps = pipeline.scheduler.config.timestep_spacing if spacing == "model" else spacing
             data, report = encode(pipeline, gathered, timesteps=timesteps, variance_type=config.variance_type, **shared)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, lambda stream: stream.write(data))
