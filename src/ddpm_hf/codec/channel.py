@@ -121,8 +121,15 @@ def steer(shared: SharedRandomness, draw: int, shift: np.ndarray, ratio: float, 
     count = len(shift)
     order, signs = shared.arrangement(draw, count)
     starts = _starts(count, num_bits)
-    segments = _segments(shift.astype(np.float32)[order] * signs, starts)
-    lengths = np.diff(starts)
+    segments = _segments(shift.astype(np.float32)[order] * signs, starts) / np.float32(ratio)
+    table = shared.codebook[:, : segments.shape[1]]
+    if ratio < 1:  # the squares z² are columns, too, of which a segment has that of its length
+        lengths = np.diff(starts)
+        for length in np.unique(lengths):
+            repeats, rest = divmod(int(length), WIDTH)
+            squares = repeats * shared.norms[-1] + shared.norms[rest]
+            table = np.column_stack([table, np.float32(0.5 - 0.5 / ratio) * squares])
+            segments = np.column_stack([segments, (lengths == length).astype(np.float32)])
     bits = np.empty(num_bits, np.uint8)
     ends = _blocks(num_bits)
     sizes = np.diff(ends)
@@ -130,12 +137,7 @@ def steer(shared: SharedRandomness, draw: int, shift: np.ndarray, ratio: float, 
         first = ends[:-1][sizes == size]
         for i in range(0, len(first), BLOCKS_AT_ONCE):
             rows = (first[i : i + BLOCKS_AT_ONCE] + np.arange(size)[:, None]).ravel()
-            metric = segments[rows] @ shared.codebook[:, : segments.shape[1]].T / np.float32(ratio)
-            if ratio < 1:
-                penalty = np.float32(0.5 * (1 / ratio - 1))
-                for length in np.unique(lengths[rows]):
-                    repeats, rest = divmod(int(length), WIDTH)
-                    metric[lengths[rows] == length] -= penalty * (repeats * shared.norms[-1] + shared.norms[rest])
+            metric = segments[rows] @ table.T
             bits[rows] = _best_path(metric.reshape(size, -1, ROWS)).ravel()
     return bits
 
@@ -216,21 +218,22 @@ def _viterbi(metric: np.ndarray, positions: np.ndarray, ends: np.ndarray | None)
         ends: the state before the first and at the last segment, (B,); None leaves both free.
     """
     J, B = metric.shape[:2]
-    block = np.arange(B)
+    half, block = ROWS // 2, np.arange(B)
     score = np.zeros((B, ROWS), np.float32)
     if ends is not None:
         score[:] = -np.inf
         score[block, ends] = 0
-    from_upper = np.empty((J, B, ROWS // 2), bool)
+    from_upper = np.empty((J, B, half), bool)
     for j, position in enumerate(positions):
-        lower, upper = score[:, : ROWS // 2], score[:, ROWS // 2 :]
+        lower, upper = score[:, :half], score[:, half:]
         np.greater(upper, lower, out=from_upper[j])
         best = np.maximum(lower, upper)
-        score = (best[:, :, None] + metric[position].reshape(B, -1, 2)).reshape(B, ROWS)
+        np.add(best, metric[position, :, 0::2], out=score[:, 0::2])
+        np.add(best, metric[position, :, 1::2], out=score[:, 1::2])
     state = score.argmax(axis=1) if ends is None else ends
     states = np.empty((J, B), np.int64)
     for j in range(J - 1, -1, -1):
         states[j] = state
         before = state // 2
-        state = before + ROWS // 2 * from_upper[j, block, before]
+        state = before + half * from_upper[j, block, before]
     return states
