@@ -57,7 +57,7 @@ FILES = {
         "arithmetic", "container", "header", "lossless", "measuring", "opening", "pictures", "report", "stack",
     },
     "codec.decompress": {
-        "arithmetic", "compress", "container", "header", "lossless", "opening", "pictures", "stack",
+        "arithmetic", "compress", "container", "header", "lossless", "opening", "pictures", "stack", "lossy",
     },
     "codec.lossy": {
         "arithmetic", "channel", "compress", "container", "formats", "header", "measuring", "packets", "pictures",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .codec.compress import compress
     from .codec.decompress import decompress
+    from .codec.lossy import compress_progressive
     from .config.commands import EvaluateConfig
     from .config.training import TrainConfig
     from .diffusion.ddpm_process import DDPMProcess
@@ -45,6 +46,7 @@ _MODULES = {
     "bits_per_dim": "evaluation.likelihood",
     "calibrate": "evaluation.calibration",
     "compress": "codec.compress",
+    "compress_progressive": "codec.lossy",
     "convert_model": "sharing.conversion.convert",
     "decompress": "codec.decompress",
     "edit": "restoration.edit",
@@ -76,6 +78,7 @@ __all__ = [
     "bits_per_dim",
     "calibrate",
     "compress",
+    "compress_progressive",
     "convert_model",
     "decompress",
     "edit",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, calibrate
+from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, calibrate, compress_progressive, decompress
 from ddpm_hf.codec.compress import gather
 from ddpm_hf.codec.container import read_header
 from ddpm_hf.codec.formats import psnr_of, rate_at, rate_formats
@@ -177,6 +177,16 @@ def test_the_commands_in_processes_of_their_own(calibrated, image_files, tmp_pat
     )
     for file, (_, pixels) in zip(image_files, part.images, strict=True):
         assert np.abs(np.array(Image.open(tmp_path / "part" / file.name)).astype(int) - pixels[0]).max() <= 1
+
+
+def test_in_python_a_cut_file_is_a_warning(calibrated, image_files):
+    data = compress_progressive(calibrated, image_files, bits_per_pixel=6, num_inference_steps=20)
+    whole = decompress(calibrated, data)
+    with pytest.warns(UserWarning, match="ends at byte"):
+        part = decompress(calibrated, data[:-80])
+    assert len(whole) == len(part) == 12
+    assert [image.size for image in part] == [(8, 8)] * 12
+    assert any(a.tobytes() != b.tobytes() for a, b in zip(whole, part, strict=True))
 
 
 def test_options_that_exclude_each_other_are_errors():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -10,9 +12,10 @@ from ..diffusion.pipeline import DDPMPipelineCustom
 from ..progress import progress
 from .arithmetic import repeatable_arithmetic
 from .compress import DATA
-from .container import join, unpack
+from .container import join, read_header, unpack
 from .header import MAX_BATCH_SIZE, hash_pixels, open_model, read_field
 from .lossless import Model, decode_batch
+from .lossy import decode_progressive
 from .opening import from_words, read_opening
 from .pictures import Picture, assemble, count_tiles, read_pictures, to_image
 from .stack import BitStack, coder_module
@@ -24,7 +27,9 @@ DIFFERENT = (
 
 
 def decompress(pipeline: DDPMPipelineCustom, data: bytes) -> list[Image.Image]:
-    """The images that `compress` got, bit by bit.
+    """The images that `compress` got, bit by bit, or those of `compress_progressive`, as the intact part shows them.
+
+    Where that part is not the whole file, a warning says so.
 
     Args:
         pipeline: the model that they were compressed with.
@@ -34,7 +39,12 @@ def decompress(pipeline: DDPMPipelineCustom, data: bytes) -> list[Image.Image]:
         ValueError: for a damaged file, for another model, and where this machine's arithmetic is not that of the file:
             no image comes out wrong.
     """
-    return [to_image(picture, pixels) for picture, pixels in decode(pipeline, data)]
+    if read_header(data)[0].get("codec") != "progressive":
+        return [to_image(picture, pixels) for picture, pixels in decode(pipeline, data)]
+    received = decode_progressive(pipeline, data)
+    if received.problem is not None:
+        warnings.warn(received.description, stacklevel=2)
+    return [to_image(picture, pixels) for picture, pixels in received.images]
 
 
 def decode(

@@ -26,7 +26,7 @@ from ..sampling.generate import eval_mode
 from ..storage.weights import hash_weights
 from .arithmetic import predict
 from .channel import SharedRandomness
-from .compress import STEPS, Gathered
+from .compress import STEPS, Gathered, Images, gather
 from .container import pack_header, read_header
 from .formats import psnr_of
 from .header import image_shape, read_field
@@ -110,6 +110,54 @@ class Received(NamedTuple):
     steps_sent: int
     problem: str | None
 
+    @property
+    def description(self) -> str:
+        """What a file with a problem shows."""
+        return (
+            f"the file {self.problem}: these are the images of its first {self.steps} of {self.steps_sent} steps, less "
+            "sharp than the whole file's."
+        )
+
+
+def compress_progressive(
+    pipeline: DDPMPipelineCustom,
+    images: Images,
+    *,
+    bits_per_pixel: float | None = None,
+    target_psnr: float | None = None,
+    num_inference_steps: int | None = None,
+    class_label: int | str | None = None,
+    tile: bool = False,
+    batch_size: int = 64,
+    model_name: str | None = None,
+) -> bytes:
+    """Compress images with loss, into a file of which any prefix decodes (arXiv 2006.11239, Algorithms 3 and 4).
+
+    The values of all images are coded together: the more of them, the nearer the rate is to the model's bound.
+
+    Args:
+        pipeline: the model. Without a calibration, it is measured on some of the images.
+        images: files, images of Pillow, or uint8 (N, C, H, W). Of the model's size and mode.
+        bits_per_pixel: of the whole file, at most: 8 · bytes / (images · H · W).
+        target_psnr: in dB, of the squared error averaged over all images: the shortest file that reaches it. One of the
+            two.
+        num_inference_steps: K, the network calls per image; by default 50, or T if that is less.
+        class_label: of all images, for a class-conditional model.
+        tile: cut images of other sizes into tiles of the model's.
+        batch_size: images per network call.
+        model_name: by which `ddpm-hf decompress` will look for the model.
+
+    Returns:
+        The content of a file, for `decompress`, which may be cut anywhere behind its header.
+
+    Raises:
+        ValueError: for images that the model can't hold, a bad argument, and a rate or PSNR that can't be reached.
+    """
+    return encode_progressive(
+        pipeline, gather(images, pipeline, tile), bits_per_pixel=bits_per_pixel, target_psnr=target_psnr,
+        num_inference_steps=num_inference_steps, class_label=class_label, batch_size=batch_size, model_name=model_name,
+    )[0]  # fmt: skip
+
 
 def encode_progressive(
     pipeline: DDPMPipelineCustom,
@@ -126,22 +174,13 @@ def encode_progressive(
     shown: Shown | None = None,
     show_progress: bool = False,
 ) -> tuple[bytes, Sent]:
-    """Compress images into a file of which any prefix decodes.
+    """As `compress_progressive`, with what it came to.
 
     Args:
-        pipeline: the model. Without a calibration, it is measured on some of the images.
         gathered: the images.
-        bits_per_pixel: of the whole file, at most: 8 · bytes / (images · H · W).
-        target_psnr: in dB, of the average squared error: the file is as short as reaches it. One of the two.
-        num_inference_steps: K; by default 50, or T if that is less.
-        class_label: of all images, for a class-conditional model.
-        batch_size: images per network call.
         seed: of the shared randomness.
-        model_name: by which `ddpm-hf decompress` will look for the model.
+        revision: of the model.
         shown: gets the number of steps done and x̂_0, (N, C, H, W) in [-1, 1], before each step.
-
-    Raises:
-        ValueError: for a bad argument, and a rate or PSNR that can't be reached.
     """
     if (bits_per_pixel is None) == (target_psnr is None):
         raise ValueError("pass one of `bits_per_pixel` and `target_psnr`.")

@@ -111,8 +111,5 @@ def decompress(file: str, model: str | None, config: DecompressConfig) -> Path:
         write_atomically(output, partial(to_image(picture, pixels).save, format=format_of(output)))
     print(f"{len(images)} images in {folder}/.")
     if is_progressive and received.problem:
-        print(
-            f"The file {received.problem}: these are the images of its first {received.steps} of "
-            f"{received.steps_sent} steps, less sharp than the whole file's."
-        )
+        print(received.description)
     return folder
