@@ -261,7 +261,8 @@ def test_a_forged_payload_is_no_wrong_picture(pipeline, data):
         {"batches": [10**9]}, {"batches": 3}, {"batches": [1.5]}, {"batches": []}, {"batches": [True]},
         {"opening": [0, 5]}, {"opening": [1]}, {"opening": [1, 10**12]}, {"images": None}, {"images": []},
         {"model": None}, {"model": []}, {"model": {"weights": 3}}, {"chain": None}, {"arithmetic": None},
-        {"arithmetic": {}}, {"sha256": "00"}, {"sha256": None},
+        {"arithmetic": {}}, {"coder": None}, {"coder": {"probe": "0", "constriction": "9"}},
+        {"sha256": "00"}, {"sha256": None},
     ],
 )  # fmt: skip
 def test_a_forged_header_is_an_error(pipeline, data, change):
@@ -285,5 +286,5 @@ def test_a_forged_chain_is_an_error(pipeline, data, change):
 
 def test_the_header_is_small(data):
     header = len(data) - sum(len(section.content) for section in unpack(data).sections)
-    assert header < 700
+    assert header < 750
     assert hashlib.sha256().digest_size * 2 == len(unpack(data).header["sha256"])

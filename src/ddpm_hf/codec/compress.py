@@ -25,7 +25,7 @@ from .measuring import with_calibration
 from .opening import to_words, write_opening
 from .pictures import Picture, check_names, cut, describe_pictures, from_image, read_picture
 from .report import Report, Watcher
-from .stack import BitStack, StackTooShortError, coder_module
+from .stack import BitStack, StackTooShortError, coder_module, describe_coder
 
 STEPS = 50  # by default: twice as many save less than 2 %
 BINS_PER_STD = 4  # 2 to 8 cost the same; the fewer, the less is borrowed
@@ -174,6 +174,7 @@ def encode(
     header = {
         "codec": "lossless",
         **described,
+        "coder": describe_coder(),
         "batches": batches,
         "opening": [report.opening, len(opening)],
         "images": describe_pictures(gathered.pictures),

@@ -18,7 +18,7 @@ from .lossless import Model, decode_batch
 from .lossy import decode_progressive
 from .opening import from_words, read_opening
 from .pictures import Picture, assemble, count_tiles, read_pictures, to_image
-from .stack import BitStack, coder_module
+from .stack import BitStack, check_coder
 
 DIFFERENT = (
     "the images that come out are not those that were compressed ({}): the network's arithmetic here differs from that "
@@ -75,7 +75,7 @@ def decode(
         raise ValueError("the file's header and its data don't belong together: no ddpm-hf wrote it.")
 
     words, shape = np.frombuffer(payload, "<u4"), (channels, height, width)
-    coder_module()
+    check_coder(header.get("coder"))
     with repeatable_arithmetic(pipeline.unet):
         model = open_model(header, pipeline, batches)
         try:

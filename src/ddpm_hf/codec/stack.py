@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,29 @@ def coder_module() -> Any:
             "compression needs the package constriction, which is not installed: pip install 'ddpm-hf[codec]'."
         ) from error
     return stream
+
+
+def describe_coder() -> dict[str, str]:
+    """The version of the coder, and a hash of symbols that it pops under many Gaussians, since releases may differ."""
+    key = np.frombuffer(hashlib.shake_128(b"coder").digest(16_384), "<u4")
+    gaussian = coder_module().model.QuantizedGaussian(-2000, 2000)
+    means, stds = np.linspace(-1000, 1000, 1001), np.ldexp(1 / 16, np.arange(1001) % 14)
+    symbols = coder_module().stack.AnsCoder(key.astype(np.uint32)).decode(gaussian, means, stds)
+    return {
+        "constriction": version("constriction"),
+        "probe": hashlib.sha256(symbols.astype("<i8").tobytes()).hexdigest()[:16],
+    }
+
+
+def check_coder(stored: Any) -> None:
+    """Raise a ValueError unless this coder's numbers are those of a file, which has what `describe_coder` returned."""
+    here = describe_coder()
+    of_file = stored if isinstance(stored, dict) else {}
+    if of_file.get("probe") != here["probe"]:
+        raise ValueError(
+            f"the coder's numbers here, of constriction {here['constriction']}, are not those of the file, of "
+            f"constriction {of_file.get('constriction')}: install that version."
+        )
 
 
 class BitStack:
