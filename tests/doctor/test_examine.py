@@ -185,17 +185,37 @@ def round_to(dtype):
     return lambda weights: {name: weight.to(dtype).float() for name, weight in weights.items()}
 
 
+def swap_a_layer(weights):
+    name = next(n for n, w in weights.items() if n.startswith("up_blocks.1") and w.ndim == 4 and len(w) == w.shape[1])
+    weights[name] = weights[name].transpose(0, 1).contiguous()
+
+
+def weaken_the_first_layer(weights):
+    weights["conv_in.weight"] *= 0.5
+
+
+def empty_a_layer(weights):
+    weights["mid_block.resnets.0.conv2.weight"].zero_()
+
+
 WEIGHT_FAULTS = {
     "channel order": reverse_channels,
     "inverted": invert,
     "not finite": make_nan,
     "zero output": empty_the_last_layer,
+    "zero layer": empty_a_layer,
+    "layer": swap_a_layer,
+    "layer of another gain": weaken_the_first_layer,
 }
 
 
-@pytest.mark.parametrize("name", WEIGHT_FAULTS)
+SLOW = pytest.param("layer of another gain", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [*(name for name in WEIGHT_FAULTS if name not in SLOW.values), SLOW])
 def test_wrong_weights_are_found_and_repaired_where_that_is_possible(name, model, image_folder, tmp_path):
     change_weights(model, WEIGHT_FAULTS[name])
+    name = name.removesuffix(" of another gain")
     diagnosis = look(model, image_folder)
     assert names(diagnosis) == [name]
     if diagnosis.faults[0].repair:
@@ -241,7 +261,36 @@ def test_raw_weights_instead_of_their_average_are_found_and_replaced(layout, tra
     assert look(tmp_path / "repaired", checkpoint=str(checkpoint)).faults == []
 
 
-@pytest.mark.parametrize("change", [{"flip_sin_to_cos": False}, {"act_fn": "relu"}])
+def test_an_average_that_never_moved_is_found_and_replaced(trained, model, tmp_path):
+    raw, _ = trained
+    unmoved = UNet2DModel.from_config(raw.config)
+    checkpoint = model / "checkpoint-700"
+    raw.save_pretrained(checkpoint / "unet")
+    unmoved.save_pretrained(checkpoint / "unet_ema")
+    unmoved.save_pretrained(model / "unet")
+    diagnosis = look(model)
+    assert names(diagnosis) == ["old average"]
+    assert "0% of the way" in diagnosis.faults[0].evidence
+    write_repaired(diagnosis.pipeline, diagnosis.findings, tmp_path / "repaired")
+    repaired = load_file(tmp_path / "repaired" / WEIGHTS)
+    assert all(bool((repaired[name] == weight).all()) for name, weight in raw.state_dict().items())
+
+
+def test_weights_of_several_precisions_are_counted(model):
+    change_weights(model, lambda weights: {**weights, "conv_out.bias": weights["conv_out.bias"].half()})
+    diagnosis = look(model)
+    assert names(diagnosis) == ["mixed precision on disk"]
+    assert "1 float16 tensors" in diagnosis.faults[0].evidence
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"flip_sin_to_cos": False},
+        {"act_fn": "relu"},
+        pytest.param({"norm_num_groups": 4}, marks=pytest.mark.slow),
+    ],
+)
 def test_settings_of_the_network_that_change_no_shape_are_found_and_repaired(change, model, image_folder, tmp_path):
     edit(model / "unet" / "config.json", **change)
     diagnosis = look(model, image_folder)
@@ -292,7 +341,12 @@ def change_after_hashing(model):
     (model / "manifest.json").write_text(json.dumps({WEIGHTS: "0" * 64}))
 
 
+def name_another_pipeline(model):
+    edit(model / "model_index.json", _class_name="StableDiffusionPipeline")
+
+
 FILES = {
+    "wrong class": name_another_pipeline,
     "truncated": truncate,
     "missing file": remove_the_scheduler,
     "damaged file": damage_the_configuration,

@@ -19,7 +19,7 @@ from ..diffusion.ddpm_process import to_device
 from ..diffusion.pipeline import DDPMPipelineCustom
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..evaluation.real_images import labels_of_network, loading_config
-from ..storage.loading import load_pipeline, stored_dtype
+from ..storage.loading import load_pipeline
 from .behaviour import (
     draw_samples,
     examine_calibrated_errors,
@@ -27,7 +27,7 @@ from .behaviour import (
     examine_samples,
     examine_unclipped,
 )
-from .files import examine_files, model_folder
+from .files import examine_files, model_folder, stored_dtypes
 from .finding import Finding
 from .readings import FLOOR_IMAGES, LEVELS, Errors, Reading
 from .scheduler import examine_scheduler, examine_variance, fitting_variance
@@ -75,7 +75,7 @@ def examine(model: str, config: DoctorConfig, device: torch.device | str = "cpu"
     x_0 = None if images is None else images[: config.num_images]
     checkpoint = None if config.checkpoint is None else Path(config.checkpoint)
     diagnosis.findings += examine_weights(
-        {name: w.float().cpu() for name, w in pipe.unet.state_dict().items()}, stored_dtype(folder), folder, checkpoint
+        {name: w.float().cpu() for name, w in pipe.unet.state_dict().items()}, stored_dtypes(folder), folder, checkpoint
     )
     declared = DDPMSchedulerCustom.load_config(folder, subfolder="scheduler")
     diagnosis.findings += examine_variance(str(declared.get("variance_type")), pipe.unet)

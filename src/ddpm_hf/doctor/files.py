@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ from ..storage.checkpoint import MANIFEST, check_intact, latest_checkpoint
 from .finding import Finding
 
 WEIGHTS = "diffusion_pytorch_model"
+NETWORK = "UNet2DModel"
+PIPELINES = (
+    "DDPMPipeline",
+    "DDIMPipeline",
+    "PNDMPipeline",
+    "ScoreSdeVePipeline",
+    "KarrasVePipeline",
+    "DDPMPipelineCustom",
+)
 AGAIN = "Download or save the model again."
 
 
@@ -30,6 +40,7 @@ def examine_files(folder: Path) -> Iterator[Finding]:
     """Faults of the files in a pipeline's folder."""
     for name in ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json"):
         yield from _examine_json(folder, name)
+    yield from _examine_classes(folder)
     if (folder / MANIFEST).is_file():
         try:
             check_intact(folder)
@@ -72,6 +83,25 @@ def _examine_json(folder: Path, name: str) -> Iterator[Finding]:
         yield Finding(
             "damaged file", f"{name} is not valid JSON.", f"{file.stat().st_size:,} bytes: {error}",
             "The model can't be loaded.", _another(folder, AGAIN),
+        )  # fmt: skip
+
+
+def _examine_classes(folder: Path) -> Iterator[Finding]:
+    """Names of classes in the configurations that are not those of an unconditional pixel-space model."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text("utf-8"))
+        of_unet = json.loads((folder / "unet" / "config.json").read_text("utf-8")).get("_class_name", NETWORK)
+        named = {"model_index.json: unet": (index.get("unet") or [None])[-1], "unet/config.json: _class_name": of_unet}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return  # are findings already
+    wrong = {place: (name, NETWORK) for place, name in named.items() if name != NETWORK}
+    if index.get("_class_name") not in PIPELINES:
+        wrong["model_index.json: _class_name"] = (index.get("_class_name"), "DDPMPipeline")
+    for place, (found, expected) in wrong.items():
+        yield Finding(
+            "wrong class", f"{place} is {found}.", f"{found} instead of {expected}, in {len(wrong)} of 3 places",
+            "diffusers looks for other parts, or builds another network: it does not load.",
+            f"Write {expected} there, or save the model again.",
         )  # fmt: skip
 
 
@@ -156,6 +186,18 @@ def _examine_shapes(folder: Path, shards: list[Path]) -> Iterator[Finding]:
             "The model can't be loaded, or parts of the network stay random.",
             _another(folder, "Put back the configuration that belongs to these weights."),
         )  # fmt: skip
+
+
+def stored_dtypes(folder: Path) -> Counter[torch.dtype]:
+    """How many tensors the weights of a model have in which precision; other variants, such as fp16, do not count."""
+    counts: Counter[torch.dtype] = Counter()
+    for file in [
+        *(folder / "unet").glob(f"{WEIGHTS}.safetensors"),
+        *(folder / "unet").glob(f"{WEIGHTS}-*.safetensors"),
+    ]:
+        with safe_open(file, "pt") as stored:
+            counts.update(stored.get_tensor(name).dtype for name in stored.keys())  # noqa: SIM118
+    return counts
 
 
 def _another(folder: Path, otherwise: str) -> str:

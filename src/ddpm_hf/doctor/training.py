@@ -13,11 +13,13 @@ from diffusers import UNet2DModel
 from ..diffusion.ddpm_process import PREDICTION_TYPES
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from .finding import Finding, Repair, Weights
-from .readings import AS_IS, LEVELS, Errors, Pixels, Reading, Schedule, best_reading, excess
+from .layers import FEW, examine_layers, finding, undone
+from .readings import AS_IS, FEW_LEVELS, LEVELS, Errors, Pixels, Reading, Schedule, best_reading, excess
 from .scheduler import without_calibration
 
 EXCESS = 1.05  # of the declared reading's error over the best one's, geometric mean over noise levels
 SIGMAS = 4.0  # and by as many standard errors
+MUCH_WORSE = 1.8  # than a linear guess
 UNTRAINED = 0.9  # of the error of a linear guess
 
 USUAL_T = (1000, 250, 500, 2000, 4000)
@@ -27,6 +29,8 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"flip_sin_to_cos": False, "freq_shift": 1}, {"flip_sin_to_cos": True, "freq_shift": 0},
     {"center_input_sample": False}, {"center_input_sample": True}, {"act_fn": "silu"}, {"act_fn": "relu"},
     {"norm_eps": 1e-5}, {"norm_eps": 1e-6},
+    {"norm_num_groups": 4}, {"norm_num_groups": 8}, {"norm_num_groups": 16}, {"norm_num_groups": 32},
+    {"attention_head_dim": 8}, {"attention_head_dim": 32}, {"attention_head_dim": 64},
 )  # fmt: skip
 
 
@@ -76,7 +80,9 @@ def examine_training(
     share = _share_of_trivial(errors, best)
 
     variant, of_variant = _best_variant(unet, errors, best, declared)
-    if variant:
+    # What one layer can do has limits: in a random network, less of any is better.
+    change, of_change = examine_layers(unet, errors, declared, best) if share < MUCH_WORSE else (None, 1.0)
+    if variant and of_variant <= of_change:
         yield Finding(
             "network configuration",
             "The weights were trained with other settings of the network: "
@@ -87,6 +93,13 @@ def examine_training(
         errors = _with_variant(unet, errors, variant)
         best = best_reading(errors, declared, schedules, show_progress=show_progress)
         share = _share_of_trivial(errors, best)
+    elif change:
+        whole = Errors(undone(unet, change), errors.x_0, errors.classes, errors.batch_size)
+        best_of_whole = best_reading(whole, declared, schedules, show_progress=show_progress)
+        share_of_whole = _share_of_trivial(whole, best_of_whole)
+        if share_of_whole <= UNTRAINED:
+            yield finding(change, of_change, errors)
+            errors, best, share = whole, best_of_whole, share_of_whole
     if share > UNTRAINED:
         yield Finding(
             "not trained on these images", "The network predicts no better than a linear guess, however it is read.",
@@ -220,22 +233,27 @@ def _best_variant(unet: UNet2DModel, errors: Errors, best: Reading, declared: Re
         best: the reading of least error of the network as it is.
         declared: the other one that is tried, since wrong settings may have misled the search for the best.
     """
-    of_best = errors.of(best)
-    found: tuple[dict[str, Any], float] = ({}, 1 / EXCESS)
-    tried = set()
+    readings = {best, *(replace(declared, prediction_type=kind) for kind in PREDICTION_TYPES)}
+    few: list[tuple[float, dict[str, Any], Errors]] = []
     for variant in VARIANTS:
         change = {k: v for k, v in variant.items() if unet.config[k] != v}
-        key = tuple(sorted(change.items()))
-        if not change or key in tried:
+        if not change or any(change == known for _, known, _ in few):
             continue
-        tried.add(key)
-        other = _with_variant(unet, errors, change)
-        readings = {best, *(replace(declared, prediction_type=kind) for kind in PREDICTION_TYPES)}
+        try:
+            other = _with_variant(unet, errors, change)
+            factors = [
+                excess(other.of(reading, FEW_LEVELS, FEW), errors.of(best, FEW_LEVELS, FEW))[0] for reading in readings
+            ]
+        except (ValueError, RuntimeError):  # channels that can't be divided so
+            continue
+        few.append((min((f for f in factors if f == f), default=1.0), change, other))
+    factor, change, other = min(few, key=lambda item: item[0])
+    if factor < 1 / EXCESS:
         for reading in readings:
-            factor, error = excess(other.of(reading), of_best)
-            if factor < found[1] and abs(1 / factor - 1) > SIGMAS * error:
-                found = (change, factor)
-    return found
+            factor, error = excess(other.of(reading), errors.of(best))
+            if factor < 1 / EXCESS and 1 / factor - 1 > SIGMAS * error:
+                return change, factor
+    return {}, 1.0
 
 
 def _with_variant(unet: UNet2DModel, errors: Errors, change: dict[str, Any]) -> Errors:

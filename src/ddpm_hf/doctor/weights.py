@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,14 +16,18 @@ from .finding import Finding, Repair, Weights
 
 ROUNDED_SHARE = 0.999  # of a float32 tensor's values by chance: 1/65,536
 MIN_VALUES = 100
+MOST_OF_THE_WAY = 0.5  # of the average of a training that is long enough for it
+MOVED = 1e-2  # less is no training
 
 
-def examine_weights(weights: Weights, stored: torch.dtype, folder: Path, checkpoint: Path | None) -> Iterator[Finding]:
+def examine_weights(
+    weights: Weights, dtypes: Counter[torch.dtype], folder: Path, checkpoint: Path | None
+) -> Iterator[Finding]:
     """Faults of the weights themselves.
 
     Args:
         weights: of the network, as float32.
-        stored: their precision on the disk.
+        dtypes: how many tensors the disk has in which precision.
         folder: of the model; checkpoints are looked for in it, and around it.
         checkpoint: one of the run that made the model, if the user names it.
     """
@@ -36,7 +41,7 @@ def examine_weights(weights: Weights, stored: torch.dtype, folder: Path, checkpo
             "Go back to an earlier checkpoint; the training diverged, or the file was damaged.",
         )  # fmt: skip
         return
-    yield from _examine_precision(weights, stored)
+    yield from _examine_precision(weights, dtypes)
     last = weights.get("conv_out.weight")
     if last is not None and not last.any():
         yield Finding(
@@ -44,10 +49,21 @@ def examine_weights(weights: Weights, stored: torch.dtype, folder: Path, checkpo
             f"{last.numel():,} of {last.numel():,} weights of conv_out are 0", "The prediction is constant.",
             "Export the trained weights again.",
         )  # fmt: skip
+    else:
+        yield from _examine_dead(weights)
     yield from _examine_average(weights, folder, checkpoint)
 
 
-def _examine_precision(weights: Weights, stored: torch.dtype) -> Iterator[Finding]:
+def _examine_precision(weights: Weights, dtypes: Counter[torch.dtype]) -> Iterator[Finding]:
+    if len(dtypes) > 1:
+        counts = ", ".join(f"{count} {str(dtype).removeprefix('torch.')}" for dtype, count in dtypes.most_common())
+        yield Finding(
+            "mixed precision on disk", "The weights are stored in several precisions.", f"{counts} tensors",
+            "Those in half precision have lost their digits; programs that load the file as it is stop at types that "
+            "differ.", "Export again from the float32 weights of the training, a checkpoint for example.",
+        )  # fmt: skip
+        return
+    stored = next(iter(dtypes), torch.float32)
     if stored in (torch.float16, torch.bfloat16):
         name = str(stored).removeprefix("torch.")
         yield Finding(
@@ -73,12 +89,35 @@ def _examine_precision(weights: Weights, stored: torch.dtype) -> Iterator[Findin
             return
 
 
+def _examine_dead(weights: Weights) -> Iterator[Finding]:
+    """Layers within a network that are zero, as none is after training."""
+    matrices = {name: w for name, w in weights.items() if w.ndim > 1}
+    dead = [name for name, w in matrices.items() if not w.any()]
+    if dead:
+        yield Finding(
+            "zero layer", "Some layers are zero, though the last one is not.",
+            f"{len(dead)} of {len(matrices)} weight matrices are 0, the first is {dead[0]}",
+            "A part of the network does nothing.", "Export the trained weights again, or download the model again.",
+        )  # fmt: skip
+
+
 def _examine_average(weights: Weights, folder: Path, checkpoint: Path | None) -> Iterator[Finding]:
     """The last weights of a training, where a checkpoint holds their average (EMA), too."""
     for place in _checkpoints(folder) if checkpoint is None else [checkpoint]:
         raw, average = _raw_and_average(place)
         if raw is None or average is None or _equal(raw, average):
             continue
+        lag = _share_of_way(average, raw)
+        if _equal(weights, average) and lag < MOST_OF_THE_WAY:
+            yield Finding(
+                "old average", "The average of the weights (EMA) is still at its start.",
+                f"in {place.name}, the scales of its normalizations have gone {lag:.0%} of the way of the raw weights "
+                "from 1, where both began",
+                "Samples are those of a network that has hardly been trained.",
+                "{fix}, which takes the raw weights; train longer, or with a lower --ema_max_decay",
+                Repair(weights=partial(_instead, raw)),
+            )  # fmt: skip
+            return
         if _equal(weights, raw):
             distance = _distance(raw, average)
             yield Finding(
@@ -106,6 +145,13 @@ def _raw_and_average(place: Path) -> tuple[Weights | None, Weights | None]:
     if not all(file.is_file() for file in files):
         return None, None
     return load_file(files[0]), load_file(files[1])
+
+
+def _share_of_way(average: Weights, raw: Weights) -> float:
+    """How far the scales of an average's normalizations have moved from 1, relative to those of the raw weights."""
+    scales = [name for name, w in raw.items() if w.ndim == 1 and name.endswith(".weight") and name in average]
+    ways = [sum(float((w[name].double() - 1).square().sum()) ** 0.5 for name in scales) for w in (average, raw)]
+    return ways[0] / ways[1] if ways[1] > MOVED else 1.0
 
 
 def _instead(average: Weights, weights: Weights) -> Weights:
