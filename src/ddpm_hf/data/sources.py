@@ -241,18 +241,19 @@ def image_folder(folder: Path, label_column: str | None, notes: list[str]) -> An
     if (folder / "train").is_dir() and any((folder / name).is_dir() for name in OTHER_SPLITS):
         notes.append(f"Only {folder / 'train'} is read: the folder has other splits beside it.")
         folder /= "train"
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(folder)))
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(folder)))
     metadata: list[Path] = []
     images: list[Path] = []
     ignored: list[Path] = []
-    for file in files:
+    for file in found:
         is_metadata = file.stem == "metadata" and file.suffix in METADATA_SUFFIXES
         (metadata if is_metadata else images if _is_image(file) else ignored).append(file)
     if not images:
-        found = f"{len(ignored)} files of other kinds ({_kinds(ignored)})" if ignored else "no files"
-        raise ValueError(f"the folder has {found}, but no images")
+        others = f"{len(ignored)} files of other kinds ({_kinds(ignored)})" if ignored else "no files"
+        raise ValueError(f"the folder has {others}, but no images")
     if ignored:
-        notes.append(f"Ignored: {len(ignored):,} files that are not images ({_kinds(ignored)}), e.g. {ignored[0]}.")
+        files = "1 file that is no image" if len(ignored) == 1 else f"{len(ignored):,} files that are not images"
+        notes.append(f"Ignored: {files} ({_kinds(ignored)}), e.g. {ignored[0]}.")
     columns: dict[str, Any] = {"image": [str(p) for p in images]}
     if metadata and label_column is not None:
         pattern = glob.escape(str(folder)) + "/**"

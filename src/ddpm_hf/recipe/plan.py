@@ -256,6 +256,7 @@ def describe(config: TrainConfig, look: Look, trial: Trial, updates: int, seen: 
         "nothing: too few images, or too little time"
     )  # fmt: skip
     batch = round(trial.images_per_second * trial.update_seconds)
+    known = replace(look, folders=()) if config.label_column else look
     return [
         ("images", f"{count}, {kind}, {look.side} pixels (median); {mirrored}"),
         ("resolution", f"{config.resolution}×{config.resolution}"),
@@ -273,5 +274,5 @@ def describe(config: TrainConfig, look: Look, trial: Trial, updates: int, seen: 
         ("held out", held),
         ("expect", rules.expectation(seen, trial.parameters, config.resolution)),
         ("output", f"{config.output_dir}; recipe.yaml there has all options"),
-        *(("note", line) for line in rules.warnings(look, config.resolution)),
+        *(("note", line) for line in rules.warnings(known, config.resolution)),
     ]

@@ -233,9 +233,9 @@ def warnings(look: Look, resolution: int) -> list[str]:
     if look.side < resolution / 1.5:
         lines.append(f"The images are small ({look.side} pixels): enlarged to {resolution}, they gain no detail.")
     if look.folders and min(n for _, n in look.folders) >= 5:
-        names = ", ".join(name for name, _ in look.folders[:4])
+        names = ", ".join(name for name, _ in look.folders[:4]) + (", …" if len(look.folders) > 4 else "")
         lines.append(
-            f"{len(look.folders)} sub-folders ({names}, …): --label_column label trains a model that draws each of "
-            "them on demand."
+            f"{len(look.folders)} sub-folders ({names}) are not told apart. If they are classes, --label_column label "
+            "trains a model that draws each of them on demand."
         )
     return lines
