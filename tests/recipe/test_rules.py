@@ -78,6 +78,13 @@ def test_more_time_never_makes_a_network_or_a_resolution_smaller_and_each_sees_t
     assert sizes == sorted(sizes)
 
 
+def test_photographs_are_learned_by_larger_networks_in_the_same_time_than_digits():
+    # What was measured: 240 s of a core at 32×32, whose smaller network sees 24,000 images; 40 s at 16×16
+    assert rules.images_wanted(1_541_547, 32) <= 16_000 < rules.images_wanted(2_736_099, 32)
+    assert rules.images_wanted(687_347, 16) == pytest.approx(12_000, rel=0.01)
+    assert rules.images_wanted(1_541_547, 16) > 50_000
+
+
 def test_every_option_that_is_given_is_kept_and_the_rest_fits_it():
     given = {
         "resolution": 32, "train_batch_size": 10, "learning_rate": 5e-4, "prediction_type": "epsilon",

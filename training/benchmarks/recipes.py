@@ -28,6 +28,7 @@ from torch import Tensor
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.data.dataset import load_images
+from ddpm_hf.recipe.rules import WIDTHS, networks
 from ddpm_hf.training.deadline import TimedPlan
 from ddpm_hf.training.log import TrainingLog
 from ddpm_hf.training.loop import build_run
@@ -81,6 +82,21 @@ RECIPES: dict[str, dict[str, Any]] = {
     "layers_2": {"unet": network(16, 32, 64, layers=2)},
     "network_32": {"unet": network(16, 32, 64, 64)},
     "flips": {"random_flip": True},
+    # As a plan has them: networks, rates and averages of the rules, mirrored.
+    **{
+        f"plan_{width}": {
+            "unet": unet,
+            "learning_rate": rate,
+            "random_flip": True,
+            "ema_max_decay": 0.9999,
+            "ema_widths": [0.03, 0.06, 0.12],
+        }
+        for width, unet, rate in zip(WIDTHS, networks(32), (2e-3, 2e-3, 1.3e-3, 1e-3, 6.7e-4), strict=False)
+    },
+}
+RECIPES |= {
+    "plan_16_4e-3": {**RECIPES["plan_16"], "learning_rate": 4e-3},
+    "plan_16_epsilon": {**RECIPES["plan_16"], "prediction_type": "epsilon"},
 }
 
 
@@ -163,6 +179,7 @@ def measure(task: Task, samples: Tensor) -> dict[str, float]:
 def outcomes(tasks: list[Task]) -> Iterator[tuple[Task, dict[str, float]]]:
     """What came of each task: ours in turns, then other projects'."""
     for task, pipeline, facts in take_turns([task for task in tasks if task.recipe in RECIPES]):
+        pipeline.save_pretrained(task.work / "models" / task.name)  # for other samplers than this one
         found = measure(task, sample(pipeline, task.options.num_images, task.options.steps))
         yield task, facts | found | likelihood(pipeline, read_pixels(task.work / task.data / "held_out"))
     for task in tasks:

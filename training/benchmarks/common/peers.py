@@ -8,6 +8,7 @@ for them.
 import json
 import math
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ import torch
 from diffusers import DDPMPipeline
 from torch import Tensor
 
+from .measuring import read_pixels
+
 BATCH = 64  # of sampling
 STEPS = 50  # denoising-diffusion-pytorch's README has 250, diffusers' script 1000: too long on a CPU
 Facts = dict[str, float]
@@ -26,6 +29,21 @@ TUNED = [  # of diffusers' script, which has no v-prediction
     "--ddpm_beta_schedule", "squaredcos_cap_v2", "--train_batch_size", "32", "--learning_rate", "2e-3",
     "--lr_warmup_steps", "100", "--adam_beta1", "0.9", "--adam_beta2", "0.99", "--ema_max_decay", "0.995",
 ]  # fmt: skip
+
+
+def cpu_seconds_of_children() -> float:
+    """CPU time of the processes that this one has started and waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def copy_files(files: list[Path], folder: Path) -> Path:
+    """Copy images into a folder that had others, or none."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "class00").mkdir(parents=True)
+    for file in files:
+        shutil.copy(file, folder / "class00")
+    return folder
 
 
 def from_unit_range(x: Tensor) -> Tensor:
@@ -51,7 +69,7 @@ def denoising_diffusion_pytorch(
     options: dict[str, Any] = {"train_batch_size": 32, "train_lr": 2e-3} if tuned else {}
     trainer = Trainer(
         diffusion, str(images), results_folder=str(work / "lucidrains"), calculate_fid=False, train_num_steps=0,
-        save_and_sample_every=10**9, augment_horizontal_flip=False, **options,
+        save_and_sample_every=10**9, augment_horizontal_flip=channels == 3, **options,
     )  # fmt: skip
     began = clock()
     while clock() - began < seconds:
@@ -68,8 +86,6 @@ def smalldiffusion(
     """The loop of smalldiffusion, with the schedule, EMA and sampler of its example for Fashion-MNIST."""
     import smalldiffusion as sd
     from torch_ema import ExponentialMovingAverage
-
-    from .measuring import read_pixels
 
     pixels = list(read_pixels(images).float() / 127.5 - 1)
     batch = 32 if tuned else 1024
@@ -99,35 +115,35 @@ def train_unconditional(
     images: Path, resolution: int, channels: int, seconds: float, clock: Callable[[], float], number: int, work: Path,
     tuned: bool, script: Path, network: dict[str, Any],
 ) -> tuple[Tensor, Facts]:  # fmt: skip
-    """The script of diffusers as a process of its own, for as many epochs as two short runs say fit into the time."""
+    """The script of diffusers as a process of its own, on as many images as two short runs say fit into the time."""
     folder = work / "train_unconditional"
     folder.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": "UNet2DModel", "sample_size": resolution, "in_channels": 3, "out_channels": 3, **network}
     (folder / "config.json").write_text(json.dumps(config))
 
     def run(source: Path, epochs: int) -> float:
-        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+        cpu_before, began = cpu_seconds_of_children(), time.monotonic()
         command = [
             sys.executable, str(script), "--train_data_dir", str(source), "--output_dir", str(folder / "model"),
             "--overwrite_output_dir", "--model_config_name_or_path", str(folder), "--resolution", str(resolution),
             "--center_crop", "--use_ema", "--num_epochs", str(epochs), "--save_images_epochs", "1000000",
             "--save_model_epochs", "1000000", "--checkpointing_steps", "1000000", "--eval_batch_size", "1",
             "--ddpm_num_inference_steps", "2", *(TUNED if tuned else []),
+            *(["--random_flip"] if tuned and channels == 3 else []),
         ]  # fmt: skip
         subprocess.run(command, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        cpu = cpu_seconds_of_children() - cpu_before
         return cpu if clock is time.process_time else time.monotonic() - began
 
-    files = sorted(images.rglob("*.png"))
-    few = folder / "few" / "class00"
-    few.mkdir(parents=True, exist_ok=True)
-    for file in files[:320]:
-        (few / file.name).write_bytes(file.read_bytes())
-    one, three = run(few.parent, 1), run(few.parent, 3)
+    files = sorted(images.rglob("*.png"), key=lambda file: file.name)
+    few = copy_files(files[:320], folder / "few")
+    one, three = run(few, 1), run(few, 3)
     per_image = (three - one) / (2 * min(320, len(files)))
-    epochs = max(1, round(seconds / (per_image * len(files))))
-    took = run(images, epochs) - (one - 320 * per_image)
+    # It counts in whole epochs: of as many images as make them fit.
+    images_seen = seconds / per_image
+    epochs = math.ceil(images_seen / len(files))
+    files = files[: math.ceil(images_seen / epochs)]
+    took = run(copy_files(files, folder / "part"), epochs) - (one - 320 * per_image)
     pipeline = DDPMPipeline.from_pretrained(folder / "model")
     pipeline.set_progress_bar_config(disable=True)
 
