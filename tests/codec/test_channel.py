@@ -1,5 +1,6 @@
 """The steered noise: it is noise, it goes where it should, and it costs what theory says."""
 
+import itertools
 import math
 
 import numpy as np
@@ -118,3 +119,27 @@ def test_a_gaussian_source_is_sent_near_its_rate_distortion_function_and_x_t_has
         if rate > 0.15:
             assert least < rate < 1.15 * least
     assert rate > 0.6
+
+
+def test_a_step_is_the_reverse_process_of_the_paper_and_the_shift_is_that_of_q():
+    """x_s = μ_p + σ_p z with the optimal variance (arXiv 2201.06503), and u = (μ_q - μ_p)/σ_p (Eq. 7)."""
+    scheduler = calibrated_scheduler(VARIANCE)
+    process, shape = scheduler.process, (2, 1, 16, 16)
+    steps = plan_steps(process, best_chain(scheduler, 8))
+    x_0 = math.sqrt(VARIANCE) * torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    choose, seen = bits_to_send(steps, x_0, SHARED), []
+
+    def predict(x_t, t):
+        x_0_hat = 0.3 * x_t
+        seen.append((x_t, t, x_0_hat))
+        return x_0_hat
+
+    follow(predict, steps, shape, SHARED, choose)
+    for k, ((x_t, t, x_0_hat), (x_s, s, _)) in enumerate(itertools.pairwise(seen)):
+        q = process.q_posterior(x_0, x_t, t, s)
+        p_mean = process.q_posterior(x_0_hat, x_t, t, s).mean
+        p_std = math.sqrt(float(process.optimal_variance(float(scheduler.calibration.x_0_error[t]), t, s)))
+        shift = ((q.mean - p_mean) / p_std).flatten().numpy()
+        bits = steer(SHARED, k + 1, shift, float(q.variance.flatten()[0]) / p_std**2, steps[k].num_bits(x_0.numel()))
+        noise = steered_noise(SHARED, k + 1, bits, x_0.numel()).reshape(shape)
+        np.testing.assert_allclose(x_s, p_mean + p_std * noise, atol=0.01)
