@@ -31,7 +31,7 @@ SMALL = {  # added to what the page says; later options win
     "calibrate": ("--num_images", "16"),
     "restore": ("--steps", "2"),
     "edit": ("--steps", "4"),
-    "compress": ("--steps", "2"),
+    "compress": ("--steps", "50"),
     "interpolate": ("--num_inference_steps", "2"),
     "paper": ("--num_images", "4", "--num_likelihood_images", "2", "--batch_size", "4"),
     "doctor": ("--num_images", "8", "--num_samples", "4"),

@@ -244,7 +244,7 @@ def encode_progressive(
     if target_psnr is not None and sent.points[-1].psnr < target_psnr:
         raise ValueError(
             f"`target_psnr` is {target_psnr} dB, but this model reaches {sent.points[-1].psnr:.2f} dB, with "
-            f"{at / sent.pixels:.3f} bits per pixel: lower it, or compress without loss."
+            f"{at / sent.pixels:.3f} bits per pixel: lower it, take more steps, or compress without loss."
         )
     head = pack_header({**header, "sent": len(chosen)})
     content = np.packbits(np.concatenate([*chosen, np.zeros(0, np.uint8)])).tobytes()
