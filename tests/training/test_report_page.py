@@ -74,7 +74,9 @@ def test_an_interrupted_page_is_continued_with_the_samples_and_losses_of_before(
     """What a run that was killed has left: its checkpoint, its log, and samples of a future that is not repeated."""
     folder = shutil.copytree(run_folder, tmp_path / "my-digits")
     (folder / "report.html").write_text("cut off")
-    (folder / "logs" / "plan.json").write_text(json.dumps([["expect", "clear digits"], ["held out", "16 of them"]]))
+    (folder / "logs" / "plan.json").write_text(
+        json.dumps([["expect", "clear digits"], ["held out", "16 of them"], ["output", "/home/me"]])
+    )
     for name in ("test_samples-12.png", "test_samples_raw-12.png"):
         (folder / "logs" / name).unlink()
     shutil.copyfile(folder / "logs" / "test_samples-6.png", folder / "logs" / "test_samples-99.png")
@@ -86,6 +88,7 @@ def test_an_interrupted_page_is_continued_with_the_samples_and_losses_of_before(
     for name, text in (("Expect", "clear digits"), ("Held out", "16 of them")):
         assert f'<th scope="row">{name}</th><td>{text}</td>' in after
     assert after.count(">Held out<") == 1
+    assert "/home/me" not in after  # no path of this machine on a page that may be shared
     charts = [re.findall(r"<polyline[^>]*>", page) for page in (before, after)]
     assert charts[0] == charts[1] != []
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from .images import Look
@@ -228,7 +229,8 @@ def warnings(look: Look, resolution: int) -> list[str]:
     lines = []
     if look.unreadable:
         share = f"{len(look.unreadable)} of {look.looked_at} images that were looked at"
-        lines.append(f"Can't be read: {share}, e.g. {look.unreadable[0].path or look.unreadable[0].index}.")
+        first = look.unreadable[0]
+        lines.append(f"Can't be read: {share}, e.g. {Path(first.path).name if first.path else first.index}.")
     if look.count is not None and look.count < FEWEST_IMAGES:
         lines.append(
             f"Only {look.count} images: the model will repeat them rather than make new ones. {FEW_IMAGES} are few, "

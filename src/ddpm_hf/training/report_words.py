@@ -38,7 +38,7 @@ def explanation(run: Run) -> list[str]:
     config, plan = run.config, run.plan
     name, _ = public_name(config, run.dataset)
     count = f"{plan.num_images:,} images" if plan.num_images else "a stream of images"
-    length = f"in {plan.max_steps:,} updates" if run.clock is None else f"for {config.time_budget} in updates"
+    length = f"in {plan.max_steps:,} updates" if run.clock is None else f"for {config.time_budget}, in updates"
     color = {1: "in shades of grey", 3: "in colour"}.get(config.channels or 3, "with transparency")
     texts = [
         f"A network learns to draw images like those of {name}: {count}, at {config.resolution}×{config.resolution} "
@@ -67,7 +67,7 @@ def facts(run: Run, reasons: Sequence[tuple[str, str]] = ()) -> list[tuple[str, 
     """
     config, plan = run.config, run.plan
     held_out = f"{config.eval_images:,} images, every {config.eval_steps:,} updates" if config.eval_steps else "none"
-    planned = [(name.capitalize(), text) for name, text in reasons]
+    planned = [(name.capitalize(), text) for name, text in reasons if name != "output"]  # a path of this machine
     known = [
         ("Network", f"{run.network.num_parameters():,} parameters (the numbers that it learns)"),
         (
