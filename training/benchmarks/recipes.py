@@ -162,7 +162,10 @@ def run_peer(task: Task) -> tuple[Tensor, dict[str, float]]:
     """Train another project's model, in one go, and sample it."""
     name, _, tuned = task.recipe.partition("-")
     options, image_set = task.options, SETS[task.data]
-    extra = {"script": options.stock_script, "network": network(16, 32, 64)} if name == "train_unconditional" else {}
+    extra = {
+        "train_unconditional": {"script": options.stock_script, "network": network(16, 32, 64)},
+        "ddpm_hf_train": {"steps": options.steps},
+    }.get(name, {})
     samples, facts = PEERS[name](
         task.work / task.data / "train", image_set.resolution, image_set.channels, options.seconds,
         CLOCKS[options.clock], options.num_images, task.work, tuned=bool(tuned), **extra,

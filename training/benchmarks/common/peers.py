@@ -20,7 +20,10 @@ import torch
 from diffusers import DDPMPipeline
 from torch import Tensor
 
-from .measuring import read_pixels
+from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf.storage.checkpoint import latest_checkpoint, read_progress
+
+from .measuring import read_pixels, sample
 
 BATCH = 64  # of sampling
 STEPS = 50  # denoising-diffusion-pytorch's README has 250, diffusers' script 1000: too long on a CPU
@@ -160,8 +163,28 @@ def train_unconditional(
     }
 
 
+def ddpm_hf_train(
+    images: Path, resolution: int, channels: int, seconds: float, clock: Callable[[], float], number: int, work: Path,
+    tuned: bool, steps: int,
+) -> tuple[Tensor, Facts]:  # fmt: skip
+    """Our command as a user types it, with all that it does in its time: of the wall clock in any case."""
+    folder = work / "ddpm_hf_train"
+    command = [
+        sys.executable, "-m", "ddpm_hf", "train", str(images), "--time_budget", f"{seconds:g}s", "--output_dir",
+        str(folder), "--overwrite_output_dir", "--cpu_threads", str(torch.get_num_threads()),
+    ]  # fmt: skip
+    began, cpu_before = time.monotonic(), cpu_seconds_of_children()
+    subprocess.run(command, check=True)
+    took = cpu_seconds_of_children() - cpu_before if clock is time.process_time else time.monotonic() - began
+    checkpoint, _ = latest_checkpoint(folder)
+    progress = read_progress(checkpoint or folder)
+    samples = sample(DDPMPipelineCustom.from_pretrained(folder), number, steps)
+    return samples, {"seconds": took, "updates": progress["step"], "images_seen": progress["images_seen"]}
+
+
 PEERS: dict[str, Callable[..., tuple[Tensor, Facts]]] = {
     "train_unconditional": train_unconditional,
     "denoising_diffusion_pytorch": denoising_diffusion_pytorch,
     "smalldiffusion": smalldiffusion,
+    "ddpm_hf_train": ddpm_hf_train,
 }
