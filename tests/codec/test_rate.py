@@ -11,7 +11,7 @@ from ddpm_hf.codec.decompress import decode
 from ddpm_hf.codec.levels import make_levels, real
 from ddpm_hf.codec.lossless import _stds
 from ddpm_hf.codec.opening import to_words
-from ddpm_hf.codec.stack import BitStack, StackTooShortError
+from ddpm_hf.codec.stack import WINDOW, BitStack, StackTooShortError
 from ddpm_hf.evaluation.likelihood import ReverseChain, bits_per_dim
 from support.oracle import calibrated_scheduler, gaussian_images, oracle_pipeline
 
@@ -122,6 +122,16 @@ def test_nothing_is_popped_that_is_not_there(exact):
 
 def test_standard_deviations_are_powers_of_two_computed_in_integers():
     np.testing.assert_allclose(_stds(), 2 ** (np.arange(-12 * 64, 24 * 64 + 1) / 64), rtol=1e-15)
+
+
+def test_noise_on_black_and_white_stays_in_the_range_of_bins(exact):
+    """Beyond it, a draw would enter again at the other end: once in two million, since no symbol has probability 0."""
+    levels = make_levels(ReverseChain(exact, 20, "linspace", "optimal"), 4)
+    mean = 255 * real(levels[0].q_ratio)
+    for level, above in zip(levels, [*levels[1:], None], strict=True):
+        assert mean + WINDOW * real(level.q_std) + 2 <= level.half
+        if above:
+            mean *= real(above.q_ratio)
 
 
 def test_bins_are_fine_where_a_latent_is_narrow(exact):
