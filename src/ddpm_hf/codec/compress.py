@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..progress import progress
 from .arithmetic import repeatable_arithmetic
 from .container import Section, pack
 from .header import MAX_BATCH_SIZE, describe_model, hash_pixels, image_shape, make_model
-from .lossless import Model, borrowed_bits, encode_batch
+from .lossless import Model, borrowed_bits, decode_batch, encode_batch
 from .measuring import with_calibration
 from .opening import to_words, write_opening
 from .pictures import Picture, check_names, cut, describe_pictures, from_image, read_picture
@@ -30,6 +31,11 @@ from .stack import BitStack, StackTooShortError, coder_module, describe_coder
 STEPS = 50  # by default: twice as many save less than 2 %
 BINS_PER_STD = 4  # 2 to 8 cost the same; the fewer, the less is borrowed
 DATA = b"DATA"
+TRIES = 3
+NOT_REPEATABLE = (
+    "the network's outputs are not the same from call to call on this machine, so that nothing that was compressed "
+    "could be decoded: use --device cpu, or another machine."
+)
 Images = Sequence[str | Path] | Sequence[Image.Image] | Tensor
 
 
@@ -169,13 +175,14 @@ def encode(
     model = make_model(pipeline, num_inference_steps, timesteps, variance_type, bins_per_std, label)
     report = Report([level.t for level in model.levels], gathered.pixels[0].size)
     with repeatable_arithmetic(pipeline.unet):
-        stack, batches, opening = _fill_stack(model, gathered.pixels, batch_size, report, show_progress)
+        stack, batches, checks, opening = _fill_stack(model, gathered.pixels, batch_size, report, show_progress)
         described = describe_model(model, bins_per_std, batches, model_name, revision)
     header = {
         "codec": "lossless",
         **described,
         "coder": describe_coder(),
         "batches": batches,
+        "checks": checks,
         "opening": [report.opening, len(opening)],
         "images": describe_pictures(gathered.pictures),
         "sha256": gathered.digest,
@@ -188,11 +195,14 @@ def encode(
 
 def _fill_stack(
     model: Model, pixels: NDArray[np.uint8], batch_size: int, report: Report, show_progress: bool
-) -> tuple[BitStack, list[int], bytes]:
+) -> tuple[BitStack, list[int], list[int], bytes]:
     """Push all images: at first in PNG or WebP, then as many at once as the bits on the stack can pay for.
 
     Returns:
-        The stack, the sizes of the batches, and the content that it began with.
+        The stack, the sizes of the batches, CRC-32 of their pixels, and the content that the stack began with.
+
+    Raises:
+        ValueError: if a batch does not come back, however often it is tried.
     """
     values = pixels[0].size
     needed = borrowed_bits(model.levels) * values
@@ -204,6 +214,8 @@ def _fill_stack(
             continue
         stack, start, per_image = BitStack(to_words(opening)), count, needed
         batches: list[int] = []
+        checks: list[int] = []
+        failures = 0
         report.begin(count)
         bar = progress(total=len(pixels), initial=count, desc="Compressing", unit="image", is_shown=show_progress)
         with bar:
@@ -218,15 +230,31 @@ def _fill_stack(
                     if size > 1:
                         continue
                     break
+                if not _comes_back(trial, stack, model, batch, len(batches)):
+                    failures += 1
+                    if failures > TRIES:
+                        raise ValueError(NOT_REPEATABLE)
+                    continue
                 per_image = 1.05 * pushed.borrowed / size
                 watcher.add_to(report, pushed.top)
                 stack = trial
                 batches.append(size)
+                checks.append(zlib.crc32(batch.tobytes()))
                 start += size
                 bar.update(size)
         if start == len(pixels):
-            return stack, batches, opening
+            return stack, batches, checks, opening
         needed, count = 1.2 * needed, count + 1  # a single image needed more: begin with more
+
+
+def _comes_back(after: BitStack, before: BitStack, model: Model, batch: NDArray[np.uint8], number: int) -> bool:
+    """Whether a batch can be decoded again, which leaves the stack as it was. Files are kept that were tried."""
+    trial = after.copy()
+    try:
+        decoded = decode_batch(trial, model, batch.shape, number)
+    except ValueError:
+        return False
+    return np.array_equal(decoded, batch) and np.array_equal(trial.words, before.words)
 
 
 def _largest(count: int, batch_size: int) -> int:

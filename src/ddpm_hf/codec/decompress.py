@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from PIL import Image
 from ..diffusion.pipeline import DDPMPipelineCustom
 from ..progress import progress
 from .arithmetic import repeatable_arithmetic
-from .compress import DATA
+from .compress import DATA, TRIES
 from .container import join, read_header, unpack
 from .header import MAX_BATCH_SIZE, hash_pixels, open_model, read_field
 from .lossless import Model, decode_batch
@@ -62,6 +63,9 @@ def decode(
     batches = read_field(
         header, "batches", lambda v: isinstance(v, list) and all(type(n) is int and 0 < n <= MAX_BATCH_SIZE for n in v)
     )
+    checks = read_field(
+        header, "checks", lambda v: isinstance(v, list) and len(v) == len(batches) and all(type(n) is int for n in v)
+    )
     opening, length = read_field(
         header, "opening", lambda v: isinstance(v, list) and len(v) == 2 and all(type(n) is int and n > 0 for n in v)
     )
@@ -79,7 +83,7 @@ def decode(
     with repeatable_arithmetic(pipeline.unet):
         model = open_model(header, pipeline, batches)
         try:
-            tiles = _pop_all(words, model, batches, (opening, *shape), length, show_progress)
+            tiles = _pop_all(words, model, batches, checks, (opening, *shape), length, show_progress)
         except ValueError as error:
             raise ValueError(DIFFERENT.format(error)) from error
     places = np.cumsum([0, *counts])
@@ -93,8 +97,8 @@ def decode(
 
 
 def _pop_all(
-    words: NDArray[np.uint32], model: Model, batches: list[int], first: tuple[int, int, int, int], length: int,
-    show_progress: bool,
+    words: NDArray[np.uint32], model: Model, batches: list[int], checks: list[int], first: tuple[int, int, int, int],
+    length: int, show_progress: bool,
 ) -> NDArray[np.uint8]:  # fmt: skip
     """All images, (N, C, H, W): the last batch lies uppermost, and PNG or WebP of shape `first` at the bottom."""
     stack = BitStack(words)
@@ -102,6 +106,28 @@ def _pop_all(
     bar = progress(total=sum(batches), desc="Decompressing", unit="image", is_shown=show_progress)
     with bar:
         for number, size in reversed(list(enumerate(batches))):
-            decoded.append(decode_batch(stack, model, (size, *first[1:]), number))
+            stack, pixels = _pop_batch(stack, model, (size, *first[1:]), number, checks[number])
+            decoded.append(pixels)
             bar.update(size)
     return np.concatenate([read_opening(from_words(stack.words, length), first), *reversed(decoded)])
+
+
+def _pop_batch(
+    stack: BitStack, model: Model, shape: tuple[int, ...], number: int, check: int
+) -> tuple[BitStack, NDArray[np.uint8]]:
+    """A batch, and the stack below it; tried again where a sum came out otherwise, as has been seen once.
+
+    Raises:
+        ValueError: if its checksum is never the stored one.
+    """
+    reason = "a checksum differs"
+    for _ in range(TRIES):
+        trial = stack.copy()
+        try:
+            pixels = decode_batch(trial, model, shape, number)
+        except ValueError as error:
+            reason = str(error)
+            continue
+        if zlib.crc32(pixels.tobytes()) == check:
+            return trial, pixels
+    raise ValueError(reason)
