@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .plan import RunPlan
 
 STARTED = "DDPM_HF_STARTED"  # in the environment of a run's processes: when its command began, by `time.time`
-MAX_SLOWDOWN = 5.0
+MAX_SLOWDOWN = 3.0
 MEASURING_SHARE, MEASURING_SECONDS = 0.05, 60.0  # at most
 
 
