@@ -11,7 +11,7 @@ from ddpm_hf.codec.decompress import decode
 from ddpm_hf.codec.levels import make_levels, real
 from ddpm_hf.codec.lossless import _stds
 from ddpm_hf.codec.opening import to_words
-from ddpm_hf.codec.stack import WINDOW, BitStack, StackTooShortError
+from ddpm_hf.codec.stack import WINDOW, BitStack, StackTooShortError, _radius
 from ddpm_hf.evaluation.likelihood import ReverseChain, bits_per_dim
 from support.oracle import calibrated_scheduler, gaussian_images, oracle_pipeline
 
@@ -132,6 +132,19 @@ def test_noise_on_black_and_white_stays_in_the_range_of_bins(exact):
         assert mean + WINDOW * real(level.q_std) + 2 <= level.half
         if above:
             mean *= real(above.q_ratio)
+
+
+@pytest.mark.parametrize("K", [1, 3, 25])
+def test_two_draws_are_never_one_bin(exact, K):
+    """Bins are a circle, on which a draw may go further than the range: it must not meet another one."""
+    timesteps = [99] if K == 1 else "linspace"
+    for level in make_levels(ReverseChain(exact, None if K == 1 else K, timesteps, "optimal"), 4):
+        assert _radius(real(level.q_std)) <= level.half
+        below = np.full(300_000, level.half, np.int64)
+        words = to_words(np.random.default_rng(0).bytes(1_000_000))
+        stack = BitStack(words)
+        stack.push_q(stack.pop_q(below, level), below, level)
+        np.testing.assert_array_equal(stack.words, words)
 
 
 def test_bins_are_fine_where_a_latent_is_narrow(exact):

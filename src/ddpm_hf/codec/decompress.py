@@ -115,7 +115,7 @@ def _pop_all(
 def _pop_batch(
     stack: BitStack, model: Model, shape: tuple[int, ...], number: int, check: int
 ) -> tuple[BitStack, NDArray[np.uint8]]:
-    """A batch, and the stack below it; tried again where a sum came out otherwise, as has been seen once.
+    """A batch, and the stack below it; tried again where a sum came out otherwise.
 
     Raises:
         ValueError: if its checksum is never the stored one.

@@ -19,7 +19,9 @@ from ..diffusion.ddpm_process import LEARNED_VARIANCE_TYPES
 from ..evaluation.likelihood import ReverseChain
 
 FRACTION = 32  # binary digits behind the point of the coefficients
-SPAN = 9.0  # standard deviations of x_t beyond the range of images, in which its bins lie: more than q is cut to
+# Standard deviations of x_t beyond the range of images, in which its bins lie. More than the 8 to which q is cut: bins
+# are a circle, and draws that are further apart than it is long would be one bin.
+SPAN = 9.0
 WIDEST_IMAGE = 255  # x_0 of level v is (2 v - 255) / 255
 
 
