@@ -90,7 +90,8 @@ def test_a_sharded_run_resumes_exactly(sharded, tmp_path, data):
 
 def test_nodes_that_share_no_disk_resume_and_return_to_the_best_checkpoint(two_nodes, tmp_path, data):
     by_rank = interrupted(two_nodes, tmp_path / "run", 3), ["--output_dir", str(tmp_path / "elsewhere" / "run")]
-    options = [*EVERYTHING, *data, *RESUME, "--load_best_model_at_end"]
+    # By likelihood, so short a run exports its last weights: better ones of update 3 may be chance.
+    options = [*EVERYTHING, *data, *RESUME, "--load_best_model_at_end", "--metric_for_best_model", "frechet"]
     succeed(start_ranks(tmp_path, *options, by_rank=by_rank))
     assert largest_difference(two_nodes, tmp_path / "run", 6) == 0
     assert not list((tmp_path / "elsewhere").rglob("*.safetensors"))

@@ -11,13 +11,12 @@ import time
 
 import pytest
 import yaml
-from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.config.parsing import parse_given
 from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.recipe.command import main
-from ddpm_hf.storage.checkpoint import checkpoint_steps, read_progress
+from ddpm_hf.storage.checkpoint import checkpoint_steps, load_checkpoint, read_progress
 from support.runs import ROOT, TINY_UNET, run, run_here, start
 
 DDPM_HF = (sys.executable, "-m", "ddpm_hf", "train")
@@ -125,7 +124,8 @@ def test_a_killed_run_resumes_in_the_time_that_is_left_and_a_finished_one_takes_
     assert last > first
     assert rates[last] < 1e-12
     assert read_progress(tmp_path / "more" / f"checkpoint-{last}")["clock"]["first_update"] == first
-    old, new = (load_file(p / "unet" / "diffusion_pytorch_model.safetensors") for p in (more, tmp_path / "more"))
+    folders = more / f"checkpoint-{first}", tmp_path / "more" / f"checkpoint-{last}"
+    old, new = (load_checkpoint(folder).weights for folder in folders)
     assert any(not old[name].equal(new[name]) for name in old)
 
 
