@@ -90,7 +90,8 @@ def images_wanted(parameters: int, resolution: int) -> float:
     two cores they are better with 108,000 digits than larger networks with 64,000.
 
     Measured at 32×32, on photographs: in 240 s of a core, 1.54 million parameters that see 11,000 images are as good as
-    687,000 that see 24,000, and better than 174,000 that see 50,000 (21.7, 21.6 and 24.7, ± 0.9, of one seed each).
+    687,000 that see 24,000, and better than 174,000 that see 50,000 (21.7, 21.6 and 24.7, ± 0.9, of one seed each). In
+    600 s they are the best with 30,000, before 687,000 with 63,000 and 2.7 million with 20,000 (8.8, 10.7 and 10.5).
 
     The square is not measured: it leads from there to the paper's 35.7 million, which would want 6 million images at
     32×32, where the paper has 100 million. Below 500 images per pixel of a side no network has learned much.
