@@ -71,6 +71,7 @@ def test_a_model_that_has_moved_is_passed(pipeline, model_folder, image_files, t
         ({"photo": "nothing.png"}, "there is no file 'nothing.png'"),
         ({"size": (9, 8)}, r"9 × 8 pixels, but the model needs 8 × 8.*--tile"),
         ({"output_file": "."}, "is a folder"),
+        ({"output_file": "/dev/null/made.ddpm"}, "`output_file` '/dev/null' can't be written to"),
         ({"photo": "."}, r"'.' is a folder: pass its files, as in ./\*.png"),
         ({"class_label": "3"}, "unconditional"),
         ({"num_inference_steps": 21}, "from 1 to 20"),

@@ -38,10 +38,10 @@ def compress(model: str, photos: Sequence[str], config: CompressConfig) -> Path:
         raise ValueError(f"`output_file` {str(output)!r} is one of the images, which it would replace: choose another.")
     if output.is_dir():
         raise ValueError(f"`output_file` {str(output)!r} is a folder, but must be a file, such as images.ddpm.")
-    check_writable(output.parent)
+    check_writable(output.parent, "output_file")
     if config.report is not None:
         check_plotting()
-        check_writable(Path(config.report).parent)
+        check_writable(Path(config.report).parent, "report")
     pipeline = load_on_device(model, config.revision, config.device)
     gathered = gather(list(photos), pipeline, config.tile)
     labels = None if config.class_label is None else parse_labels([config.class_label], pipeline.unet.config)

@@ -22,13 +22,17 @@ MAX_JSON_BYTES = 100_000_000
 REMEDY = "Free some space, or choose another folder."
 
 
-def check_writable(folder: Path) -> None:
-    """Raise a ValueError unless files can be written into the folder, or it can be made. Leaves nothing behind."""
+def check_writable(folder: Path, option: str = "output_dir") -> None:
+    """Raise a ValueError unless files can be written into the folder, or it can be made. Leaves nothing behind.
+
+    Args:
+        option: whose value leads to the folder.
+    """
     try:
         with tempfile.TemporaryFile(dir=_nearest_existing(folder)):
             pass
     except OSError as error:
-        raise ValueError(f"`output_dir` {str(folder)!r} can't be written to ({error}): choose another one.") from error
+        raise ValueError(f"`{option}` {str(folder)!r} can't be written to ({error}): choose another one.") from error
 
 
 def check_free_space(output_dir: Path, num_bytes: int, contents: str) -> None:
