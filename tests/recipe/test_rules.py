@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from datetime import datetime
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from ddpm_hf.config.options import duration
 from ddpm_hf.config.training import TrainConfig
-from ddpm_hf.data.sources import Source, open_source
+from ddpm_hf.data.sources import Source, open_source, open_stream
 from ddpm_hf.recipe import rules
 from ddpm_hf.recipe.images import Look, look_at
 from ddpm_hf.recipe.machine import Machine
@@ -23,6 +24,7 @@ from ddpm_hf.training.setup import use_cores
 
 PHOTOS = Look("photos", 5000, 250, 200, "RGB", 0.49, 0.0, (), (), 512, 1e-3)
 END = datetime(2030, 1, 2, 3, 4, 5)
+START = 12.0  # seconds of a time that are over when the plan is made
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,9 @@ def plan(given=None, look=PHOTOS, seconds=3600.0, speed=1e9, memory=math.inf):
         sizes[resolution, width] = parameters
         return parameters, 180.0 * width**2 * layers * resolution**2
 
-    def measure(options):
+    def measure(options, is_last):
+        if is_last:
+            return None
         parameters, operations = weigh(options, options["resolution"])
         batch = options["train_batch_size"]
         if batch > memory:
@@ -63,7 +67,10 @@ def plan(given=None, look=PHOTOS, seconds=3600.0, speed=1e9, memory=math.inf):
         images = batch * options.get("gradient_accumulation_steps", 1)
         return Trial(options, parameters, operations, 3 * images * operations / speed, speed / (3 * operations))
 
-    return make_plan({"dataset_name": "x", "time_budget": "1h", **(given or {})}, look, seconds, END, 1, weigh, measure)
+    budget = f"{round(seconds + START)}s" if given is None else "1h"
+    return make_plan(
+        {"dataset_name": "x", "time_budget": budget, **(given or {})}, look, seconds, END, 1, weigh, measure
+    )
 
 
 def test_more_time_never_makes_a_network_or_a_resolution_smaller_and_each_sees_the_images_that_it_wants():
@@ -123,19 +130,32 @@ def test_a_batch_that_does_not_fit_is_accumulated():
 
 
 def test_a_time_that_is_too_short_says_what_it_would_take():
-    with pytest.raises(ValueError, match=r"One update.*Pass --time_budget (\d+[smh]) or more") as error:
+    with pytest.raises(ValueError, match=r"12 s are over before.*One update.*Pass --time_budget") as error:
         plan(seconds=30.0, speed=1e6)
-    enough = duration(re.search(r"--time_budget (\w+)", str(error.value))[1], "time_budget")
-    plan(seconds=enough, speed=1e6)
-    with pytest.raises(ValueError, match="Pass --time_budget"):
-        plan(seconds=1.0)
+    plan(seconds=_needed(error) - START, speed=1e6)
+
+
+@pytest.mark.parametrize("start", [0.0, START, 100.0])
+def test_what_it_would_take_is_more_than_what_was_too_short_by_the_start_that_was_measured(start):
+    given = {"time_budget": f"{start + 2:g}s"}
+    with pytest.raises(ValueError, match=f"but {start:.0f} s are over") as error:
+        plan(given, seconds=2.0)
+    assert _needed(error) >= start + 15
+    plan(given, seconds=_needed(error) - start, speed=1e10)
+
+
+def _needed(error):
+    return duration(re.search(r"--time_budget (\w+)", str(error.value))[1], "time_budget")
+
+
+def test_durations_are_rounded_up():
     assert [rounded(s) for s in (7, 119, 121, 7201)] == ["10s", "120s", "3m", "3h"]
 
 
 def test_the_plan_says_what_why_and_until_when():
     text = "\n".join(plan().lines)
     for phrase in (
-        "photos in 1h, until January 02, 03:04:05",
+        "photos in 3612s, until January 02, 03:04:05",
         "5,000, color, 250 pixels",
         "mirrored at random",
         "images/s",
@@ -207,12 +227,40 @@ def test_what_a_look_finds():
     assert look(transparent).mode == "RGBA"
     repeated = look([*blobs(100), *(p.resize((80, 60)) for p in blobs(50))])
     assert repeated.near_duplicates == pytest.approx(100 / 150)
+    assert seen.transparent == 0
+    assert look(transparent).transparent == pytest.approx(1 / 70)
+    assert "1% of the images have transparent parts" in "\n".join(rules.warnings(look(transparent), 32))
+    assert "All images" in "\n".join(rules.warnings(look(blobs(1) * 70), 32))
+    assert not seen.are_equal
     broken = io.BytesIO(b"no image").getvalue()
     rows = [{"bytes": broken, "path": "broken.png"}, *blobs(70)]
     assert [bad.path for bad in look(rows).unreadable] == ["broken.png"]
     assert "broken.png" in "\n".join(rules.warnings(look(rows), 32))
     with pytest.raises(ValueError, match=r"broken\.png.*can't be read"):
         look(rows[:1])
+
+
+def test_classes_of_a_data_set_are_no_sub_folders(tmp_path):
+    """Images in a file may have paths, too, of which a reader of the plan knows nothing."""
+    rows = {"image": [], "kind": [i % 2 for i in range(80)]}
+    for i, picture in enumerate(blobs(80)):
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        rows["image"].append({"bytes": stream.getvalue(), "path": f"{'ab'[i % 2]}/{i}.png"})
+    features = datasets.Features({"image": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])})
+    file = str(tmp_path / "pets.parquet")
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
+    config = TrainConfig(dataset_name=file, cache_dir=str(tmp_path / "cache"))
+    for opened in (open_source(config), open_stream(replace(config, streaming=True, max_train_steps=1))):
+        text = "\n".join(rules.warnings(look_at(opened, config), 32))
+        assert "2 classes (cat, dog) are not told apart: --label_column kind trains" in text
+        assert "sub-folders" not in text
+
+
+def test_a_look_at_large_images_ends_in_time():
+    seen = look_at(source(blobs(100)), TrainConfig(dataset_name="x"), seconds=0.0)
+    assert seen.looked_at < 100
+    assert (seen.count, seen.side, seen.mode) == (100, 30, "RGB")
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [({2: 1.0, 1: 0.3}, 1), ({2: 0.6, 1: 1.0}, None)])

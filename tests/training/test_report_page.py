@@ -10,12 +10,13 @@ import pytest
 from ddpm_hf.diffusion.ddpm_repository import REAL_IMAGES, SHARED_FILES
 from ddpm_hf.training import loop
 from ddpm_hf.training.report_page import Contents, render
+from ddpm_hf.training.trouble import Trouble
 from support.browser import open_browser, watched_page
 from support.runs import train_here
 
 OPTIONS = ["--eval_steps", "6", "--eval_images", "16", "--num_epochs", "1"]
 HEADINGS = [
-    "Warnings", "Samples", "What is being trained", "The same samples over time", "Nearest training images",
+    "Samples", "What is being trained", "The same samples over time", "Nearest training images",
     "Held-out images", "Loss and learning rate",
 ]  # fmt: skip
 
@@ -124,6 +125,20 @@ def test_the_page_of_a_run_that_fails_after_its_last_update_says_so(error, words
 def test_a_page_of_real_images_is_uploaded_only_with_those(run_folder):
     assert "report.html" in REAL_IMAGES
     assert not any(Path("report.html").match(pattern) for pattern in SHARED_FILES)
+
+
+def test_noise_is_normal_early_and_nothing_stands_above_the_samples_where_nothing_is_wrong():
+    sure = {"samples": b"", "real": b""}
+    early, late, done = (
+        render(Contents("Run", "", is_running, share, [], [], **sure))
+        for is_running, share in ((True, 0.1), (True, 0.8), (False, 1.0))
+    )
+    assert "after 10% of the training: noise and blots are normal so early" in early
+    assert "after 80% of the training<" in late
+    assert "Drawn by the network<" in done
+    assert not any("Warnings" in page for page in (early, late, done))
+    trouble = Trouble("stuck", "It is stuck", "at 1", "Lower it.")
+    assert "Warnings" in render(Contents("Run", "", True, 0.1, [], [], [(3, trouble)], **sure))
 
 
 def test_a_page_without_a_best_checkpoint_marks_none():

@@ -39,6 +39,7 @@ class Source:
         labels: 0 … n - 1, int64 of shape (N,).
         label_names: the names of these n labels.
         notes: what the user should know, e.g. which files were left out.
+        classes: a column of classes and their names, where the data set declares one, whether it is used or not.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Source:
     labels: np.ndarray | None = None
     label_names: list[str] | None = None
     notes: tuple[str, ...] = ()
+    classes: tuple[str, list[str]] | None = None
 
     def __len__(self) -> int:
         return self.length
@@ -71,6 +73,7 @@ class Stream:
     label_column: str | None
     label_names: list[str] | None
     buffer_size: int
+    classes: tuple[str, list[str]] | None = None
 
     def rows(self, first: int, seed: int) -> Iterator[StreamRow]:
         """The endless stream from row `first` on, a function of the seed.
@@ -141,6 +144,7 @@ def open_source(config: TrainConfig, split: str = "train") -> Source:
         labels,
         label_names,
         tuple(notes),
+        _classes(dataset),
     )
 
 
@@ -162,12 +166,12 @@ def open_stream(config: TrainConfig, split: str = "train") -> Stream:
                 "unknown. Store the column as ClassLabel, or leave out --streaming."
             )
         label_names = list(feature.names)
-    column, name = _image_column(dataset, config), _name(config)
+    column, name, classes = _image_column(dataset, config), _name(config), _classes(dataset)
     dataset = _undecoded(dataset, column)
     with _clear_errors(name):
         if not list(dataset.take(1)):
             raise ValueError("there are no rows")
-    return Stream(name, dataset, column, config.label_column, label_names, config.shuffle_buffer_size)
+    return Stream(name, dataset, column, config.label_column, label_names, config.shuffle_buffer_size, classes)
 
 
 def public_name(config: TrainConfig, source: str) -> tuple[str, str | None]:
@@ -249,8 +253,10 @@ def image_folder(folder: Path, label_column: str | None, notes: list[str]) -> An
         is_metadata = file.stem == "metadata" and file.suffix in METADATA_SUFFIXES
         (metadata if is_metadata else images if _is_image(file) else ignored).append(file)
     if not images:
-        others = f"{len(ignored)} files of other kinds ({_kinds(ignored)})" if ignored else "no files"
-        raise ValueError(f"the folder has {others}, but no images")
+        if not ignored:
+            raise ValueError("the folder has no files")
+        number = "1 file of another kind" if len(ignored) == 1 else f"{len(ignored):,} files of other kinds"
+        raise ValueError(f"the folder has {number} ({_kinds(ignored)}), but no images")
     if ignored:
         files = "1 file that is no image" if len(ignored) == 1 else f"{len(ignored):,} files that are not images"
         notes.append(f"Ignored: {files} ({_kinds(ignored)}), e.g. {ignored[0]}.")
@@ -326,6 +332,14 @@ def _undecoded(dataset: Any, column: str) -> Any:
     if not encoded and getattr(feature, "dtype", None) not in ("binary", "large_binary"):
         raise ValueError(f"`image_column` is {column!r}, but that column holds {feature}, not images.")
     return dataset.cast_column(column, datasets.Image(decode=False))
+
+
+def _classes(dataset: Any) -> tuple[str, list[str]] | None:
+    """The first column that is declared as classes, and their names."""
+    import datasets
+
+    found = [(name, f.names) for name, f in dataset.features.items() if isinstance(f, datasets.ClassLabel)]
+    return found[0] if found else None
 
 
 def _labels(dataset: Any, column: str) -> tuple[np.ndarray, list[str]]:

@@ -16,12 +16,14 @@ from ..config.training import TrainConfig
 from ..console import one_line_errors
 
 if TYPE_CHECKING:
+    from ..data.sources import Source, Stream
     from ..training.report import Reasons
     from .plan import RunPlan
 
 STARTED = "DDPM_HF_STARTED"  # in the environment of a run's processes: when its command began, by `time.time`
 MAX_SLOWDOWN = 3.0
 MEASURING_SHARE, MEASURING_SECONDS = 0.05, 60.0  # at most
+LOOKING_SHARE = 0.05
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,15 +40,18 @@ def main(argv: Sequence[str]) -> None:
         from ..training.loop import train
 
         is_timed = given.get("time_budget") is not None
-        config, reasons = planned(given, started) if is_timed else (TrainConfig(**given), [])
+        config, reasons, source = planned(given, started) if is_timed else (TrainConfig(**given), [], None)
         try:
-            train(config, started, reasons)
+            train(config, started, reasons, source)
         except Interrupted as interrupted:
             sys.exit(128 + interrupted.signum)
 
 
-def planned(given: dict[str, Any], started: float) -> tuple[TrainConfig, Reasons]:
+def planned(given: dict[str, Any], started: float) -> tuple[TrainConfig, Reasons, Source | Stream | None]:
     """The configuration of a run with a time budget: as given, as in its checkpoint, or planned with reasons.
+
+    Returns:
+        The configuration, the reasons, and the images, if they have been opened.
 
     Raises:
         ValueError: for a time that is too short, more time for a run that does not exist, and what `train` refuses.
@@ -59,18 +64,18 @@ def planned(given: dict[str, Any], started: float) -> tuple[TrainConfig, Reasons
         before = resumed_options(given) if machine.is_main else None
     before = machine.agreement.from_main(before)
     if before is not None:
-        return TrainConfig(**before), []
+        return TrainConfig(**before), [], None
     given = {"output_dir": output_dir_of(given), **given}
     if not any(given.get(name) for name in ("dataset_name", "train_data_dir")):
         given["dataset_name"] = DEFAULT_PRESET
     config = TrainConfig(**given)
     if {f.name for f in fields(TrainConfig)} - {"hub_token", *OF_ONE_COMMAND} <= set(given):
-        return config, []  # a recipe.yaml
+        return config, [], None  # a recipe.yaml
     with machine.agreement.together():
         if machine.is_main:
             prepare_output_dir(Path(config.output_dir), config)
-    plan = _plan(machine, given, config, started)
-    return TrainConfig(**plan.options), plan.reasons
+    plan, source = _plan(machine, given, config, started)
+    return TrainConfig(**plan.options), plan.reasons, source
 
 
 def resumed_options(given: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -111,7 +116,7 @@ def output_dir_of(given: Mapping[str, Any]) -> str:
     return str(given.get("output_dir") or f"ddpm-{Path(images).absolute().stem.strip('*?') or 'model'}")
 
 
-def _plan(machine: Any, given: dict[str, Any], config: TrainConfig, started: float) -> RunPlan:
+def _plan(machine: Any, given: dict[str, Any], config: TrainConfig, started: float) -> tuple[RunPlan, Source | Stream]:
     from ..data.sources import open_source, open_stream
     from .images import look_at
     from .machine import size_of_options
@@ -125,36 +130,41 @@ def _plan(machine: Any, given: dict[str, Any], config: TrainConfig, started: flo
     # By other programs: so much longer than their work the imports took. They are what has happened so far.
     elapsed = time.monotonic() - started
     slowdown = machine.agreement.largest_of_each(min(MAX_SLOWDOWN, max(1.0, elapsed / time.process_time())))[0]
+    budget = config.budget_seconds or 0.0
     look = classes = None
     with machine.agreement.together(patiently=True):
         source = open_stream(config) if config.streaming else open_source(config)
         classes = len(source.label_names) if source.label_names else None
         if machine.is_main:
-            look = look_at(source, config)
+            look = look_at(source, config, LOOKING_SHARE * budget)
     look = machine.agreement.from_main(look)
-    budget = config.budget_seconds or 0.0
+    measured = 0.0  # seconds
     allowance = min(MEASURING_SHARE * budget, MEASURING_SECONDS)
 
     def weigh(options: dict[str, Any], resolution: int) -> tuple[int, float]:
         return size_of_options(TrainConfig(**options), classes)
 
-    def measure(options: dict[str, Any]) -> Trial | None:
-        candidate = TrainConfig(**options)
+    def measure(options: dict[str, Any], is_last: bool) -> Trial | None:
+        nonlocal measured
+        seconds = machine.agreement.from_main(allowance - measured) if is_last else allowance / 4
+        if is_last and seconds < allowance / 4:
+            return None
+        began, candidate = time.monotonic(), TrainConfig(**options)
         parameters, operations = size_of_options(candidate, classes)
         if not machine.has_memory_for(parameters):
             return None
-        if machine.is_main:
-            print(f"Measuring updates of a network of {parameters:,} parameters.", flush=True)
-        seconds, threads = machine.best_threads(candidate, classes, allowance / 4)
-        if seconds is None:
-            return None
         images = candidate.batch_size * candidate.gradient_accumulation_steps * machine.state.num_processes
-        return Trial(options, parameters, operations, seconds, images / seconds, threads)
+        if machine.is_main:
+            what = f"{images} image{'s' if images > 1 else ''} at {candidate.resolution}×{candidate.resolution}"
+            print(f"Measuring updates of {what} by a network of {parameters:,} parameters.", flush=True)
+        update, threads = machine.best_threads(candidate, classes, seconds)
+        measured += time.monotonic() - began
+        return None if update is None else Trial(options, parameters, operations, update, images / update, threads)
 
-    left = machine.agreement.from_main(budget - (time.monotonic() - started)) - allowance / 2
+    left = machine.agreement.from_main(budget - (time.monotonic() - started)) - allowance
     left -= FINISHING_SECONDS * (slowdown - 1)
     end = datetime.now() + timedelta(seconds=budget - (time.monotonic() - started))
     plan = make_plan(given, look, left, end, machine.state.num_processes, weigh, measure)
     if machine.is_main:
         print("\n".join(plan.lines), flush=True)
-    return plan
+    return plan, source

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,11 +19,13 @@ if TYPE_CHECKING:
     from ..config.training import TrainConfig
 
 SAMPLE = 512  # images that are looked at
+PART = 32  # of them at a time
 SIDE = 16  # pixels of their thumbnails
 HASH_SIDE = 8
 NEAR_CORRELATION = 0.99
 NEAR = 2  # bits of 64 in which the hashes of near-duplicates differ at most
 CLASS_LIMIT = 1000
+ALPHA_MODES = ("LA", "RGBA", "PA", "La", "RGBa")
 GRAY_LEVELS = 2.0  # of 255: the difference of channels that the compression of a gray image may leave
 
 
@@ -41,6 +45,10 @@ class Look:
         folders: the numbers of images in each sub-folder, where there are sub-folders.
         unreadable: images of the sample that can't be read.
         decode_seconds: for one image, by one process.
+        transparent: the share of images with transparent parts.
+        are_equal: whether no image differs from another.
+        class_column: of a data set that knows classes.
+        class_names: theirs.
     """
 
     name: str
@@ -54,6 +62,10 @@ class Look:
     unreadable: tuple[Unreadable, ...]
     looked_at: int
     decode_seconds: float
+    transparent: float = 0.0
+    are_equal: bool = False
+    class_column: str = ""
+    class_names: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -61,54 +73,75 @@ class Look:
         return len(self.mode)
 
 
-def look_at(source: Source | Stream, config: TrainConfig) -> Look:
+def look_at(source: Source | Stream, config: TrainConfig, seconds: float = math.inf) -> Look:
     """Look at a sample of a set of images, drawn by the seed.
+
+    Args:
+        seconds: after which no more images are looked at than those begun with: photographs of 24 megapixels take one
+            each.
 
     Raises:
         ValueError: where none of them can be read.
     """
-    count = len(source) if isinstance(source, Source) else None
-    if isinstance(source, Source):
-        chosen = np.sort(np.random.default_rng(config.seed).permutation(len(source))[:SAMPLE])
-        rows = list(zip(chosen.tolist(), source.read(chosen.tolist()), strict=True))
-    else:
-        rows = [(row.position, row.raw) for row in source.first_rows(SAMPLE, config.seed)]
-    formats = [found for _, raw in rows if (found := image_format(raw)) is not None]
+    paths: list[str | None] = []
+    formats, unreadable, readable = [], [], []
     began = time.perf_counter()
-    transform = Transform(SIDE, "RGBA" if _has_alpha(formats) else "RGB")
-    decoded = [decode(index, raw, transform) for index, raw in rows]
-    seconds = (time.perf_counter() - began) / len(rows)
-    unreadable = tuple(image for image in decoded if isinstance(image, Unreadable))
-    readable = [image for image in decoded if not isinstance(image, Unreadable)]
-    if not readable or not formats:
+    for part in _parts(source, config):
+        for index, raw in part:
+            found = image_format(raw)
+            has_alpha = found is not None and found[2] in ALPHA_MODES
+            decoded = decode(index, raw, Transform(SIDE, "RGBA" if has_alpha else "RGB"))
+            if isinstance(decoded, Unreadable):
+                unreadable.append(decoded)
+            elif found is not None:
+                formats.append(found)
+                readable.append(decoded if has_alpha else np.concatenate([decoded, np.full_like(decoded[:1], 255)]))
+        paths += [raw["path"] if isinstance(raw, dict) else None for _, raw in part]
+        if time.perf_counter() - began > seconds:
+            break
+    if not readable:
         raise unreadable[0].error(source.name)
     pixels = np.stack(readable)
     gray = pixels[:, :3].mean(1, dtype=np.float32)
     sides = [min(width, height) for width, height, _ in formats]
+    column, names = source.classes or ("", ())
     return Look(
         name=source.name,
-        count=count,
+        count=len(source) if isinstance(source, Source) else None,
         side=int(np.median(sides)),
         smallest=min(sides),
         mode=_mode(pixels),
         mirrored=mirrored_share(gray),
         near_duplicates=near_duplicates(gray),
-        folders=_folders(rows),
-        unreadable=unreadable,
-        looked_at=len(rows),
-        decode_seconds=seconds,
+        folders=_folders(paths) if config.train_data_dir is not None else (),
+        unreadable=tuple(unreadable),
+        looked_at=len(paths),
+        decode_seconds=(time.perf_counter() - began) / len(paths),
+        transparent=float((pixels[:, 3] < 255).any((1, 2)).mean()),
+        are_equal=len(pixels) > 1 and not np.ptp(pixels, axis=0).any(),
+        class_column=column,
+        class_names=tuple(names),
     )
 
 
-def _has_alpha(formats: list[tuple[int, int, str]]) -> bool:
-    return any(mode in ("LA", "RGBA", "PA", "La", "RGBa") for _, _, mode in formats)
+def _parts(source: Source | Stream, config: TrainConfig) -> Iterator[list[tuple[int, Any]]]:
+    """The sample, in parts: each is drawn from all images, and read where they lie beside each other."""
+    if isinstance(source, Source):
+        chosen = np.random.default_rng(config.seed).permutation(len(source))[:SAMPLE]
+        for first in range(0, len(chosen), PART):
+            indices = np.sort(chosen[first : first + PART]).tolist()
+            yield list(zip(indices, source.read(indices), strict=True))
+    else:
+        rows = [(row.position, row.raw) for row in source.first_rows(SAMPLE, config.seed)]
+        for first in range(0, len(rows), PART):
+            yield rows[first : first + PART]
 
 
 def _mode(pixels: np.ndarray) -> str:
     """The mode that loses nothing: gray where all channels are equal, without alpha where all is opaque."""
     colors = pixels[:, :3].astype(np.float32)
     is_gray = np.abs(colors - colors.mean(1, keepdims=True)).mean() < GRAY_LEVELS
-    has_alpha = pixels.shape[1] == 4 and bool((pixels[:, 3] < 255).any())
+    has_alpha = bool((pixels[:, 3] < 255).any())
     return ("L" if is_gray else "RGB") + ("A" if has_alpha else "")
 
 
@@ -154,8 +187,7 @@ def near_duplicates(gray: np.ndarray) -> float:
     return float(is_near.any(1).mean())
 
 
-def _folders(rows: list[tuple[int, object]]) -> tuple[tuple[str, int], ...]:
+def _folders(paths: list[str | None]) -> tuple[tuple[str, int], ...]:
     """The names of the sub-folders that the images of a folder lie in, with how many of the sample each has."""
-    paths = [Path(raw["path"]).parent for _, raw in rows if isinstance(raw, dict) and raw.get("path")]
-    counts = Counter(folder.name for folder in paths)
+    counts = Counter(Path(path).parent.name for path in paths if path)
     return tuple(sorted(counts.items())) if 1 < len(counts) <= CLASS_LIMIT else ()

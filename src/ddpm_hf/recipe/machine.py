@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from statistics import median
+from statistics import fmean
 
 import psutil
 import torch
@@ -85,7 +85,7 @@ class Machine:
         return measured[best], config.cpu_threads if best == threads else best
 
     def update_seconds(self, config: TrainConfig, classes: int | None, seconds: float) -> float | None:
-        """The median time of an update of `config`'s network, in the slowest process; None where memory is too small.
+        """The mean time of an update of `config`'s network, in the slowest process; None where memory is too small.
 
         At least three updates are measured, and then as many as fit in `seconds`.
         """
@@ -99,7 +99,7 @@ class Machine:
             torch.cuda.empty_cache()
         if self.agreement.largest(int(not times)):
             return None
-        return self.agreement.largest_of_each(median(times))[0]
+        return self.agreement.largest_of_each(fmean(times))[0]
 
     def _times(self, config: TrainConfig, classes: int | None, seconds: float) -> list[float]:
         device = self.state.device

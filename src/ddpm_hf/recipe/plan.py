@@ -9,11 +9,13 @@ from datetime import datetime
 from functools import cache
 from typing import Any
 
+from ..config.options import duration
 from ..config.training import TrainConfig
 from . import rules
 from .images import Look
 
 FINISHING_SHARE, FINISHING_SECONDS = 0.07, 3.0  # of the time: previews, validation and checkpoints; card and pictures
+LEAST_TRAINING = 15.0  # seconds, where no update was measured
 MAX_TRIALS = 6
 # What no experience of ours depends on the images or the time for: the recipe of the digits, measured there.
 ALWAYS: dict[str, Any] = {
@@ -44,7 +46,7 @@ class Trial:
     threads: int | None = None  # of each process, on a CPU; None: as always
 
 
-Measure = Callable[[dict[str, Any]], Trial | None]
+Measure = Callable[[dict[str, Any], bool], Trial | None]
 Weigh = Callable[[dict[str, Any], int], tuple[int, float]]
 
 
@@ -81,7 +83,8 @@ def make_plan(
         seconds: from the end of the measuring until the run has to end.
         end: when that is, for the person who reads the plan.
         weigh: parameters and operations of a network at a resolution.
-        measure: trains a few updates with these options; None where the memory is too small.
+        measure: trains a few updates with these options; None where the memory is too small. True stands for the last
+            time, which has what the others have left of the time for it, or None for none.
 
     Raises:
         ValueError: where the time is too short, or no network fits the memory.
@@ -97,6 +100,8 @@ def make_plan(
             "not even the smallest network fits the memory of this machine: pass a smaller --resolution, or "
             "--train_batch_size 1."
         )
+    again = measure({**base, **trial.options, "cpu_threads": trial.threads}, True)
+    trial = trial if again is None else replace(again, options=trial.options)
     seen = trial.images_per_second * usable
     updates = int(usable / trial.update_seconds)
     if updates < rules.MIN_UPDATES:
@@ -126,7 +131,7 @@ def make_plan(
         del planned["ema_widths"]
     options = {**planned, **given}
     title = f"Plan for {look.name} in {given['time_budget']}, until {end:%B %d, %H:%M:%S}:"
-    return RunPlan(options, trial, updates, title, describe(TrainConfig(**options), look, trial, updates, seen))
+    return RunPlan(options, trial, updates, title, describe(TrainConfig(**options), given, look, trial, updates, seen))
 
 
 def choose_network(
@@ -200,7 +205,7 @@ def _batches(base: Mapping[str, Any], images: int, processes: int) -> dict[str, 
 def _try(measure: Measure, options: dict[str, Any], chosen: dict[str, Any]) -> Trial | None:
     """Measure; where the memory is too small, with smaller batches that are accumulated."""
     while True:
-        trial = measure(options)
+        trial = measure(options, False)
         size = options["train_batch_size"]
         if trial is not None:
             return replace(trial, options=chosen)
@@ -213,16 +218,17 @@ def _try(measure: Measure, options: dict[str, Any], chosen: dict[str, Any]) -> T
 
 def too_short(given: Mapping[str, Any], look: Look, seconds: float, trial: Trial | None) -> ValueError:
     """What a time that is too short would have to be."""
+    start = duration(given["time_budget"], "time_budget") - seconds
     rest = FINISHING_SECONDS + (look.count or 0) * look.decode_seconds
-    update = 0.0 if trial is None else trial.update_seconds
-    needed = math.ceil((rest + 1.5 * rules.MIN_UPDATES * update + 15) / (1 - FINISHING_SHARE))
+    training = LEAST_TRAINING if trial is None else 1.5 * rules.MIN_UPDATES * trial.update_seconds
+    needed = 1.1 * start + (rest + training) / (1 - FINISHING_SHARE)  # a longer time has more to measure in
     what = "" if trial is None else (
-        f" One update of the smallest network takes {update:.2g} s here, and {rules.MIN_UPDATES} are the least that "
-        "is worth anything."
+        f" One update of the smallest network takes {trial.update_seconds:.2g} s here, and {rules.MIN_UPDATES} are the "
+        "least that is worth anything."
     )  # fmt: skip
     return ValueError(
-        f"`time_budget` is {given['time_budget']}, of which {max(0.0, seconds):.0f} s are left after the start.{what} "
-        f"Pass --time_budget {rounded(needed + 15)} or more"
+        f"`time_budget` is {given['time_budget']}, but {start:.0f} s are over before training can start, and its end "
+        f"takes {rest:.0f} s.{what} Pass --time_budget {rounded(needed)} or more"
         + (", or a smaller --resolution." if "resolution" in given else ".")
     )
 
@@ -235,14 +241,16 @@ def rounded(seconds: float) -> str:
     return f"{5 * math.ceil(seconds / 5)}s"
 
 
-def describe(config: TrainConfig, look: Look, trial: Trial, updates: int, seen: float) -> list[tuple[str, str]]:
+def describe(
+    config: TrainConfig, given: Mapping[str, Any], look: Look, trial: Trial, updates: int, seen: float
+) -> list[tuple[str, str]]:
     """The plan for a person: what, why, how good to expect."""
     epochs = "" if not look.count else f", each {seen / look.count:,.1f} times"
     threads = ""
     if config.cpu_threads is not None:
         threads = f" with {config.cpu_threads} thread{'s' if config.cpu_threads > 1 else ''}"
     count = f"{look.count:,}" if look.count else "a stream of"
-    kind = {"L": "gray", "LA": "gray, with alpha", "RGB": "color", "RGBA": "color, with alpha"}[look.mode]
+    kind = {"L": "gray", "LA": "gray, with transparency", "RGB": "color", "RGBA": "color, with transparency"}
     mirrored = (
         "mirrored at random, since left and right look alike" if config.random_flip else
         "never mirrored, since left and right differ" if not math.isnan(look.mirrored) else
@@ -256,14 +264,16 @@ def describe(config: TrainConfig, look: Look, trial: Trial, updates: int, seen: 
         "nothing: too few images, or too little time"
     )  # fmt: skip
     batch = round(trial.images_per_second * trial.update_seconds)
-    known = replace(look, folders=()) if config.label_column else look
+    size = f"{batch} image{'s' if batch > 1 else ''}"
+    known = replace(look, folders=(), class_names=()) if config.label_column else look
+    known = replace(known, transparent=0.0) if "image_mode" in given or "channels" in given else known
     return [
-        ("images", f"{count}, {kind}, {look.side} pixels (median); {mirrored}"),
-        ("resolution", f"{config.resolution}×{config.resolution}"),
+        ("images", f"{count}, {kind[str(config.image_mode)]}, {look.side} pixels (median); {mirrored}"),
+        ("resolution", f"{config.resolution}×{config.resolution}: {_why_resolution(config.resolution, given, look)}"),
         ("network", f"{trial.parameters:,} parameters: {enough}"),
         (
             "training",
-            f"about {updates:,} updates of {batch} images at {trial.images_per_second:,.0f} images/s{threads}: "
+            f"about {updates:,} updates of {size} at {trial.images_per_second:,.0f} images/s{threads}: "
             f"{seen:,.0f} images{epochs}",
         ),
         (
@@ -276,3 +286,12 @@ def describe(config: TrainConfig, look: Look, trial: Trial, updates: int, seen: 
         ("output", f"{config.output_dir}; recipe.yaml there has all options"),
         *(("note", line) for line in rules.warnings(known, config.resolution)),
     ]
+
+
+def _why_resolution(resolution: int, given: Mapping[str, Any], look: Look) -> str:
+    natural = rules.natural_resolution(look)
+    if "resolution" in given:
+        return "as given"
+    if resolution < natural:
+        return f"at {natural}×{natural}, which the images allow, no network would see enough of them in this time"
+    return "near the size of most images" if look.side < 1.5 * resolution else "the highest of a plan"

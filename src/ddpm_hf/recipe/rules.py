@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -228,25 +229,41 @@ def expectation(images_seen: float, parameters: int, resolution: int) -> str:
 def warnings(look: Look, resolution: int) -> list[str]:
     """What a person should know of the images before hours are spent on them."""
     lines = []
+    if look.are_equal:
+        lines.append("All images that were looked at are the same: there is nothing to learn but that one.")
     if look.unreadable:
         share = f"{len(look.unreadable)} of {look.looked_at} images that were looked at"
         first = look.unreadable[0]
         lines.append(f"Can't be read: {share}, e.g. {Path(first.path).name if first.path else first.index}.")
     if look.count is not None and look.count < FEWEST_IMAGES:
         lines.append(
-            f"Only {look.count} images: the model will repeat them rather than make new ones. {FEW_IMAGES} are few, "
-            "5,000 are comfortable."
+            f"Only {look.count} image{'s' if look.count > 1 else ''}: the model will repeat what it has seen instead "
+            f"of making new ones. {FEW_IMAGES} are few, 5,000 are comfortable."
         )
     elif look.count is not None and look.count < FEW_IMAGES:
         lines.append(f"{look.count} images are few: look for copies among the samples (ddpm-hf evaluate counts them).")
-    if look.near_duplicates > 0.02:
+    if look.near_duplicates > 0.02 and not look.are_equal:
         lines.append(f"{look.near_duplicates:.0%} of the images have near-duplicates: they will be drawn more often.")
     if look.side < resolution / 1.5:
-        lines.append(f"The images are small ({look.side} pixels): enlarged to {resolution}, they gain no detail.")
-    if look.folders and min(n for _, n in look.folders) >= 5:
-        names = ", ".join(name for name, _ in look.folders[:4]) + (", …" if len(look.folders) > 4 else "")
+        pixels = f"{look.side} pixel{'s' if look.side > 1 else ''}"
+        lines.append(f"The images are small ({pixels}): enlarged to {resolution}, they gain no detail.")
+    if look.transparent:
         lines.append(
-            f"{len(look.folders)} sub-folders ({names}) are not told apart. If they are classes, --label_column label "
-            "trains a model that draws each of them on demand."
+            f"{look.transparent:.0%} of the images have transparent parts, so the model draws transparency, too. "
+            f"--image_mode {look.mode.removesuffix('A')} trains without it, on white."
+        )
+    if look.folders and min(n for _, n in look.folders) >= 5:
+        lines.append(
+            f"{_counted('sub-folders', [name for name, _ in look.folders])} are not told apart. If they are classes, "
+            "--label_column label trains a model that draws each of them on demand."
+        )
+    elif look.class_names:
+        lines.append(
+            f"{_counted('classes', look.class_names)} are not told apart: --label_column {look.class_column} trains a "
+            "model that draws each of them on demand."
         )
     return lines
+
+
+def _counted(what: str, names: Sequence[str]) -> str:
+    return f"{len(names):,} {what} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"

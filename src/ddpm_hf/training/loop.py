@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config.training import TrainConfig
 from ..data.dataset import Images, load_images
+from ..data.sources import Source, Stream
 from ..diffusion.ddpm_labels import LABEL_NAMES
 from ..distributed import lost_processes_raise
 from ..sampling.batch_size import out_of_memory_explained
@@ -47,12 +48,15 @@ from .validation import Validation
 from .validation_set import make_validation_set
 
 
-def train(config: TrainConfig, started: float | None = None, reasons: Reasons = ()) -> Path:
+def train(
+    config: TrainConfig, started: float | None = None, reasons: Reasons = (), source: Source | Stream | None = None
+) -> Path:
     """Train a DDPM; leave in `output_dir` the pipeline, samples beside real images, the loss curve and logs.
 
     Args:
         started: from when on a time budget counts, on the clock of `time.monotonic`. Default: now.
         reasons: of the plan of a run, for its page.
+        source: the images, if they have been opened.
 
     Returns:
         The output folder.
@@ -64,7 +68,8 @@ def train(config: TrainConfig, started: float | None = None, reasons: Reasons = 
         MemoryError: where a batch does not fit the device, with what to lower.
         Interrupted: after SIGTERM or Ctrl-C, when a checkpoint is saved.
     """
-    setup = prepare(config, started, reasons)  # what can be wrong is found here, before anything is decoded or written
+    # What can be wrong is found here, before anything is decoded or written
+    setup = prepare(config, started, reasons, source)
     config = setup.config
     setup.accelerator.print("\n".join(setup.notes))
     if config.dry_run:

@@ -32,6 +32,7 @@ class Performance(NamedTuple):
     channels_last: bool
     compiled: bool
     notes: list[str]
+    is_unusual: bool = False  # neither 32 bits, nor the usual memory format, nor without compilation
 
 
 def settle_precision(config: TrainConfig) -> Choice:
@@ -75,7 +76,9 @@ def choose_performance(
         choices["compile"] = choose_compile(accelerator.device, updates)
     chosen = [f"{name} {value}, {why}" for name, (value, why) in choices.items() if getattr(config, name) == "auto"]
     notes = [f"Chosen: {'; '.join(chosen)}."] if chosen else []
-    return Performance(choices["channels_last"].value == "yes", choices["compile"].value == "yes", notes)
+    channels_last, compiled = (choices[name].value == "yes" for name in ("channels_last", "compile"))
+    is_unusual = channels_last or compiled or accelerator.mixed_precision != "no"
+    return Performance(channels_last, compiled, notes, is_unusual)
 
 
 def choose_precision(device: torch.device, num_parameters: int) -> Choice:

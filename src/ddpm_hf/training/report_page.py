@@ -13,6 +13,7 @@ from .charts import Line, line_chart
 from .trouble import Trouble
 
 RELOAD_AFTER = 30  # seconds
+EARLY = 0.3  # of the training
 METRICS = {"bits_per_dim": "bits per dimension", "frechet": "Fréchet distance"}
 STYLE = (
     CHARTS
@@ -94,7 +95,7 @@ def _figure(png: bytes, alt: str, caption: str, kind: str = "grid") -> str:
 
 def _troubles(contents: Contents) -> str:
     if not contents.troubles:
-        return _section("Warnings", '<p class="note">None so far.</p>' if contents.is_running else "<p>None.</p>")
+        return ""
     parts = [
         f'<div class="trouble"><p><strong>{words(t.what)}</strong>: {words(t.evidence)}.</p><p>{words(t.remedy)}</p>'
         f'<p class="place">Found {f"after update {step:,}" if step else "before the first update"}.</p></div>'
@@ -109,7 +110,11 @@ def _samples(contents: Contents) -> str:
     real = _figure(contents.real, "Real images of the training set", "Real images, for comparison")
     if contents.samples is None:
         return _section("Samples", f'<p class="note">The first samples are still to come.</p>{real}')
-    drawn = _figure(contents.samples, "Samples of the network", "Drawn by the network, as far as it is now")
+    caption = "Drawn by the network"
+    if contents.is_running:
+        caption += f" after {contents.progress:.0%} of the training"
+        caption += ": noise and blots are normal so early" if contents.progress < EARLY else ""
+    drawn = _figure(contents.samples, "Samples of the network", caption)
     return _section("Samples", f'<div class="pair">{drawn}{real}</div>')
 
 

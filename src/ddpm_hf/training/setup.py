@@ -60,11 +60,18 @@ class Setup:
     reasons: Sequence[tuple[str, str]]  # of its plan, for the page
 
 
-def prepare(config: TrainConfig, started: float | None = None, reasons: Sequence[tuple[str, str]] = ()) -> Setup:
+def prepare(
+    config: TrainConfig,
+    started: float | None = None,
+    reasons: Sequence[tuple[str, str]] = (),
+    source: Source | Stream | None = None,
+) -> Setup:
     """Check a configuration against the machine, the data, the output folder and the Hub.
 
     Args:
         started: when the command began, on the clock of `time.monotonic`. Default: now.
+        reasons: of the plan of the run, which has been printed.
+        source: the images, if they have been opened.
 
     Raises:
         ValueError: for whatever can't work, with the remedy.
@@ -95,7 +102,8 @@ def prepare(config: TrainConfig, started: float | None = None, reasons: Sequence
         timestep_spacing=config.timestep_spacing,
     )
     with agreement.together(patiently=True):  # each machine may have to download them
-        source = open_stream(config) if config.streaming else open_source(config)
+        if source is None:
+            source = open_stream(config) if config.streaming else open_source(config)
         eval_split = open_eval_split(config, source)
     check_same_data(agreement, source)
     notes += source.notes if isinstance(source, Source) else ()
@@ -121,10 +129,12 @@ def prepare(config: TrainConfig, started: float | None = None, reasons: Sequence
     performance = choose_performance(
         config, precision, accelerator, unet.num_parameters(), plan.max_steps - plan.steps_before
     )
-    notes += performance.notes
-    if config.eval_steps is not None:
+    if not reasons or performance.is_unusual:
+        notes += performance.notes
+    if config.eval_steps is not None and not reasons:
         notes.append(f"Validation {plan.describe_validation()}.")
-    notes.append(plan.describe(source.name, unet.num_parameters(), accelerator.device))
+    if not reasons:
+        notes.append(plan.describe(source.name, unet.num_parameters(), accelerator.device))
     with agreement.together():
         if is_main:
             existing = sum(step <= plan.steps_before for step in checkpoint_steps(output_dir))
@@ -153,7 +163,10 @@ def check_same_data(agreement: Agreement, data: Source | Stream | Images) -> Non
 
 
 def dry_run_report(config: TrainConfig, setup: Setup) -> str:
-    """The resolved options, and what the run would need."""
+    """The resolved options, and what the run would need; where a plan has said so, that nothing more was done."""
+    nothing = "Dry run: nothing was decoded, trained, pushed or written, except what `datasets` keeps in its own cache."
+    if setup.reasons:
+        return nothing
     plan, parameters = setup.plan, setup.num_parameters
     pixels = (plan.num_images or 0) * math.prod((config.channels or 3, config.resolution, config.resolution))
     decoded = pixels * (2 if config.preserve_input_precision else 1)
@@ -163,8 +176,7 @@ def dry_run_report(config: TrainConfig, setup: Setup) -> str:
         f"images       {plan.num_images or 'a stream'}, decoded {describe_bytes(decoded)}\n"
         f"network      {parameters:,} parameters\n"
         f"updates      {number} of {plan.global_batch} images\n"
-        f"validation   {plan.describe_validation()}\n"
-        "Dry run: nothing was decoded, trained, pushed or written, except what `datasets` keeps in its own cache."
+        f"validation   {plan.describe_validation()}\n{nothing}"
     )
 
 
