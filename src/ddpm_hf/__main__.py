@@ -4,19 +4,21 @@ import atexit
 import gc
 import os
 import signal
+import time
 
 import psutil
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # while `cli` is imported: no traceback
 
 from .cli import main as run  # noqa: E402
-from .recipe.command import STARTED  # noqa: E402
+from .recipe.command import STARTED, start_of_command  # noqa: E402
 
 
 def main() -> None:
     """The command `ddpm-hf`. A time budget counts from the start of its process."""
     atexit.register(gc.freeze)  # else the last collections, of all that torch and others hold, take a second
-    os.environ[STARTED] = str(psutil.Process().create_time())
+    created = psutil.Process().create_time()
+    os.environ[STARTED] = str(start_of_command(created, time.time(), time.process_time()))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     run()
 

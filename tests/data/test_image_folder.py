@@ -91,7 +91,8 @@ def test_captions_are_no_classes(tmp_path):
     ("make", "options", "message"),
     [
         (lambda d: None, {"train_data_dir": "data"}, "no images can be read from .*: the folder has no files"),
-        (lambda d: (d / "a.txt").write_text(""), {"train_data_dir": "data"}, r"1 files of other kinds \(.txt\)"),
+        (lambda d: (d / "a.txt").write_text(""), {"train_data_dir": "data"}, r"1 file of another kind \(.txt\)"),
+        (lambda d: (d / "l").symlink_to("."), {"train_data_dir": "data"}, r"no files. Not followed: 1 link.*data.l$"),
         (lambda d: None, {"dataset_name": "data/*.parquet"}, "no file matches it in"),
         (lambda d: (d / "p.zip").write_bytes(b"PK"), {"dataset_name": "data/p.zip"}, "archive: unpack it, and pass"),
     ],

@@ -15,7 +15,7 @@ import yaml
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.config.parsing import parse_given
 from ddpm_hf.config.training import TrainConfig
-from ddpm_hf.recipe.command import main
+from ddpm_hf.recipe.command import main, start_of_command
 from ddpm_hf.storage.checkpoint import checkpoint_steps, load_checkpoint, read_progress
 from support.runs import ROOT, TINY_UNET, run, run_here, start
 
@@ -127,6 +127,12 @@ def test_a_killed_run_resumes_in_the_time_that_is_left_and_a_finished_one_takes_
     folders = more / f"checkpoint-{first}", tmp_path / "more" / f"checkpoint-{last}"
     old, new = (load_checkpoint(folder).weights for folder in folders)
     assert any(not old[name].equal(new[name]) for name in old)
+
+
+def test_what_a_shell_did_before_it_became_the_command_is_not_counted():
+    """As in `sh -c "pip install …; ddpm-hf train …"`, which executes its last command in its own process."""
+    assert start_of_command(created=1000.0, now=1000.9, work=0.2) == 1000.0
+    assert start_of_command(created=1000.0, now=1600.0, work=0.2) == 1598.0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,15 @@ from sklearn.datasets import load_digits
 from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ddpm_hf.training.losses import trivial_loss
-from ddpm_hf.training.trouble import in_average, in_copies, in_data, in_log, in_samples, in_validations
+from ddpm_hf.training.trouble import (
+    in_average,
+    in_copies,
+    in_data,
+    in_last_samples,
+    in_log,
+    in_samples,
+    in_validations,
+)  # fmt: skip
 from support.runs import TINY_UNET, train_here
 
 CONFIG = TrainConfig(dataset_name="digits", learning_rate=1e-3, lr_warmup_steps=0)
@@ -154,6 +162,17 @@ def test_samples_that_saturate_or_are_blank_are_named_and_real_images_are_not():
     assert names(in_samples(gray[:32], gray[32:])) == []
     assert names(in_samples((gray > 100).to(torch.uint8) * 255, gray)) == ["saturated_samples"]
     assert names(in_samples(torch.full_like(gray, 130), gray)) == ["blank_samples"]
+
+
+def test_samples_that_are_still_noise_are_named_and_rough_real_images_are_not():
+    smooth = torch.nn.functional.interpolate(DIGITS.float(), scale_factor=2, mode="bilinear").to(torch.uint8)
+    noise = torch.randint(0, 256, smooth.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    (trouble,) = in_last_samples(noise, smooth)
+    assert "neighbouring pixels is 2.0 of their variance" in trouble.evidence
+    assert names(in_last_samples(smooth[:32], smooth[32:])) == names(in_last_samples(DIGITS[:32], DIGITS[32:])) == []
+    assert names(in_last_samples(noise[:32], noise[32:])) == []
+    assert names(in_last_samples(torch.zeros_like(smooth), smooth)) == []
+    assert names(in_last_samples(smooth // 2 + noise // 16, smooth)) == []
 
 
 def test_overfitting_and_copies_are_named():

@@ -245,7 +245,15 @@ def image_folder(folder: Path, label_column: str | None, notes: list[str]) -> An
     if (folder / "train").is_dir() and any((folder / name).is_dir() for name in OTHER_SPLITS):
         notes.append(f"Only {folder / 'train'} is read: the folder has other splits beside it.")
         folder /= "train"
-    found = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(folder)))
+    found, linked = [], []
+    for path in sorted(p for p in folder.rglob("*") if not _is_hidden(p.relative_to(folder))):
+        if path.is_file():
+            found.append(path)
+        elif path.is_symlink():
+            linked.append(path)
+    if linked:
+        number = "1 link" if len(linked) == 1 else f"{len(linked):,} links"
+        notes.append(f"Not followed: {number} to a folder or to nothing, e.g. {linked[0]}.")
     metadata: list[Path] = []
     images: list[Path] = []
     ignored: list[Path] = []
@@ -254,7 +262,7 @@ def image_folder(folder: Path, label_column: str | None, notes: list[str]) -> An
         (metadata if is_metadata else images if _is_image(file) else ignored).append(file)
     if not images:
         if not ignored:
-            raise ValueError("the folder has no files")
+            raise ValueError(f"the folder has no files{'. ' if linked else ''}{' '.join(notes)}".removesuffix("."))
         number = "1 file of another kind" if len(ignored) == 1 else f"{len(ignored):,} files of other kinds"
         raise ValueError(f"the folder has {number} ({_kinds(ignored)}), but no images")
     if ignored:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 STARTED = "DDPM_HF_STARTED"  # in the environment of a run's processes: when its command began, by `time.time`
 MAX_SLOWDOWN = 3.0
+MAX_SLOWDOWN_OF_START = 10.0
 MEASURING_SHARE, MEASURING_SECONDS = 0.05, 60.0  # at most
 LOOKING_SHARE = 0.05
 
@@ -45,6 +46,17 @@ def main(argv: Sequence[str]) -> None:
             train(config, started, reasons, source)
         except Interrupted as interrupted:
             sys.exit(128 + interrupted.signum)
+
+
+def start_of_command(created: float, now: float, work: float) -> float:
+    """When a command began, whose process may have been another before: a shell that did something first, then `exec`.
+
+    Args:
+        created: when the process was.
+        now: soon after the command began.
+        work: seconds of a core that the process has used.
+    """
+    return max(created, now - MAX_SLOWDOWN_OF_START * work)
 
 
 def planned(given: dict[str, Any], started: float) -> tuple[TrainConfig, Reasons, Source | Stream | None]:

@@ -25,7 +25,7 @@ from .plan import EVAL_CALLS, EVAL_SAMPLING_STEPS, KEPT_CHECKPOINTS, MIN_CALIBRA
 RECENT = 9  # updates, whose median is the time of one
 MARGIN = 1.1  # of what follows the last update, since it is measured in a few updates or in none
 # Seconds of one core for pictures, curve, card and the end of the process, and of a launcher (measured)
-FINISHING, LAUNCHER_FINISHING = 1.2, 0.8
+FINISHING, LAUNCHER_FINISHING = 0.8, 0.8
 MAX_SLOWDOWN = 10.0
 CALIBRATION_SHARE = 0.04  # of the budget, at most
 MAX_CALIBRATION_IMAGES = 256

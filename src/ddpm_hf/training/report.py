@@ -31,7 +31,17 @@ from .losses import trivial_loss
 from .output_folder import PLAN, REPORT, TROUBLES
 from .report_page import Contents, render
 from .state import Run
-from .trouble import FIRST_UPDATES, Trouble, in_average, in_copies, in_data, in_log, in_samples, in_validations
+from .trouble import (
+    FIRST_UPDATES,
+    Trouble,
+    in_average,
+    in_copies,
+    in_data,
+    in_last_samples,
+    in_log,
+    in_samples,
+    in_validations,
+)
 
 LOOKED_AT = 64  # images
 Reasons = Sequence[tuple[str, str]]  # of a plan: what, and why
@@ -143,6 +153,8 @@ class Report:
                 self.found(in_average(self.log.entries))
                 if run.step >= max(FIRST_UPDATES, run.plan.max_steps / 2):
                     self.found(in_samples(self.samples, self.real))
+                if run.step == run.plan.max_steps:
+                    self.found(in_last_samples(self.samples, self.real))
                 if self.copies is not None:
                     self.found(in_copies(self.copies.number, len(self.samples), 0.0))
         self.write()

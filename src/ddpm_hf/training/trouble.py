@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config.training import TrainConfig
 
+NOISE, NOISE_OF_REAL = 1.2, 2.0  # the least roughness of noise, and the least in that of real images
 BLOCK = 10  # entries of the log whose median is compared: 100 updates
 HISTORY = 1000  # entries that are looked at: 10,000 updates
 FIRST_UPDATES = 200  # after them, a network must be better than one that predicts nothing
@@ -191,6 +192,28 @@ def in_samples(samples: Tensor, real: Tensor) -> Iterator[Trouble]:
             "blank_samples", "The samples are blank", f"{blank} of {len(samples)} have a single shade, and no real one",
             "Train longer, or lower --learning_rate; `ddpm-hf doctor` examines the model.",
         )  # fmt: skip
+
+
+def in_last_samples(samples: Tensor, real: Tensor) -> Iterator[Trouble]:
+    """Whether the samples of a finished run are still noise. Both are uint8 of shape (N, C, H, W).
+
+    The squared difference of neighbouring pixels is twice the variance where they are independent, and far less in
+    pictures.
+    """
+    of_samples, of_real = (_roughness(x) for x in (samples, real))
+    if of_samples > max(NOISE, NOISE_OF_REAL * of_real):
+        yield Trouble(
+            "noisy_samples", "The samples are little more than noise",
+            f"the squared difference of neighbouring pixels is {of_samples:.1f} of their variance, in real images "
+            f"{of_real:.1f}, in pure noise 2",
+            "Train longer: a run with a time budget is continued by `--time_budget +30m`.",
+        )  # fmt: skip
+
+
+def _roughness(pixels: Tensor) -> float:
+    """The median over images of the squared difference of neighbours in a row, in units of the image's variance."""
+    x = pixels.double()
+    return float((x.diff(dim=-1).square().mean((1, 2, 3)) / (x.var((2, 3)).mean(1) + 1e-9)).median())
 
 
 def in_validations(validations: Entries, config: TrainConfig) -> Iterator[Trouble]:
