@@ -90,6 +90,21 @@ def test_in_a_terminal_progress_is_a_bar(capsys, monkeypatch):
     assert "\rBar: 100%|" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("columns", "shown"), [(100, b"\rBar: 100%|"), (0, b"\nBar: 100% 3/3 ")])
+def test_a_terminal_without_a_size_shows_lines(columns, shown, monkeypatch):
+    """As a container's, or one that `script` makes without a terminal of its own."""
+    openpty = pytest.importorskip("pty").openpty
+    termios = pytest.importorskip("termios")
+    reader, terminal = openpty()
+    termios.tcsetwinsize(terminal, (30, columns))
+    with os.fdopen(terminal, "w") as stderr, os.fdopen(reader, "rb", 0) as received:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        monkeypatch.setenv("TQDM_MININTERVAL", "0")
+        assert list(progress.progress(range(3), desc="Bar", unit="step", file=stderr)) == [0, 1, 2]
+        stderr.flush()
+        assert shown in received.read(100_000)
+
+
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 

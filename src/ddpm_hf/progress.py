@@ -66,12 +66,21 @@ def progress(
     if not is_shown:
         options["disable"] = True  # otherwise left to TQDM_DISABLE
     in_notebook = tqdm.auto.tqdm is not tqdm.asyncio.tqdm
-    in_terminal = sys.stderr is not None and sys.stderr.isatty()
-    if in_notebook or in_terminal:
+    if in_notebook or _in_terminal():
         return tqdm.auto.tqdm(iterable, desc=desc, total=total, unit=unit, **options)
     pause = float(os.environ.get("TQDM_MININTERVAL", SECONDS_PER_LINE))
     options |= {"mininterval": pause, "delay": pause, "miniters": 1, "bar_format": LINE}
     return _Lines(iterable, desc=desc, total=total, unit=unit, **options)
+
+
+def _in_terminal() -> bool:
+    """Whether there is a terminal to redraw a bar in: one without a size, as in some containers, would show none."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # unknown
+        return True
 
 
 def write(text: str) -> None:

@@ -73,6 +73,7 @@ def test_its_recipe_is_the_whole_configuration_and_plans_nothing_anew(timed_run)
     again = run([*DDPM_HF, "--config", str(out / "recipe.yaml"), "--output_dir", str(out / "again"), "--dry_run"])
     assert again.returncode == 0, again.stderr
     assert "Plan for" not in again.stdout
+    assert "nothing is planned anew" in again.stdout
     assert not (out / "again").exists()
 
 
@@ -106,6 +107,7 @@ def test_a_killed_run_resumes_in_the_time_that_is_left_and_a_finished_one_takes_
     done = run([*command, "--resume_from_checkpoint", "latest"])
     assert done.returncode == 0, done.stderr
     assert "Plan for" not in done.stdout
+    assert re.search(r"Of the time, 0:00:\d\d .* are left", done.stdout)
     last = checkpoint_steps(out)[-1]
     after = read_progress(out / f"checkpoint-{last}")["clock"]
     assert after["fraction"] == 1

@@ -82,7 +82,9 @@ def planned(given: dict[str, Any], started: float) -> tuple[TrainConfig, Reasons
         given["dataset_name"] = DEFAULT_PRESET
     config = TrainConfig(**given)
     if {f.name for f in fields(TrainConfig)} - {"hub_token", *OF_ONE_COMMAND} <= set(given):
-        return config, [], None  # a recipe.yaml
+        if machine.is_main:
+            print("All options are given, as by a recipe.yaml: nothing is planned anew.", flush=True)
+        return config, [], None
     with machine.agreement.together():
         if machine.is_main:
             prepare_output_dir(Path(config.output_dir), config)

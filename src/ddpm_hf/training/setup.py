@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,15 @@ def prepare(
     if checkpoint is not None:
         check_still_held_out(progress["config"], config)
         notes += compare(checkpoint, progress, config, plan, label_names)
+        if clock is not None:
+            left = timedelta(seconds=round(max(0.0, clock.left())))
+            notes.append(f"Of the time, {left} (hours:minutes:seconds) are left.")
     if clock is None and config.lr_warmup_steps >= plan.max_steps and config.lr_scheduler != "constant":
         notes.append(f"Note: the warm-up of {config.lr_warmup_steps} updates is as long as the run, or longer.")
     performance = choose_performance(
         config, precision, accelerator, unet.num_parameters(), plan.max_steps - plan.steps_before
     )
-    if not reasons or performance.is_unusual:
+    if clock is None or performance.is_unusual:
         notes += performance.notes
     if config.eval_steps is not None and not reasons:
         notes.append(f"Validation {plan.describe_validation()}.")
