@@ -16,7 +16,7 @@ from support.runs import train_here
 
 OPTIONS = ["--eval_steps", "6", "--eval_images", "16", "--num_epochs", "1"]
 HEADINGS = [
-    "Warnings", "Samples", "What is being trained", "The same samples over time", "Nearest training images",
+    "Samples", "What is being trained", "The same samples over time", "Nearest training images",
     "Held-out images", "Loss and learning rate",
 ]  # fmt: skip
 

@@ -153,7 +153,7 @@ class Report:
                 self.found(in_average(self.log.entries))
                 if run.step >= max(FIRST_UPDATES, run.plan.max_steps / 2):
                     self.found(in_samples(self.samples, self.real))
-                if run.step == run.plan.max_steps:
+                if run.clock is not None and run.step == run.plan.max_steps:  # others may be tries of a few updates
                     self.found(in_last_samples(self.samples, self.real))
                 if self.copies is not None:
                     self.found(in_copies(self.copies.number, len(self.samples), 0.0))
