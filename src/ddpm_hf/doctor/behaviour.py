@@ -14,7 +14,7 @@ from ..diffusion.pipeline import DDPMPipelineCustom
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from ..sampling.generate import eval_mode, sample_in_lockstep
 from .finding import Finding, Repair
-from .readings import Errors, Reading
+from .readings import FEW_LEVELS, Errors, Reading
 from .scheduler import without_calibration
 from .training import declared_schedule
 
@@ -27,12 +27,12 @@ STALE = 1.25  # measured over calibrated error, either way
 def examine_half_precision(pipe: DDPMPipelineCustom, errors: Errors) -> Iterator[Finding]:
     """What bfloat16 and float16 cost this network, in its error on images."""
     reading = Reading(declared_schedule(pipe.scheduler), pipe.scheduler.config.prediction_type)
-    exact = errors.of(reading).mean(1)
+    exact = errors.of(reading, FEW_LEVELS, errors.few).mean(1)
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         try:
             network = _Half(pipe.unet, dtype)
-            found = Errors(network, errors.x_0, errors.classes, errors.batch_size).of(reading).mean(1)
+            found = Errors(network, errors.x_0, errors.classes).of(reading, FEW_LEVELS, errors.few).mean(1)
         except (RuntimeError, NotImplementedError):  # this device has no such arithmetic
             continue
         ratio = float((found / exact).log().mean().exp())

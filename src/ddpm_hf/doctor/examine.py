@@ -49,6 +49,7 @@ class Diagnosis:
         return [finding for finding in self.findings if finding.severity == "fault"]
 
 
+@torch.no_grad()
 def examine(model: str, config: DoctorConfig, device: torch.device | str = "cpu") -> Diagnosis:
     """Examine a model: a folder, a training checkpoint or a model on the Hub.
 

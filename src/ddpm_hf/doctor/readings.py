@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,9 @@ from ..sampling.generate import eval_mode
 LEVELS = (4.0, 2.5, 1.0, -0.5, -2.0, -3.5)
 FEW_LEVELS = (3.0, 0.0, -3.0)
 GOOD = 0.5  # of the error of a linear guess
+FEW, FEW_VALUES = (3, 8), 8192  # so many images, of as many values in all, are enough to rank hypotheses
+SAME = 1.1  # readings whose errors on few images differ by no more are compared on all
+MAX_CHANNELS = 4  # of images, to try all of their orders
 FLOOR_IMAGES = 2048  # whose posterior mean the floor is
 
 
@@ -35,22 +39,30 @@ class Pixels:
     name: str
     scale: float = 1.0
     shift: float = 0.0
-    reverse_channels: bool = False
+    order: tuple[int, ...] = ()  # of channels, as the network knows them; empty: as they are
+    transposed: bool = False
 
     def apply(self, x: Tensor) -> Tensor:
         """x_0 as the network knows it, from images (B, C, H, W) in [-1, 1]."""
-        x = x.flip(1) if self.reverse_channels else x
+        x = x[:, list(self.order)] if self.order else x
+        x = x.transpose(2, 3) if self.transposed else x
         return x * self.scale + self.shift
 
 
 AS_IS = Pixels("[-1, 1]")
-PIXELS = (
-    AS_IS,
-    Pixels("[0, 1]", 0.5, 0.5),
-    Pixels("[-0.5, 0.5]", 0.5),
-    Pixels("inverted", -1.0),
-    Pixels("reversed channels", reverse_channels=True),
-)
+
+
+def other_pixels(x_0: Tensor) -> list[Pixels]:
+    """All hypotheses but that images like these, (N, C, H, W), are known as they are."""
+    C, H, W = x_0.shape[1:]
+    orders = [order for order in permutations(range(C)) if order != tuple(range(C))] if C <= MAX_CHANNELS else []
+    return [
+        Pixels("[0, 1]", 0.5, 0.5),
+        Pixels("[-0.5, 0.5]", 0.5),
+        Pixels("inverted", -1.0),
+        *(Pixels(f"images with their channels in the order {order}", order=order) for order in orders),
+        *([Pixels("images with rows for columns", transposed=True)] if H == W else []),
+    ]
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,12 @@ class Errors:
         self.noise = to_device(noise, x_0.device)
         self._known: dict[tuple[float, float, Pixels, int], Tensor] = {}
 
-    @torch.no_grad()
+    @property
+    def few(self) -> int:
+        """How many images rank hypotheses; the noise is the same for all, so that few suffice."""
+        low, high = FEW
+        return min(high, max(low, FEW_VALUES // self.x_0[0].numel()))
+
     def at(self, log_snr: float, label: float, pixels: Pixels, images: int) -> Tensor:
         """‖x_0 - x̂_0‖²/d by prediction type and image, float64 (3, N), of the output at one noise level and label.
 
@@ -173,8 +190,7 @@ def best_reading(
     declared: Reading,
     schedules: Sequence[Schedule],
     *,
-    few: int = 8,
-    finalists: int = 5,
+    finalists: int = 4,
     show_progress: bool = True,
 ) -> Reading:
     """The reading of least error: all are tried on few images, and the best of them on all.
@@ -186,20 +202,19 @@ def best_reading(
     def rank(candidates: Sequence[Reading], title: str) -> list[Reading]:
         for c in progress(candidates, desc=title, unit="reading", is_shown=show_progress, leave=False):
             if c not in scores:
-                scores[c] = _score(errors.of(c, FEW_LEVELS, few))
+                scores[c] = _score(errors.of(c, FEW_LEVELS, errors.few))
         return sorted(scores, key=scores.__getitem__)
 
     of_schedules = [Reading(schedule, kind) for schedule in schedules for kind in PREDICTION_TYPES]
     ranking = rank([declared, *of_schedules], "Schedules")
     # If a schedule is good, images are as they should be for it, or nearly: others are tried with the best ones only.
     is_good = scores[ranking[0]] < float(errors.trivial(FEW_LEVELS).log().mean()) + math.log(GOOD)
-    likely = ranking[:finalists] if is_good else ranking[: 4 * finalists]
-    others = [p for p in PIXELS if p != AS_IS and not (p.reverse_channels and errors.x_0.shape[1] < 3)]
-    likely += [replace(declared, prediction_type=kind) for kind in PREDICTION_TYPES]
-    ranking = rank([replace(c, pixels=p) for p in others for c in likely], "Pixels")
-    final = [declared, *(c for c in ranking[: finalists + 1] if c != declared)][: finalists + 1]
-    # the declared schedule with everything else of the best: is only the schedule to blame?
-    final += [c for c in (replace(ranking[0], schedule=declared.schedule),) if c not in final]
+    likely = ranking[: 2 if is_good else 2 * finalists]
+    likely += [c for kind in PREDICTION_TYPES if (c := replace(declared, prediction_type=kind)) not in likely]
+    ranking = rank([replace(c, pixels=p) for p in other_pixels(errors.x_0) for c in likely], "Pixels")
+    close = [c for c in ranking[:finalists] if scores[c] < scores[ranking[0]] + math.log(SAME)]
+    # the declared one; and its schedule with everything else of the best: is only the schedule to blame?
+    final = dict.fromkeys((declared, *close, replace(ranking[0], schedule=declared.schedule)))
     return min(final, key=lambda c: _score(errors.of(c)))
 
 

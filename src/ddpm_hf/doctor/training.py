@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from diffusers import UNet2DModel
 from ..diffusion.ddpm_process import PREDICTION_TYPES
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
 from .finding import Finding, Repair, Weights
-from .layers import FEW, examine_layers, finding, undone
+from .layers import examine_layers, finding, reorder_channels, undone
 from .readings import AS_IS, FEW_LEVELS, LEVELS, Errors, Pixels, Reading, Schedule, best_reading, excess
 from .scheduler import without_calibration
 
@@ -30,7 +32,12 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"center_input_sample": False}, {"center_input_sample": True}, {"act_fn": "silu"}, {"act_fn": "relu"},
     {"norm_eps": 1e-5}, {"norm_eps": 1e-6},
     {"norm_num_groups": 4}, {"norm_num_groups": 8}, {"norm_num_groups": 16}, {"norm_num_groups": 32},
-    {"attention_head_dim": 8}, {"attention_head_dim": 32}, {"attention_head_dim": 64},
+    {"attention_head_dim": 8}, {"attention_head_dim": 16}, {"attention_head_dim": 32}, {"attention_head_dim": 64},
+    {"attention_head_dim": None}, {"act_fn": "gelu"}, {"act_fn": "mish"}, {"norm_num_groups": 1},
+    {"downsample_padding": 0}, {"downsample_padding": 1}, {"mid_block_scale_factor": 1}, {"norm_eps": 1e-3},
+    # the network of the paper's authors, and the defaults of diffusers
+    {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0, "norm_eps": 1e-6},
+    {"flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "norm_eps": 1e-5},
 )  # fmt: skip
 
 
@@ -82,24 +89,20 @@ def examine_training(
     variant, of_variant = _best_variant(unet, errors, best, declared)
     # What one layer can do has limits: in a random network, less of any is better.
     change, of_change = examine_layers(unet, errors, declared, best) if share < MUCH_WORSE else (None, 1.0)
+    changed, found = errors, None
     if variant and of_variant <= of_change:
-        yield Finding(
-            "network configuration",
-            "The weights were trained with other settings of the network: "
-            + ", ".join(f"{k} = {v}, not {unet.config[k]}" for k, v in variant.items()) + ".",
-            f"with them the error on {len(errors.x_0)} images falls to {of_variant:.2f} of what it is",
-            "Samples are blurred, or noise.", repair=Repair(unet=variant),
-        )  # fmt: skip
-        errors = _with_variant(unet, errors, variant)
-        best = best_reading(errors, declared, schedules, show_progress=show_progress)
-        share = _share_of_trivial(errors, best)
+        changed, found = _with_variant(unet, errors, variant), _wrong_settings(unet, errors, variant, of_variant)
     elif change:
-        whole = Errors(undone(unet, change), errors.x_0, errors.classes, errors.batch_size)
-        best_of_whole = best_reading(whole, declared, schedules, show_progress=show_progress)
-        share_of_whole = _share_of_trivial(whole, best_of_whole)
-        if share_of_whole <= UNTRAINED:
-            yield finding(change, of_change, errors)
-            errors, best, share = whole, best_of_whole, share_of_whole
+        whole = copy.deepcopy(unet)
+        whole.load_state_dict(undone(change, dict(unet.state_dict())))
+        changed = Errors(whole, errors.x_0, errors.classes, errors.batch_size)
+        found = finding(change, of_change, errors)
+    if found:
+        best_of_changed = best_reading(changed, declared, schedules, show_progress=show_progress)
+        share_of_changed = _share_of_trivial(changed, best_of_changed)
+        if share_of_changed <= UNTRAINED:  # else it is no explanation
+            yield found
+            errors, best, share = changed, best_of_changed, share_of_changed
     if share > UNTRAINED:
         yield Finding(
             "not trained on these images", "The network predicts no better than a linear guess, however it is read.",
@@ -175,10 +178,21 @@ def _in_words(schedule: Schedule) -> str:
 
 
 def _wrong_pixels(pixels: Pixels, evidence: str) -> Finding:
-    if pixels.reverse_channels:
+    if pixels.order:
+        is_reverse = pixels.order == (2, 1, 0)
+        how = (
+            "in reverse: BGR instead of RGB" if is_reverse else f"in another order: {', '.join(map(str, pixels.order))}"
+        )
+        inverse = tuple(sorted(range(len(pixels.order)), key=pixels.order.__getitem__))
         return Finding(
-            "channel order", "The network knows images with their channels in reverse: BGR instead of RGB.", evidence,
-            "Red and blue are swapped in every sample.", repair=Repair(weights=_reverse_channels),
+            "channel order", f"The network knows images with their channels {how}.", evidence,
+            f"{'Red and blue' if is_reverse else 'Colors'} are swapped in every sample.",
+            repair=Repair(weights=partial(reorder_channels, inverse)),
+        )  # fmt: skip
+    if pixels.transposed:
+        return Finding(
+            "transposed images", "The network knows images with their rows for columns.", evidence,
+            "Every sample lies on its side, mirrored.", repair=Repair(weights=_transpose_kernels),
         )  # fmt: skip
     if pixels.scale == -1:
         return Finding(
@@ -210,6 +224,11 @@ def _reverse_channels(weights: Weights) -> Weights:
     }
 
 
+def _transpose_kernels(weights: Weights) -> Weights:
+    """The same network for images with rows and columns exchanged."""
+    return {name: w.transpose(2, 3).contiguous() if w.ndim == 4 else w for name, w in weights.items()}
+
+
 def _invert(weights: Weights) -> Weights:
     """The same network for -x: f(x) becomes -f(-x), of the outputs that are an image."""
     channels = weights["conv_in.weight"].shape[1]
@@ -224,6 +243,15 @@ def _invert(weights: Weights) -> Weights:
 
 
 # --- settings of the network ------------------------------------------------------------------------------------------
+
+
+def _wrong_settings(unet: UNet2DModel, errors: Errors, variant: dict[str, Any], factor: float) -> Finding:
+    settings = ", ".join(f"{k} = {v}, not {unet.config[k]}" for k, v in variant.items())
+    return Finding(
+        "network configuration", f"The weights were trained with other settings of the network: {settings}.",
+        f"with them the error on {len(errors.x_0)} images falls to {factor:.2f} of what it is",
+        "Samples are blurred, or noise.", repair=Repair(unet=variant),
+    )  # fmt: skip
 
 
 def _best_variant(unet: UNet2DModel, errors: Errors, best: Reading, declared: Reading) -> tuple[dict[str, Any], float]:
@@ -242,7 +270,8 @@ def _best_variant(unet: UNet2DModel, errors: Errors, best: Reading, declared: Re
         try:
             other = _with_variant(unet, errors, change)
             factors = [
-                excess(other.of(reading, FEW_LEVELS, FEW), errors.of(best, FEW_LEVELS, FEW))[0] for reading in readings
+                excess(other.of(reading, FEW_LEVELS, errors.few), errors.of(best, FEW_LEVELS, errors.few))[0]
+                for reading in readings
             ]
         except (ValueError, RuntimeError):  # channels that can't be divided so
             continue
