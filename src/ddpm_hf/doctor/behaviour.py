@@ -32,7 +32,7 @@ def examine_half_precision(pipe: DDPMPipelineCustom, errors: Errors) -> Iterator
         name = str(dtype).removeprefix("torch.")
         try:
             network = _Half(pipe.unet, dtype)
-            found = Errors(network, errors.x_0, errors.classes).of(reading, FEW_LEVELS, errors.few).mean(1)
+            found = errors.again(network).of(reading, FEW_LEVELS, errors.few).mean(1)
         except (RuntimeError, NotImplementedError):  # this device has no such arithmetic
             continue
         ratio = float((found / exact).log().mean().exp())

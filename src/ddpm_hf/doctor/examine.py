@@ -63,7 +63,7 @@ def examine(model: str, config: DoctorConfig, device: torch.device | str = "cpu"
     folder = model_folder(_local_folder(model, config.revision))
     diagnosis.findings += examine_files(folder)
     try:
-        pipe = _load(folder).to(device)
+        pipe = _load(folder, all(finding.repair for finding in diagnosis.faults)).to(device)
     except (ValueError, OSError) as error:
         if not diagnosis.faults:
             diagnosis.findings.append(
@@ -115,18 +115,20 @@ def _local_folder(model: str, revision: str | None) -> Path:
         ) from error
 
 
-def _load(folder: Path) -> DDPMPipelineCustom:
-    """The model as it is, but for a variance that does not fit its network, which no pipeline takes."""
+def _load(folder: Path, has_sound_parts: bool) -> DDPMPipelineCustom:
+    """The model as it is, but for what no pipeline takes: a variance that does not fit, or a wrong index of parts."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are findings
         try:
             pipe = load_pipeline(str(folder))
         except ValueError as error:
-            if "does not fit `variance_type`" not in str(error):
+            is_variance = "does not fit `variance_type`" in str(error)
+            if not (is_variance or has_sound_parts):
                 raise
             unet = UNet2DModel.from_pretrained(folder, subfolder="unet")
             config = DDPMSchedulerCustom.load_config(folder, subfolder="scheduler")
-            pipe = DDPMPipelineCustom(unet, DDPMSchedulerCustom.from_config({**config, **fitting_variance(unet)}))
+            variance = fitting_variance(unet) if is_variance else {}
+            pipe = DDPMPipelineCustom(unet, DDPMSchedulerCustom.from_config({**config, **variance}))
         if not isinstance(pipe.scheduler, DDPMSchedulerCustom):
             pipe.scheduler = DDPMSchedulerCustom.from_config(pipe.scheduler.config)
     return pipe

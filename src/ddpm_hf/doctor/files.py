@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from safetensors import SafetensorError, safe_open
 
 from ..storage.checkpoint import MANIFEST, check_intact, latest_checkpoint
-from .finding import Finding
+from .finding import Finding, Repair
 
 WEIGHTS = "diffusion_pytorch_model"
 NETWORK = "UNet2DModel"
@@ -56,6 +56,13 @@ def examine_files(folder: Path) -> Iterator[Finding]:
     if not shards:
         yield _no_safetensors(unet)
         return
+    pickles = sorted(file.name for file in unet.glob("*.bin"))
+    if pickles:
+        yield Finding(
+            "unused pickle", f"Beside the safetensors there are weights in {', '.join(pickles)}.",
+            f"{len(pickles)} pickles, which were not opened: they may hold other weights",
+            "Old programs load them instead, and a pickle can run any code.", "Delete them.", severity="note",
+        )  # fmt: skip
     truncated = [f for file in shards for f in _examine_size(folder, file)]
     yield from truncated
     missing = _missing_shards(unet)
@@ -75,9 +82,11 @@ def _examine_json(folder: Path, name: str) -> Iterator[Finding]:
         if not isinstance(json.loads(file.read_text("utf-8")), dict):
             raise ValueError("it holds no mapping")
     except FileNotFoundError:
+        parts = ("scheduler/scheduler_config.json", "unet/config.json")
+        is_derived = name == "model_index.json" and all((folder / part).is_file() for part in parts)
         yield Finding(
-            "missing file", f"{name} is missing.", f"0 bytes at {name}", "The model can't be loaded.",
-            _another(folder, AGAIN),
+            "missing file", f"{name} is missing.", f"0 bytes at {name}", "diffusers can't load the model.",
+            "{fix}" if is_derived else _another(folder, AGAIN), Repair() if is_derived else None,
         )  # fmt: skip
     except (ValueError, RecursionError) as error:
         yield Finding(
@@ -101,7 +110,7 @@ def _examine_classes(folder: Path) -> Iterator[Finding]:
         yield Finding(
             "wrong class", f"{place} is {found}.", f"{found} instead of {expected}, in {len(wrong)} of 3 places",
             "diffusers looks for other parts, or builds another network: it does not load.",
-            f"Write {expected} there, or save the model again.",
+            f"Write {expected} there, or {{fix}}", Repair(),
         )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def examine_layers(unet: UNet2DModel, errors: Errors, declared: Reading, best: R
     def measured(change: Change, images: int | None, levels: tuple[float, ...]) -> list[Tensor]:
         """Errors with the change undone, by reading."""
         network.load_state_dict(undone(change, weights))
-        changed = Errors(network, errors.x_0, errors.classes, errors.batch_size)
+        changed = errors.again(network)
         return [changed.of(reading, levels, images) for reading in readings]
 
     def factor(change: Change) -> float:

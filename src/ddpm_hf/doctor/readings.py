@@ -8,6 +8,7 @@ the same noise, and in the same unit, ‖x_0 - x̂_0‖²/d. So errors of two hy
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -104,6 +105,14 @@ class Errors:
         noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
         self.noise = to_device(noise, x_0.device)
         self._known: dict[tuple[float, float, Pixels, int], Tensor] = {}
+
+    def again(self, network: nn.Module | None = None, classes: Tensor | None = None) -> Errors:
+        """The same images and noise for another network, or with other labels."""
+        other = copy.copy(self)
+        other.network = self.network if network is None else network
+        other.classes = self.classes if classes is None else classes
+        other._known = {}
+        return other
 
     @property
     def few(self) -> int:

@@ -14,6 +14,7 @@ from diffusers import UNet2DModel
 
 from ..diffusion.ddpm_process import PREDICTION_TYPES
 from ..diffusion.scheduling_ddpm_custom import DDPMSchedulerCustom
+from .classes import examine_classes
 from .finding import Finding, Repair, Weights
 from .layers import examine_layers, finding, reorder_channels, undone
 from .readings import AS_IS, FEW_LEVELS, LEVELS, Errors, Pixels, Reading, Schedule, best_reading, excess
@@ -95,7 +96,7 @@ def examine_training(
     elif change:
         whole = copy.deepcopy(unet)
         whole.load_state_dict(undone(change, dict(unet.state_dict())))
-        changed = Errors(whole, errors.x_0, errors.classes, errors.batch_size)
+        changed = errors.again(whole)
         found = finding(change, of_change, errors)
     if found:
         best_of_changed = best_reading(changed, declared, schedules, show_progress=show_progress)
@@ -113,6 +114,7 @@ def examine_training(
         )  # fmt: skip
         return
     yield from _compare(scheduler, errors, declared, best, share)
+    yield from examine_classes(errors, best)
 
 
 def _share_of_trivial(errors: Errors, reading: Reading) -> float:
@@ -289,4 +291,4 @@ def _with_variant(unet: UNet2DModel, errors: Errors, change: dict[str, Any]) -> 
     """The same errors of the same weights, in a network of other settings."""
     network: Callable[..., Any] = UNet2DModel.from_config({**unet.config, **change})
     network.load_state_dict(unet.state_dict())  # type: ignore[attr-defined]
-    return Errors(network.to(unet.device), errors.x_0, errors.classes, errors.batch_size)  # type: ignore[attr-defined]
+    return errors.again(network.to(unet.device))  # type: ignore[attr-defined]

@@ -16,6 +16,8 @@ from .finding import Finding, Repair, Weights
 
 ROUNDED_SHARE = 0.999  # of a float32 tensor's values by chance: 1/65,536
 MIN_VALUES = 100
+OUTLIER = 100  # times the root mean square of the other weights of the layer
+FEW_BAD = 4  # values that a damaged file may have, where a training that diverged has very many
 MOST_OF_THE_WAY = 0.5  # of the average of a training that is long enough for it
 MOVED = 1e-2  # less is no training
 
@@ -38,9 +40,12 @@ def examine_weights(
         yield Finding(
             "not finite", "Some weights are NaN or infinite.",
             f"{sum(bad.values()):,} of {total:,}, the first in {first}", "Every sample is NaN.",
-            "Go back to an earlier checkpoint; the training diverged, or the file was damaged.",
+            "Go back to an earlier checkpoint; the training diverged, or the file was damaged."
+            + (" Or {fix}, which puts 0 in their place." if sum(bad.values()) <= FEW_BAD else ""),
+            Repair(weights=_without_bad) if sum(bad.values()) <= FEW_BAD else None,
         )  # fmt: skip
         return
+    yield from _examine_outliers(weights)
     yield from _examine_precision(weights, dtypes)
     last = weights.get("conv_out.weight")
     if last is not None and not last.any():
@@ -52,6 +57,45 @@ def examine_weights(
     else:
         yield from _examine_dead(weights)
     yield from _examine_average(weights, folder, checkpoint)
+
+
+def _without_bad(weights: Weights) -> Weights:
+    return {name: w.nan_to_num(0, 0, 0) for name, w in weights.items()}
+
+
+def _outliers(weight: Tensor) -> Tensor:
+    """Which of the largest weights of a layer no training has made: a mask of its shape."""
+    size = weight.abs().double().flatten()
+    if weight.ndim < 2 or len(size) < MIN_VALUES:
+        return torch.zeros_like(weight, dtype=torch.bool)
+    largest = size.topk(FEW_BAD).indices
+    rest = size.clone()
+    rest[largest] = 0
+    usual = rest.square().mean().sqrt()
+    return ((size > OUTLIER * usual) & (rest == 0) & (usual > 0)).reshape(weight.shape)
+
+
+def _without_outliers(weights: Weights) -> Weights:
+    return {name: w.masked_fill(_outliers(w), 0) for name, w in weights.items()}
+
+
+def _examine_outliers(weights: Weights) -> Iterator[Finding]:
+    """Single weights out of all proportion, as a flipped bit leaves behind."""
+    found = {name: mask for name, w in weights.items() if (mask := _outliers(w)).any()}
+    if found:
+        name, mask = next(iter(found.items()))
+        largest, usual = (
+            float(weights[name][mask].abs().max()),
+            float(weights[name][~mask].double().square().mean()) ** 0.5,
+        )
+        yield Finding(
+            "outlier", "Single weights are out of all proportion, as in a damaged file.",
+            f"{sum(int(m.sum()) for m in found.values())} of them, the first in {name}: {largest:.3g}, and the others "
+            f"have a root mean square of {usual:.3g}",
+            "One channel drowns all others: samples are noise, flat or NaN.",
+            "Download or save the model again. Or {fix}, which puts 0 in their place.",
+            Repair(weights=_without_outliers),
+        )  # fmt: skip
 
 
 def _examine_precision(weights: Weights, dtypes: Counter[torch.dtype]) -> Iterator[Finding]:
@@ -91,12 +135,12 @@ def _examine_precision(weights: Weights, dtypes: Counter[torch.dtype]) -> Iterat
 
 def _examine_dead(weights: Weights) -> Iterator[Finding]:
     """Layers within a network that are zero, as none is after training."""
-    matrices = {name: w for name, w in weights.items() if w.ndim > 1}
+    matrices = {name: w for name, w in weights.items() if name.endswith("weight")}
     dead = [name for name, w in matrices.items() if not w.any()]
     if dead:
         yield Finding(
             "zero layer", "Some layers are zero, though the last one is not.",
-            f"{len(dead)} of {len(matrices)} weight matrices are 0, the first is {dead[0]}",
+            f"{len(dead)} of {len(matrices)} layers have no weight but 0, the first is {dead[0]}",
             "A part of the network does nothing.", "Export the trained weights again, or download the model again.",
         )  # fmt: skip
 
