@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from ddpm_hf import DDPMPipelineCustom
-from ddpm_hf.config.parsing import parse_given
+from ddpm_hf.config.parsing import parse_given, parse_train_config
 from ddpm_hf.config.training import TrainConfig
 from ddpm_hf.recipe.command import main, start_of_command
 from ddpm_hf.storage.checkpoint import checkpoint_steps, load_checkpoint, read_progress
@@ -129,6 +129,13 @@ def test_a_killed_run_resumes_in_the_time_that_is_left_and_a_finished_one_takes_
     folders = more / f"checkpoint-{first}", tmp_path / "more" / f"checkpoint-{last}"
     old, new = (load_checkpoint(folder).weights for folder in folders)
     assert any(not old[name].equal(new[name]) for name in old)
+
+
+def test_a_run_that_is_continued_is_not_given_the_digits_where_no_images_are_named():
+    given = parse_given(["--time_budget", "+1h", "--output_dir", "of-photos"])
+    assert given == {"time_budget": "+1h", "output_dir": "of-photos"}
+    assert parse_given(["digits", "--time_budget", "1h"])["dataset_name"] == "digits"
+    assert parse_train_config(["--time_budget", "1h"]).dataset_name == "digits"
 
 
 def test_what_a_shell_did_before_it_became_the_command_is_not_counted():

@@ -57,7 +57,7 @@ def parse_train_config(argv: Sequence[str], epilog: str | None = None, **default
         SystemExit: with argparse's message, for unknown flags or values of the wrong type.
         ValueError: naming the option, for values that make no sense.
     """
-    return TrainConfig(**{**defaults, **_given(argv, epilog, takes_images=False)})
+    return TrainConfig(**with_images({**defaults, **_given(argv, epilog, takes_images=False)}))
 
 
 def parse_given(argv: Sequence[str], epilog: str | None = None) -> dict[str, Any]:
@@ -69,8 +69,14 @@ def parse_given(argv: Sequence[str], epilog: str | None = None) -> dict[str, Any
         SystemExit, ValueError: as `parse_train_config`.
     """
     given = _given(argv, epilog, takes_images=True)
-    TrainConfig(**given)  # mistakes are found before anything heavy is imported
+    TrainConfig(**with_images(given))  # mistakes are found before anything heavy is imported
     return given
+
+
+def with_images(given: dict[str, Any]) -> dict[str, Any]:
+    """The options with the digits, where no images are named. A run that is continued has its own instead."""
+    named = any(given.get(name) is not None for name in SOURCES)
+    return given if named else {**given, "dataset_name": DEFAULT_PRESET}
 
 
 def _given(argv: Sequence[str], epilog: str | None, takes_images: bool) -> dict[str, Any]:
@@ -101,7 +107,7 @@ def _given(argv: Sequence[str], epilog: str | None, takes_images: bool) -> dict[
     has_source, file = any(flags.get(name) is not None for name in SOURCES), shown["config"]
     if file is None and not has_source:
         if flags.get("time_budget") is not None:
-            return {"dataset_name": DEFAULT_PRESET, **flags}
+            return flags
         file = DEFAULT_PRESET
     if file is not None:
         parser.set_defaults(**_read_yaml(preset_file(file), known))

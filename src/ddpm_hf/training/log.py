@@ -124,6 +124,7 @@ class TrainingLog:
         while start < self.max_steps:
             yield start
             start += 1
+            self._bar.total = self.max_steps
 
     def close(self) -> None:
         """End the progress bar: what is printed from now on comes below it."""
@@ -185,7 +186,6 @@ class TrainingLog:
         """
         if step % LOG_EVERY and step != self.max_steps:
             return
-        self._bar.total = self.max_steps
         sums = [math.fsum(column) for column in zip(*self.unlogged(), strict=True)]  # exact, in any order
         self._rows, self._carried = [], []
         seconds = time.perf_counter() - self._since
