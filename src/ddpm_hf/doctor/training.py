@@ -22,7 +22,7 @@ from .scheduler import without_calibration
 
 EXCESS = 1.05  # of the declared reading's error over the best one's, geometric mean over noise levels
 SIGMAS = 4.0  # and by as many standard errors
-MUCH_WORSE = 1.8  # than a linear guess
+MUCH_WORSE = 100.0  # than a linear guess: a network that is so is random, or hopeless
 UNTRAINED = 0.9  # of the error of a linear guess
 
 USUAL_T = (1000, 250, 500, 2000, 4000)
@@ -88,7 +88,7 @@ def examine_training(
     share = _share_of_trivial(errors, best)
 
     variant, of_variant = _best_variant(unet, errors, best, declared)
-    # What one layer can do has limits: in a random network, less of any is better.
+    # In a random network, less of any layer is better: that is no explanation, as the share of the changed one shows.
     change, of_change = examine_layers(unet, errors, declared, best) if share < MUCH_WORSE else (None, 1.0)
     changed, found = errors, None
     if variant and of_variant <= of_change:
