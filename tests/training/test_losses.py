@@ -38,6 +38,7 @@ def test_simple_loss_is_the_mean_square_per_image():
         ("snr", {}, lambda snr: snr),
         ("min_snr", {"snr_gamma": 0.5}, lambda snr: snr.clamp(max=0.5)),
         ("min_snr", {}, lambda snr: snr.clamp(max=5)),
+        ("min_snr_v", {}, lambda snr: (snr + 1).clamp(max=5)),
         ("p2", {}, lambda snr: snr / (1 + snr)),
         ("p2", {"p2_gamma": 0.5, "p2_k": 2.0}, lambda snr: snr / (2 + snr) ** 0.5),
     ],
@@ -61,7 +62,7 @@ def test_weightings_mean_the_same_whatever_is_predicted(process, weighting, opti
         torch.testing.assert_close(weight.double() * loss, expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "snr", "min_snr", "p2"])
+@pytest.mark.parametrize("weighting", ["uniform", "snr", "min_snr", "min_snr_v", "p2"])
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_weights_are_finite_up_to_zero_terminal_snr(kind, weighting):
     from ddpm_hf.diffusion.ddpm_process import rescale_zero_terminal_snr

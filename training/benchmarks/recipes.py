@@ -63,6 +63,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "epsilon": {"prediction_type": "epsilon"},
     "x_0": {"prediction_type": "sample"},
     "min_snr": {"loss_weighting": "min_snr"},
+    "min_snr_v": {"loss_weighting": "min_snr_v"},
     "linear_schedule": {"ddpm_beta_schedule": "linear"},
     "laplace_schedule": {"ddpm_beta_schedule": "laplace"},
     "lr_4e-3": {"learning_rate": 4e-3},
@@ -82,11 +83,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "layers_2": {"unet": network(16, 32, 64, layers=2)},
     "network_32": {"unet": network(16, 32, 64, 64)},
     "flips": {"random_flip": True},
-    # As a plan has them: networks, rates and averages of the rules, mirrored.
+    # As a plan has them at 32×32: networks, rates, batch, loss and averages of the rules, mirrored.
     **{
         f"plan_{width}": {
             "unet": unet,
+            "train_batch_size": 8,
             "learning_rate": rate,
+            "lr_warmup_steps": 30,
+            "loss_weighting": "min_snr_v",
             "random_flip": True,
             "ema_max_decay": 0.9999,
             "ema_widths": [0.03, 0.06, 0.12],
@@ -96,7 +100,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 RECIPES |= {
     "plan_16_4e-3": {**RECIPES["plan_16"], "learning_rate": 4e-3},
-    "plan_16_epsilon": {**RECIPES["plan_16"], "prediction_type": "epsilon"},
+    "plan_16_epsilon": {**RECIPES["plan_16"], "prediction_type": "epsilon", "loss_weighting": "uniform"},
+    "plan_16_snr": {**RECIPES["plan_16"], "loss_weighting": "snr"},
+    "plan_16_uniform": {**RECIPES["plan_16"], "loss_weighting": "uniform"},
+    **{
+        f"plan_16_batch_{n}": {**RECIPES["plan_16"], "loss_weighting": "uniform", "train_batch_size": n}
+        for n in (4, 32)
+    },
 }
 
 

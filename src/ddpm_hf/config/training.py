@@ -117,12 +117,14 @@ class LossOptions:
     objective: Literal["simple", "hybrid", "vlb"] = option(
         "simple", "The paper's L_simple, the variational bound (vlb), or L_simple + --vlb_weight × the bound (hybrid)."
     )
-    loss_weighting: Literal["uniform", "snr", "min_snr", "p2"] | None = option(
+    loss_weighting: Literal["uniform", "snr", "min_snr", "min_snr_v", "p2"] | None = option(
         None,
         "Weights of L_simple over the timesteps. Default: uniform; snr with --prediction_type sample, as in "
         "train_unconditional.py; min_snr with --snr_gamma.",
     )
-    snr_gamma: float | None = option(None, "γ of the min-SNR weighting. Default with --loss_weighting min_snr: 5.")
+    snr_gamma: float | None = option(
+        None, "γ of the min-SNR weightings. Default with --loss_weighting min_snr and min_snr_v: 5."
+    )
     p2_gamma: float = option(1.0, "γ of the P2 weighting 1/(k + SNR)^γ.")
     p2_k: float = option(1.0, "k of the P2 weighting.")
     vlb_weight: float = option(1e-3, "λ of the hybrid objective.")
@@ -399,7 +401,12 @@ class TrainConfig(
                 f"`objective` is 'hybrid', but `variance_type` {self.variance_type!r} has nothing to learn from the "
                 "bound: pass --variance_type learned_range."
             )
-        if self.snr_gamma is not None and self.loss_weighting not in (None, "min_snr"):
+        if self.loss_weighting == "min_snr_v" and self.prediction_type == "epsilon":
+            raise ValueError(
+                "`loss_weighting` is 'min_snr_v', which weights noise the more, the less of the image is left, so that "
+                "ε can't be trained with it: pass --prediction_type v_prediction, or --loss_weighting min_snr."
+            )
+        if self.snr_gamma is not None and self.loss_weighting not in (None, "min_snr", "min_snr_v"):
             raise ValueError(
                 f"`snr_gamma` is {self.snr_gamma}, but `loss_weighting` is {self.loss_weighting!r}: leave one of them "
                 "out, or pass --loss_weighting min_snr."
@@ -476,7 +483,7 @@ class TrainConfig(
         return self.time_budget is not None and self.time_budget.startswith("+")
 
     @property
-    def weighting(self) -> Literal["uniform", "snr", "min_snr", "p2"]:
+    def weighting(self) -> Literal["uniform", "snr", "min_snr", "min_snr_v", "p2"]:
         """The weighting of L_simple: `loss_weighting`, or what follows from the other options."""
         if self.loss_weighting is not None:
             return self.loss_weighting

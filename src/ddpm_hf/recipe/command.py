@@ -178,7 +178,7 @@ def _plan(machine: Any, given: dict[str, Any], config: TrainConfig, started: flo
     left = machine.agreement.from_main(budget - (time.monotonic() - started)) - allowance
     left -= FINISHING_SECONDS * (slowdown - 1)
     end = datetime.now() + timedelta(seconds=budget - (time.monotonic() - started))
-    plan = make_plan(given, look, left, end, machine.state.num_processes, weigh, measure)
+    plan = make_plan(given, look, left, end, machine.state.num_processes, machine.state.device.type, weigh, measure)
     if machine.is_main:
         print("\n".join(plan.lines), flush=True)
     return plan, source

@@ -72,6 +72,7 @@ def make_plan(
     seconds: float,
     end: datetime,
     processes: int,
+    device: str,
     weigh: Weigh,
     measure: Measure,
 ) -> RunPlan:
@@ -82,6 +83,7 @@ def make_plan(
         look: at the images.
         seconds: from the end of the measuring until the run has to end.
         end: when that is, for the person who reads the plan.
+        device: the type of each process's device.
         weigh: parameters and operations of a network at a resolution.
         measure: trains a few updates with these options; None where the memory is too small. True stands for the last
             time, which has what the others have left of the time for it, or None for none.
@@ -94,7 +96,7 @@ def make_plan(
         raise too_short(given, look, seconds, None)
     mode = {} if {"channels", "image_mode"} & set(given) else {"image_mode": look.mode}
     base = {**ALWAYS, **mode, "random_flip": rules.flips(look), **given}
-    trial = choose_network(base, look, usable, processes, weigh, measure)
+    trial = choose_network(base, look, usable, processes, device, weigh, measure)
     if trial is None:
         raise ValueError(
             "not even the smallest network fits the memory of this machine: pass a smaller --resolution, or "
@@ -112,6 +114,7 @@ def make_plan(
     planned: dict[str, Any] = {
         **base,
         **trial.options,
+        "loss_weighting": rules.loss_weighting(given, trial.options["resolution"]),
         "cpu_threads": trial.threads,
         "learning_rate": rules.learning_rate(trial.parameters),
         "lr_warmup_steps": rules.warmup(updates),
@@ -135,7 +138,7 @@ def make_plan(
 
 
 def choose_network(
-    base: Mapping[str, Any], look: Look, usable: float, processes: int, weigh: Weigh, measure: Measure
+    base: Mapping[str, Any], look: Look, usable: float, processes: int, device: str, weigh: Weigh, measure: Measure
 ) -> Trial | None:
     """The largest network that sees the images that it wants, at the highest resolution at which one does.
 
@@ -148,7 +151,7 @@ def choose_network(
             candidates: list[dict[str, Any]] = [{"resolution": resolution}]
         else:
             candidates = [{"resolution": resolution, "unet": unet} for unet in rules.networks(resolution)]
-        best = _largest(base, candidates, look, usable, processes, weigh, measure)
+        best = _largest(base, candidates, look, usable, processes, device, weigh, measure)
         is_last = resolution == resolutions[0] or "resolution" in base
         if best is not None and (is_last or _is_enough(best, resolution, usable)):
             return best
@@ -165,13 +168,14 @@ def _largest(
     look: Look,
     usable: float,
     processes: int,
+    device: str,
     weigh: Weigh,
     measure: Measure,
 ) -> Trial | None:
     resolution = candidates[0]["resolution"]
     size = cache(lambda i: weigh({**base, **candidates[i]}, resolution))  # half a second for each
     trials: dict[tuple[int, int], Trial | None] = {}
-    index, images = 0, rules.batch_size(0.0, look.count)
+    index, images = 0, rules.batch_size(0.0, look.count, resolution, device)
     while (index, images) not in trials and len(trials) < MAX_TRIALS:
         chosen = {**candidates[index], **_batches(base, images, processes)}
         trials[index, images] = _try(measure, {**base, **chosen}, chosen)
@@ -187,7 +191,7 @@ def _largest(
             if predicted < rules.images_wanted(parameters, resolution):
                 break
             index, seen = i, predicted
-        images = rules.batch_size(seen, look.count)
+        images = rules.batch_size(seen, look.count, resolution, device)
     return known.get(index) or known[min(known)]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config.training import TrainConfig
 from ..diffusion.ddpm_process import DDPMProcess, PredictionType, VarianceType
 
-Weighting = Literal["uniform", "snr", "min_snr", "p2"]
+Weighting = Literal["uniform", "snr", "min_snr", "min_snr_v", "p2"]
 
 
 def training_losses(
@@ -78,6 +78,7 @@ def loss_weight(
     - uniform: 1 for what is predicted, which is L_simple.
     - snr: ‖ε - ε̂‖².
     - min_snr: min(SNR, γ) ‖x_0 - x̂_0‖² (arXiv 2303.09556, Section 3.4).
+    - min_snr_v: min(SNR + 1, γ) ‖x_0 - x̂_0‖², which is ‖v - v̂‖² where SNR + 1 < γ.
     - p2: ‖ε - ε̂‖² / (k + SNR)^γ (arXiv 2204.00227, Eq. 8).
 
     Returns:
@@ -85,15 +86,16 @@ def loss_weight(
     """
     if weighting == "uniform":
         return torch.ones(t.shape, device=t.device)
-    snr = process.snr(t)
-    of_noise = {
-        "snr": lambda: torch.ones_like(snr),
-        "min_snr": lambda: (snr_gamma / snr).clamp(max=1),
-        "p2": lambda: (p2_k + snr) ** -p2_gamma,
+    snr = process.snr(t).clamp(min=torch.finfo(torch.float32).tiny)  # 0 with zero terminal SNR
+    of_x_0 = {
+        "snr": lambda: snr,
+        "min_snr": lambda: snr.clamp(max=snr_gamma),
+        "min_snr_v": lambda: (snr + 1).clamp(max=snr_gamma),
+        "p2": lambda: snr * (p2_k + snr) ** -p2_gamma,
     }[weighting]()
-    # ‖ε - ε̂‖² = SNR ‖x_0 - x̂_0‖² = ᾱ ‖v - v̂‖², and ᾱ = SNR / (SNR + 1)
-    of_prediction = {"epsilon": torch.ones_like(snr), "sample": snr, "v_prediction": snr / (snr + 1)}[prediction_type]
-    return (of_noise * of_prediction).float().to(t.device)
+    # ‖ε - ε̂‖² = SNR ‖x_0 - x̂_0‖², and ‖v - v̂‖² = (SNR + 1) ‖x_0 - x̂_0‖²
+    of_prediction = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
+    return (of_x_0 / of_prediction).float().to(t.device)
 
 
 def vlb(
