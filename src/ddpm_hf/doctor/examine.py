@@ -81,7 +81,7 @@ def examine(model: str, config: DoctorConfig, device: torch.device | str = "cpu"
     declared = DDPMSchedulerCustom.load_config(folder, subfolder="scheduler")
     diagnosis.findings += examine_variance(str(declared.get("variance_type")), pipe.unet)
     diagnosis.findings += examine_scheduler(pipe.scheduler, x_0)
-    if any(finding.name == "not finite" for finding in diagnosis.findings):
+    if any(finding.name in ("not finite", "outlier") for finding in diagnosis.findings):  # which hide all else
         return diagnosis
     trusted = False
     if images is not None and x_0 is not None:
