@@ -91,6 +91,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "learning_rate": rate,
             "lr_warmup_steps": 30,
             "loss_weighting": "min_snr_v",
+            "snr_gamma": 20.0,
             "random_flip": True,
             "ema_max_decay": 0.9999,
             "ema_widths": [0.03, 0.06, 0.12],
@@ -100,11 +101,21 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 RECIPES |= {
     "plan_16_4e-3": {**RECIPES["plan_16"], "learning_rate": 4e-3},
-    "plan_16_epsilon": {**RECIPES["plan_16"], "prediction_type": "epsilon", "loss_weighting": "uniform"},
-    "plan_16_snr": {**RECIPES["plan_16"], "loss_weighting": "snr"},
-    "plan_16_uniform": {**RECIPES["plan_16"], "loss_weighting": "uniform"},
+    "plan_16_epsilon": {
+        **RECIPES["plan_16"],
+        "prediction_type": "epsilon",
+        "loss_weighting": "uniform",
+        "snr_gamma": None,
+    },
+    "plan_16_snr": {**RECIPES["plan_16"], "loss_weighting": "snr", "snr_gamma": None},
+    "plan_16_uniform": {**RECIPES["plan_16"], "loss_weighting": "uniform", "snr_gamma": None},
     **{
-        f"plan_16_batch_{n}": {**RECIPES["plan_16"], "loss_weighting": "uniform", "train_batch_size": n}
+        f"plan_16_batch_{n}": {
+            **RECIPES["plan_16"],
+            "loss_weighting": "uniform",
+            "snr_gamma": None,
+            "train_batch_size": n,
+        }
         for n in (4, 32)
     },
 }

@@ -114,7 +114,7 @@ def make_plan(
     planned: dict[str, Any] = {
         **base,
         **trial.options,
-        "loss_weighting": rules.loss_weighting(given, trial.options["resolution"]),
+        **rules.loss_weighting(given, trial.options["resolution"]),
         "cpu_threads": trial.threads,
         "learning_rate": rules.learning_rate(trial.parameters),
         "lr_warmup_steps": rules.warmup(updates),
