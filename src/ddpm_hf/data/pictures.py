@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ def check_plotting() -> None:
         ValueError: where it is not installed.
     """
     try:
-        import matplotlib.figure  # noqa: F401
+        importlib.import_module("matplotlib.figure")  # by its name: the app of a Space has this file, and no plots
     except ModuleNotFoundError as error:
         raise ValueError("the plots need matplotlib: pip install 'ddpm-hf[train]'.") from error
 
