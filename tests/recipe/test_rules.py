@@ -47,8 +47,11 @@ def test_two_ends_of_a_run_are_refused():
         TrainConfig(dataset_name="digits", time_budget="1h", max_train_steps=5)
 
 
-def plan(given=None, look=PHOTOS, seconds=3600.0, speed=1e9, memory=math.inf):
-    """On a machine of `speed` operations per second, which holds updates of at most `memory` images."""
+def plan(given=None, look=PHOTOS, seconds=3600.0, speed=1e9, memory=math.inf, power=1.0):
+    """On a machine of `speed` operations per second, which holds updates of at most `memory` images.
+
+    The time per image goes with a power of the operations, and is as usual for those of the smallest network at 32×32.
+    """
     sizes = {}
 
     def weigh(options, resolution):
@@ -65,7 +68,9 @@ def plan(given=None, look=PHOTOS, seconds=3600.0, speed=1e9, memory=math.inf):
         if batch > memory:
             return None
         images = batch * options.get("gradient_accumulation_steps", 1)
-        return Trial(options, parameters, operations, 3 * images * operations / speed, speed / (3 * operations))
+        smallest = 180.0 * 8**2 * 32**2
+        per_image = 3 * smallest * (operations / smallest) ** power / speed
+        return Trial(options, parameters, operations, images * per_image, 1 / per_image)
 
     budget = f"{round(seconds + START)}s" if given is None else "1h"
     return make_plan(
@@ -104,6 +109,13 @@ def test_short_runs_have_small_updates_only_where_they_keep_the_device_busy():
 )
 def test_the_loss_that_is_given_is_kept_and_the_others_are_planned(given, weighting):
     assert TrainConfig(**plan({"resolution": 32, **given}).options).weighting == weighting
+
+
+def test_a_network_that_is_faster_than_its_operations_say_is_found():
+    """A machine whose time per image is not proportional to the operations, as with small networks."""
+    usual, wasteful = (plan({"resolution": 32}, seconds=600.0, speed=4e9, power=power).trial for power in (1.0, 0.5))
+    assert wasteful.parameters > usual.parameters
+    assert wasteful.images_per_second * 540 >= rules.images_wanted(wasteful.parameters, 32)
 
 
 def test_photographs_are_learned_by_larger_networks_in_the_same_time_than_digits():

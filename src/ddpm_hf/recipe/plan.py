@@ -17,6 +17,7 @@ from .images import Look
 FINISHING_SHARE, FINISHING_SECONDS = 0.07, 3.0  # of the time: previews, validation and checkpoints; card and pictures
 LEAST_TRAINING = 15.0  # seconds, where no update was measured
 MAX_TRIALS = 6
+OF_LARGER = 0.5  # power of operations that the speed of larger networks goes with: 0.3 to 0.8 were measured on a CPU
 # What no experience of ours depends on the images or the time for: the recipe of the digits, measured there.
 ALWAYS: dict[str, Any] = {
     "center_crop": True,
@@ -142,7 +143,8 @@ def choose_network(
 ) -> Trial | None:
     """The largest network that sees the images that it wants, at the highest resolution at which one does.
 
-    Speeds are measured; those of networks that were not are predicted from the nearest one that was, by operations.
+    Speeds are measured; those of networks that were not are predicted from the nearest one that was, by operations, and
+    rather too high than too low, since a network that seems fast enough is measured.
     """
     is_given = base.get("unet") is not None or base.get("model_config_name_or_path") is not None
     resolutions = [r for r in rules.RESOLUTIONS if r <= rules.natural_resolution(look)]
@@ -187,12 +189,13 @@ def _largest(
         for i in range(limit):  # from small to large: each sees less, and wants more
             parameters, operations = size(i)
             nearest = known[min(known, key=lambda k: abs(k - i))]
-            predicted = nearest.images_per_second * nearest.operations / operations * usable
+            ratio = nearest.operations / operations
+            predicted = nearest.images_per_second * ratio ** (OF_LARGER if ratio < 1 else 1) * usable
             if predicted < rules.images_wanted(parameters, resolution):
                 break
             index, seen = i, predicted
         images = rules.batch_size(seen, look.count, resolution, device)
-    return known.get(index) or known[min(known)]
+    return known[max((i for i in known if i <= index), default=min(known))]
 
 
 def _batches(base: Mapping[str, Any], images: int, processes: int) -> dict[str, Any]:
